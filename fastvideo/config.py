@@ -1,0 +1,123 @@
+"""Strict, frozen configuration: one schema for TOML, command line, HTTP and UI.
+
+class Recipe(Strict):
+    steps: int = 10
+
+recipe = parse(Recipe, read_toml(path), source=str(path))
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fastvideo.registry import did_you_mean
+
+
+class Strict(BaseModel):
+    """A frozen value that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], values: Mapping[str, Any], *, source: str) -> M:
+    """Build `model` from a tree of values; one-line `ValueError` naming key, rule and source."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source} must hold keys and values, not {type(values).__name__}")
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(model, e, source) for e in error.errors(include_url=False)]
+        raise ValueError("; ".join(lines)) from None
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file; raise `ValueError` naming the file and line if it cannot be parsed."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config {path} is not valid TOML: {error}") from None
+
+
+def assignments(pairs: Iterable[str]) -> dict[str, Any]:
+    """Turn `a.b=value` words (from --set) into a tree; values are TOML, bare words text."""
+    tree: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        keys = [part.strip() for part in key.split(".")]
+        if not equals or not all(keys):
+            raise ValueError(f"--set {pair!r} must look like key.subkey=value")
+        tree = merge(tree, _nested(keys, _value(text.strip())))
+    return tree
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the leaves of `over` on top; neither is changed."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        out[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: _nested(keys[1:], value) if keys[1:] else value}
+
+
+def _value(text: str) -> Any:
+    try:
+        tree = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    is_whole = len(tree) == 1 and (text[0] in "\"'[{" or "#" not in text)
+    return tree["value"] if is_whole else text  # else TOML would drop a comment or a second line
+
+
+def _explain(model: type[BaseModel], error: Any, source: str) -> str:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        hint = did_you_mean(path[-1], _keys_at(model, path[:-1]))
+        return f"{where} in {source} is unknown{hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing in {source}"
+    message = error["msg"].removeprefix("Value error, ")
+    value = json.dumps(error["input"], default=repr)
+    given = f"{where} {value}" if where else ""
+    return f"{given} in {source}: {message}".strip()
+
+
+def _keys_at(model: type, path: list[str]) -> list[str]:
+    for part in path:
+        inner = _inner_model(_fields(model).get(part))
+        if inner is not None:  # else a union's tag or a list index: stay with the model at hand
+            model = inner
+    return list(_fields(model))
+
+
+def _fields(model: type) -> dict[str, Any]:
+    if issubclass(model, BaseModel):
+        return {name: field.annotation for name, field in model.model_fields.items()}
+    return get_type_hints(model)
+
+
+def _inner_model(annotation: Any) -> type | None:
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        is_model = issubclass(annotation, BaseModel) or is_dataclass(annotation)
+        return annotation if is_model else None
+    found = (_inner_model(a) for a in get_args(annotation))
+    return next((m for m in found if m), None)

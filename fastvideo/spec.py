@@ -1,0 +1,110 @@
+"""What a weights folder says of itself: networks, scheduler, attention, defaults, provenance.
+
+The file is `fastvideo.json` at the root of a model folder. A distilled model is a spec with few
+steps and a sparse pattern; there is no other switch. A folder without the file gets a spec derived
+from its own configs by `fastvideo.formats`, and `derived` tells which entries were guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from fastvideo.config import Strict, parse
+from fastvideo.shapes import Compression, LatentShape, PixelShape
+
+FILE_NAME = "fastvideo.json"
+
+
+class Network(Strict):
+    """One network: its family (a file under `fastvideo/models/<kind>/`) and its own dims."""
+
+    family: str
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class Scheduler(Strict):
+    """A scheduler (a file under `fastvideo/schedulers/`) and its arguments."""
+
+    name: str = "unipc"
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Attention(Strict):
+    """An attention pattern by name, with its arguments."""
+
+    pattern: str = "dense"
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Defaults(Strict):
+    """What a request that says nothing gets."""
+
+    num_frames: int = Field(default=81, ge=1)
+    height: int = Field(default=480, ge=1)
+    width: int = Field(default=832, ge=1)
+    fps: int = Field(default=16, ge=1)
+    num_inference_steps: int = Field(default=50, ge=1)
+    guidance_scale: float = Field(default=5.0, ge=0)
+    negative_prompt: str = ""
+    max_text_tokens: int = Field(default=512, ge=1)
+
+
+class Provenance(Strict):
+    """Who made the weights, from what, and under which name they may be quoted."""
+
+    title: str = ""
+    licence: str = ""
+    source: str = ""
+    recipe: str = ""
+    notes: str = ""
+
+
+class Spec(Strict):
+    """A model folder's description of itself."""
+
+    version: int = 1
+    name: str
+    dit: Network
+    vae: Network
+    text: Network
+    compression: Compression = Compression()
+    scheduler: Scheduler = Scheduler()
+    attention: Attention = Attention()
+    defaults: Defaults = Defaults()
+    provenance: Provenance = Provenance()
+    derived: tuple[str, ...] = ()
+
+    @field_validator("version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version != 1:
+            raise ValueError("this release reads version 1; a newer fastvideo wrote this folder")
+        return version
+
+    def latent_shape(self, *, frames: int, height: int, width: int) -> LatentShape:
+        """Return the latents of a clip; raise `ValueError` with the nearest legal sizes."""
+        return PixelShape(frames, height, width).latent(self.compression)
+
+
+def read(folder: str | Path) -> Spec | None:
+    """Read a model folder's `fastvideo.json`; None if it has none, `ValueError` if it is wrong."""
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return parse(Spec, values, source=str(path))
+
+
+def write(spec: Spec, folder: str | Path) -> Path:
+    """Write `fastvideo.json`, with network dims left to each network's own `config.json`."""
+    path = Path(folder) / FILE_NAME
+    values = spec.model_dump(mode="json", exclude={k: {"config"} for k in ("dit", "vae", "text")})
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return path
