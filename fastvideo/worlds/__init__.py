@@ -1,0 +1,62 @@
+"""Programs that make captioned clips with exact truth, and read that truth back out of frames.
+
+A world module exports `World`, `ATTRIBUTES` (the legal values of each attribute) and
+`GENERATOR_VERSION`, raised whenever the frames or captions of any clip change.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+from fastvideo import registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Frames = npt.NDArray[np.uint8]
+
+
+class Clip(Protocol):
+    """A captioned clip: uint8 frames (T, H, W, 3), one sentence, and what is true of both."""
+
+    @property
+    def frames_THWC(self) -> Frames: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def truth(self) -> dict[str, str]: ...
+
+
+class World(Protocol):
+    """Clips of one size, each decided by (seed, index, split), and their parser."""
+
+    def clip(self, seed: int, index: int, split: str = "train") -> Clip: ...
+    def parse(self, frames_THWC: Frames) -> dict[str, str]: ...
+
+
+def open_world(name: str, *, height: int, width: int, num_frames: int, fps: int = 16) -> World:
+    """Return the world of a name, at one size. A name is a file here, or `some.module:World`."""
+    make = registry.load(__name__, name, "World")
+    world: World = make(height=height, width=width, num_frames=num_frames, fps=fps)
+    return world
+
+
+def attributes(name: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the legal values of each attribute of a world."""
+    legal: Mapping[str, tuple[str, ...]] = _module(name).ATTRIBUTES
+    return legal
+
+
+def generator_version(name: str) -> int:
+    """Return the version of a world's frames and captions."""
+    version: int = _module(name).GENERATOR_VERSION
+    return version
+
+
+def _module(name: str) -> ModuleType:
+    path, colon, _ = name.partition(":")
+    return importlib.import_module(path) if colon else registry.module(__name__, name)

@@ -1,0 +1,155 @@
+"""The shapes world: one coloured object moves through one scene, and its caption says so.
+
+A world makes captioned clips with exact ground truth and reads that truth back out of frames, so
+that a model trained on its clips can be measured instead of judged.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastvideo import rng
+from fastvideo.worlds import _shapes_draw as draw
+from fastvideo.worlds import _shapes_read as reader
+from fastvideo.worlds import _shapes_scenes as scenes
+from fastvideo.worlds import _shapes_text as text
+from fastvideo.worlds._shapes_text import truth_of, words
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "ATTRIBUTES",
+    "GENERATOR_VERSION",
+    "SPLITS",
+    "Clip",
+    "World",
+    "held_out",
+    "truth_of",
+    "words",
+]
+
+GENERATOR_VERSION = 1  # raise it when the frames or captions of any (seed, index) change
+SPLITS = ("train", "heldout")
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": tuple(text.SHAPES),
+    "colour": tuple(text.COLOURS),
+    "scene": tuple(text.SCENES),
+    "motion": tuple(text.MOTIONS),
+    "size": tuple(text.SIZES),
+}
+
+_CHUNK_PIXELS = 1 << 17  # frames drawn at once: what stays in a core's cache
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A captioned clip: uint8 RGB frames (T, H, W, 3), one sentence, and what is true of both."""
+
+    frames_THWC: NDArray[np.uint8]
+    caption: str
+    truth: dict[str, str]
+
+
+@dataclass(frozen=True)
+class World:
+    """Clips of one size. Frame k shows second k / fps, so a short clip begins a long one."""
+
+    height: int = 128
+    width: int = 128
+    num_frames: int = 81
+    fps: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse sizes at which the shapes cannot be told apart."""
+        for name, value, least in (
+            ("height", self.height, 32),
+            ("width", self.width, 32),
+            ("num_frames", self.num_frames, 1),
+            ("fps", self.fps, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} {value} must be at least {least} in the shapes world")
+
+    def clip(self, seed: int, index: int, split: str = "train") -> Clip:
+        """Make clip `index` of a split; nothing but the arguments and the sizes decides it."""
+        combinations = _combinations(_legal_split(split))
+        purpose = f"worlds.shapes/{split}"
+        chooser = rng.numpy_generator(seed, f"{purpose}/caption", index)
+        truth = dict(combinations[int(chooser.integers(len(combinations)))])
+        frames = self.render(truth, rng.numpy_generator(seed, f"{purpose}/frames", index))
+        return Clip(frames, text.caption(truth, chooser), truth)
+
+    def render(self, truth: Mapping[str, str], generator: np.random.Generator) -> NDArray[np.uint8]:
+        """Draw frames (T, H, W, 3) in which `truth` holds; the generator decides the rest."""
+        _check(truth)
+        times_T = np.arange(self.num_frames) / self.fps
+        canvas = scenes.Canvas(self.height, self.width, times_T)
+        jitter = 1 + 0.04 * float(generator.uniform(-1, 1))
+        diameter = draw.DIAMETER[truth["size"]] * jitter
+        where = draw.path(
+            truth["motion"],
+            diameter=diameter,
+            times_T=times_T,
+            height=self.height,
+            width=self.width,
+            generator=generator,
+        )
+        drawn = draw.sprites(truth["shape"], truth["colour"], diameter * canvas.unit, where)
+        return _film(scenes.paint(truth["scene"], canvas, generator), drawn, where)
+
+    def parse(self, frames_THWC: NDArray[np.uint8]) -> dict[str, str]:
+        """Read every attribute out of frames of any size; "unknown" for what cannot be read."""
+        return reader.parse(frames_THWC, fps=self.fps)
+
+
+def held_out(truth: Mapping[str, str]) -> bool:
+    """Tell whether this combination of all five attributes is kept away from training."""
+    _check(truth)
+    key = ",".join(truth[attribute] for attribute in ATTRIBUTES)
+    return rng.derive(0, f"worlds.shapes/held out/{key}") % 10 == 0
+
+
+@functools.cache
+def _combinations(split: str) -> tuple[dict[str, str], ...]:
+    every = (
+        dict(zip(ATTRIBUTES, values, strict=True))
+        for values in itertools.product(*ATTRIBUTES.values())
+    )
+    return tuple(truth for truth in every if held_out(truth) == (split == "heldout"))
+
+
+def _legal_split(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown (known: {', '.join(SPLITS)})")
+    return split
+
+
+def _check(truth: Mapping[str, str]) -> None:
+    for attribute, legal in ATTRIBUTES.items():
+        if truth.get(attribute) not in legal:
+            value = truth.get(attribute)
+            raise ValueError(f"{attribute} {value!r} is unknown (known: {', '.join(legal)})")
+
+
+def _film(scene: scenes.Scene, drawn: draw.Sprites, where: draw.Path) -> NDArray[np.uint8]:
+    height, width, _ = scene.still_HW3.shape
+    count, terms = scene.rows_TKW3.shape[:2]
+    frames = np.empty((count, height, width, 3), np.uint8)
+    flat_TH3W = frames.reshape(count, height, 3 * width)
+    rows_TK3W = scene.rows_TKW3.reshape(count, terms, 3 * width)
+    still_H3W = scene.still_HW3.reshape(height, 3 * width) + np.float32(0.5)  # rounds, not floors
+    chunk = max(1, _CHUNK_PIXELS // (height * width))
+    for first in range(0, count, chunk):
+        picture = scene.columns_HK @ rows_TK3W[first : first + chunk]
+        picture += still_H3W
+        draw.stamp(picture, drawn, where, first)
+        np.clip(picture, 0, 255, out=picture)
+        np.copyto(flat_TH3W[first : first + chunk], picture, casting="unsafe")
+    return frames
