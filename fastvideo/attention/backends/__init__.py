@@ -1,0 +1,1 @@
+"""Ways to compute attention, one per file; each says what it cannot serve."""

@@ -1,0 +1,176 @@
+"""Choosing an attention backend: each says why it cannot serve, the best of the others is used."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvideo import registry
+from fastvideo.attention.layout import Layout
+from fastvideo.attention.pattern import Dense
+from fastvideo.log import logger
+
+PACKAGE = "fastvideo.attention.backends"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is asked of a backend. `layout` None means unordered keys, as in cross-attention."""
+
+    layout: Layout | None
+    dtype: torch.dtype
+    device: torch.device
+    needs_grad: bool
+    num_keys: int | None = None
+    head_dim: int = 128
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every query sees every key."""
+        return self.layout is None or self.layout.pattern == Dense()
+
+
+class Backend(Protocol):
+    """A module under `backends/`. Softmax scale 1 / sqrt(D), no mask but the layout's."""
+
+    @property
+    def __name__(self) -> str: ...
+
+    def unsupported(self, need: Need) -> str | None:
+        """Say why `need` cannot be served, and what would help; None if it can."""
+
+    def rank(self, need: Need) -> int:
+        """Expected speed for a need that it supports, in no unit; the highest is chosen."""
+
+    def describe(self, need: Need) -> str:
+        """Name the kernel that will run, for the log."""
+
+    def attend(
+        self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: Layout | None
+    ) -> Tensor:
+        """Return softmax(q k / sqrt(D)) v under the layout's pattern, shape (B, L, H, D)."""
+
+
+class Attend(Protocol):
+    """What a network calls. Self-attention passes its layout, cross-attention none."""
+
+    def __call__(
+        self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, layout: Layout | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An `Attend` with one backend for self-attention and one for cross-attention."""
+
+    self_backend: Backend
+    cross_backend: Backend
+
+    def __call__(
+        self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, layout: Layout | None = None
+    ) -> Tensor:
+        """Attend with the backend for self-attention if there is a layout, else with the other."""
+        backend = self.cross_backend if layout is None else self.self_backend
+        return backend.attend(q_BLHD, k_BSHD, v_BSHD, layout)
+
+
+def attend(
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    *,
+    layout: Layout | None = None,
+    backend: Backend,
+) -> Tensor:
+    """Attend with one backend whatever the layout."""
+    return backend.attend(q_BLHD, k_BSHD, v_BSHD, layout)
+
+
+def reference(
+    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, layout: Layout | None = None
+) -> Tensor:
+    """Attend with plain SDPA, the network's default when its caller chose nothing."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def choose(
+    name: str = "auto",
+    *,
+    layout: Layout | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    needs_grad: bool,
+    num_keys: int | None = None,
+    head_dim: int = 128,
+) -> Backend:
+    """Return the backend `name`, or the fastest that serves the call; log the decision.
+
+    If none does, the `ValueError` quotes the reason of the named one, or of every one for "auto".
+    """
+    if num_keys is None and layout is not None:
+        num_keys = layout.grid.num_tokens
+    need = Need(layout, dtype, torch.device(device), needs_grad, num_keys, head_dim)
+    names = registry.names(PACKAGE) if name == "auto" else [name]
+    backends = {n: cast(Backend, registry.module(PACKAGE, n)) for n in names}
+    reasons = {n: b.unsupported(need) for n, b in backends.items()}
+    usable = [n for n in names if reasons[n] is None]
+    if not usable:
+        quoted = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
+        raise ValueError(f"no attention backend for {_words(need)} (asked for {name!r}): {quoted}")
+    best = max(usable, key=lambda n: backends[n].rank(need))
+    logger.info(
+        "attention for %s: %s (%s)%s",
+        _words(need),
+        best,
+        backends[best].describe(need),
+        _others(reasons),
+    )
+    return backends[best]
+
+
+def select(
+    name: str = "auto",
+    *,
+    layout: Layout,
+    num_text_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    needs_grad: bool,
+    head_dim: int,
+) -> Attention:
+    """Choose for a network's self-attention under `layout` and its cross-attention to the text."""
+    pick = functools.partial(
+        choose, name, dtype=dtype, device=device, needs_grad=needs_grad, head_dim=head_dim
+    )
+    inner, cross = pick(layout=layout), pick(layout=None, num_keys=num_text_tokens)
+    return Attention(inner, cross)
+
+
+def table(
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    needs_grad: bool = False,
+) -> list[tuple[str, str]]:
+    """List each backend with "usable" or why it cannot serve dense attention here, for `doctor`."""
+    need = Need(None, dtype, torch.device(device), needs_grad)
+    backends = {n: cast(Backend, registry.module(PACKAGE, n)) for n in registry.names(PACKAGE)}
+    return [(n, b.unsupported(need) or "usable") for n, b in backends.items()]
+
+
+def _words(need: Need) -> str:
+    pattern = "no layout" if need.layout is None else type(need.layout.pattern).__name__.lower()
+    dtype = str(need.dtype).removeprefix("torch.")
+    keys = "any number of" if need.num_keys is None else str(need.num_keys)
+    grad = "training" if need.needs_grad else "inference"
+    return f"{pattern}, {keys} keys, head {need.head_dim}, {dtype}, {need.device.type}, {grad}"
+
+
+def _others(reasons: dict[str, str | None]) -> str:
+    return "".join(f"; not {n}: {reason}" for n, reason in reasons.items() if reason)

@@ -1,0 +1,92 @@
+"""Choosing a backend: by name, by itself, and with reasons when none serves."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from fastvideo import registry
+from fastvideo.attention import Dense, choose, parse, plan, select, table
+from fastvideo.attention.choice import PACKAGE
+from fastvideo.shapes import TokenGrid
+
+SMALL, LARGE = (plan(Dense(), TokenGrid(21, n, n)) for n in (8, 30))
+COMMON = {"dtype": torch.bfloat16, "device": "cpu", "head_dim": 96}
+
+
+def name_of(backend) -> str:
+    return backend.__name__.rpartition(".")[2]
+
+
+def test_short_sequences_train_with_bmm_on_a_cpu_and_long_ones_with_sdpa():
+    few = plan(Dense(), TokenGrid(5, 4, 4))
+    assert name_of(choose(layout=few, needs_grad=True, **COMMON)) == "bmm"
+    assert name_of(choose(layout=LARGE, needs_grad=True, **COMMON)) == "sdpa"
+
+
+def test_float32_on_a_cpu_is_left_to_sdpa():
+    whole = {**COMMON, "dtype": torch.float32}
+    assert name_of(choose(layout=SMALL, needs_grad=True, **whole)) == "sdpa"
+
+
+def test_a_named_backend_is_taken_or_its_reason_is_quoted():
+    assert name_of(choose("sdpa", layout=SMALL, needs_grad=False, **COMMON)) == "sdpa"
+    with pytest.raises(ValueError, match=r"asked for 'flash'.*flash: needs an NVIDIA GPU, not cpu"):
+        choose("flash", layout=SMALL, needs_grad=False, **COMMON)
+    with pytest.raises(ValueError, match=r"bmm: .*at most 2048 keys, not 18900"):
+        choose("bmm", layout=LARGE, needs_grad=True, **COMMON)
+
+
+def test_if_none_serves_every_reason_is_quoted(monkeypatch):
+    for name in registry.names(PACKAGE):
+        module = registry.module(PACKAGE, name)
+        monkeypatch.setattr(module, "unsupported", lambda need, name=name: f"{name} is tired")
+    with pytest.raises(
+        ValueError, match=r"bmm: bmm is tired; flash: flash is tired; sdpa: sdpa is"
+    ):
+        choose(layout=SMALL, needs_grad=False, **COMMON)
+
+
+def test_an_unknown_backend_is_refused_with_a_suggestion():
+    with pytest.raises(ValueError, match="did you mean 'sdpa'"):
+        choose("spda", layout=SMALL, needs_grad=False, **COMMON)
+
+
+def test_the_decision_is_logged_with_what_was_passed_over(caplog):
+    with caplog.at_level(logging.INFO, logger="fastvideo"):
+        choose(layout=LARGE, needs_grad=False, **COMMON)
+    assert "18900 keys, head 96, bfloat16, cpu, inference: sdpa" in caplog.text
+    assert "not flash: needs an NVIDIA GPU" in caplog.text
+
+
+def test_self_and_cross_attention_are_chosen_apart():
+    both = select(layout=LARGE, num_text_tokens=32, needs_grad=True, **COMMON)
+    assert (name_of(both.self_backend), name_of(both.cross_backend)) == ("sdpa", "bmm")
+    q, text = torch.randn(1, 5, 2, 8), torch.randn(1, 3, 2, 8)
+    assert both(q, text, text).shape == q.shape
+
+
+def test_the_table_lists_every_backend_with_a_word_on_it():
+    rows = dict(table())
+    assert rows.keys() == set(registry.names(PACKAGE))
+    assert rows["sdpa"] == rows["bmm"] == "usable"
+    assert rows["flash"] == "needs an NVIDIA GPU, not cpu"
+
+
+def test_a_missing_flash_package_says_what_to_install(monkeypatch):
+    flash = registry.module(PACKAGE, "flash")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    if any(callable(flash._probe(n)) for n in flash._PACKAGES):
+        pytest.skip("flash-attn is installed here")
+    reasons = dict(table(device="cuda"))
+    assert reasons["flash"] == "not installed: pip install -e '.[flash]'"
+
+
+def test_a_pattern_is_parsed_by_name_and_refuses_what_it_does_not_know():
+    assert parse("dense", {}) == Dense()
+    with pytest.raises(ValueError, match="did you mean 'dense'"):
+        parse("dens", {})
+    with pytest.raises(ValueError, match="no argument 'tile'"):
+        parse("dense", {"tile": 4})
