@@ -1,0 +1,1 @@
+"""Denoising transformers, one family per file."""
