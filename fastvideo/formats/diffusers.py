@@ -1,0 +1,300 @@
+"""Folders as diffusers' WanPipeline saves them: one subfolder per part, whole or in shards.
+
+`save` adds `fastvideo.json`; a folder without it gets a spec derived from the parts' own configs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastvideo import spec as specs
+from fastvideo.formats import PARTS, read_json, refuse_variants
+from fastvideo.shapes import Compression
+from fastvideo.spec import Defaults, Network, Scheduler, Spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastvideo.model import Model
+    from fastvideo.weights import Checkpoint
+
+MARKS = "fastvideo.json, or model_index.json with transformer/, vae/, text_encoder/ (diffusers)"
+SUBFOLDERS = {"dit": "transformer", "vae": "vae", "text": "text_encoder"}
+TOKENIZER = "tokenizer"
+
+# {part: {class name in the part's config: family}}
+_FAMILIES = {
+    "dit": {"WanTransformer3DModel": "wan"},
+    "vae": {"AutoencoderKLWan": "wan"},
+    "text": {"UMT5EncoderModel": "umt5"},
+}
+_STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model"}
+_DIFFUSERS_VERSION = "0.42.1"
+
+# Wan2.1's own negative prompt (its wan/configs/shared_config.py).
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"  # noqa: RUF001
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"  # noqa: RUF001
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+WAN_DEFAULTS = Defaults(negative_prompt=NEGATIVE_PROMPT)
+_FEW_STEPS = {"num_inference_steps": 3, "guidance_scale": 1.0}
+
+_EULER_NEUTRAL: dict[str, Any] = {
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "num_train_timesteps": 1000,
+}
+_UNIPC_FLOW: dict[str, Any] = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "predict_x0": True,
+    "lower_order_final": True,
+    "thresholding": False,
+    "use_dynamic_shifting": False,
+    "num_train_timesteps": 1000,
+}
+# What diffusers takes for an entry that a scheduler config omits, where it is not the value needed.
+_UNIPC_OMITTED = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+
+
+def detect(folder: Path) -> bool:
+    """Tell whether a folder has this layout."""
+    marks = (specs.FILE_NAME, "model_index.json", "transformer/config.json")
+    return any((folder / mark).is_file() for mark in marks)
+
+
+def configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the config of each part: {"dit": {...}, "vae": {...}, "text": {...}}."""
+    return {part: read_json(folder / SUBFOLDERS[part] / "config.json") for part in PARTS}
+
+
+def derive_spec(folder: Path) -> Spec:
+    """Describe a folder that does not describe itself; `derived` lists what was read or assumed."""
+    is_few_step = _pipeline_kind(folder) == "WanDMDPipeline"
+    found = configs(folder)
+    scheduler, origin = Scheduler(name="few_step"), "assumed for a WanDMDPipeline"
+    if not is_few_step:
+        origin = "from scheduler_config.json"
+        scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
+    return Spec(
+        name=folder.name,
+        dit=_network(folder, "dit", found["dit"]),
+        vae=_network(folder, "vae", found["vae"]),
+        text=_network(folder, "text", found["text"]),
+        compression=compression(found["dit"], found["vae"]),
+        scheduler=scheduler,
+        defaults=WAN_DEFAULTS.model_copy(update=_FEW_STEPS if is_few_step else {}),
+        derived=(
+            "networks: from the config.json of transformer, vae and text_encoder",
+            "compression: from the dims of vae and transformer",
+            f"scheduler: {scheduler.name} {scheduler.args or ''}, {origin}",
+            "attention: dense, assumed",
+            "defaults: size, frames, fps, steps, guidance, negative prompt of Wan2.1, assumed",
+        ),
+    )
+
+
+def compression(dit: Mapping[str, Any], vae: Mapping[str, Any]) -> Compression:
+    """Compute the strides of a Wan from the configs of its parts (diffusers' keys and defaults)."""
+    halvings = len(vae.get("dim_mult", (1, 2, 4, 4))) - 1
+    patch_t, patch_h, patch_w = dit.get("patch_size", (1, 2, 2))
+    return Compression(
+        temporal=2 ** sum(vae.get("temperal_downsample", (False, True, True))),
+        spatial=2**halvings * (vae.get("patch_size") or 1),
+        patch=(patch_t, patch_h, patch_w),
+    )
+
+
+def tensors(folder: Path, part: str) -> Checkpoint:
+    """Open the weights of a part, under our names."""
+    from fastvideo.weights import Checkpoint
+
+    path = folder / SUBFOLDERS[part]
+    checkpoint = Checkpoint(path, stem=_STEMS[part])
+    if part == "dit":
+        refuse_variants(checkpoint.names(), source=path)
+    return checkpoint
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Return where the tokenizer is."""
+    return folder / TOKENIZER
+
+
+def save(
+    model: Model, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> Path:
+    """Write a model as a folder that stock diffusers and we load; all of it appears, or nothing.
+
+    dtype: type of the stored weights (None: as they are); parts that stay float32 do.
+    Raises `ValueError` if the folder exists (unless `overwrite`) or cannot be written.
+    """
+    target = Path(folder)
+    dims = [dataclasses.asdict(module.config) for module in (model.dit, model.vae)]
+    true = compression(*dims)
+    assert model.spec.compression == true, f"{model.spec.compression} in the spec; dims say {true}"
+    with _new_folder(target, overwrite=overwrite) as new:
+        for part in PARTS:
+            save_part(
+                getattr(model, part),
+                new / SUBFOLDERS[part],
+                part=part,
+                family=getattr(model.spec, part).family,
+                dtype=dtype,
+            )
+        model.tokenizer.save(new / TOKENIZER)
+        _write_json(new / "scheduler" / "scheduler_config.json", _scheduler_config(model.spec))
+        _write_json(new / "model_index.json", _index(model.spec))
+        specs.write(model.spec, new)
+    return target
+
+
+def save_part(
+    module: Any, folder: Path, *, part: str, family: str, dtype: torch.dtype | None = None
+) -> None:
+    """Write one network's config and weights into its own subfolder of a model folder."""
+    from fastvideo.registry import load
+    from fastvideo.weights import cast, save
+
+    keep = load("fastvideo.models.dit", family, "KEEP_FLOAT32") if part == "dit" else ()
+    kind = next(name for name, own in _FAMILIES[part].items() if own == family)
+    values = dataclasses.asdict(module.config)
+    if part == "vae":  # diffusers computes sizes from these, not from the dims
+        strides = compression({}, values)
+        values["scale_factor_temporal"] = strides.temporal
+        values["scale_factor_spatial"] = strides.spatial
+    _write_json(folder / "config.json", {**_kind_entries(kind, dtype), **values})
+    state = cast(module.state_dict(), dtype=dtype, keep_float32=keep)
+    assert not any("_orig_mod" in name for name in state), f"save the {part} that was compiled from"
+    save(folder / f"{_STEMS[part]}.safetensors", state)
+
+
+def read_network(folder: Path, part: str) -> Network:
+    """Read the family and dims of one part of a model folder; other parts need not be there."""
+    return _network(folder, part, read_json(folder / SUBFOLDERS[part] / "config.json"))
+
+
+def _kind_entries(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Entries by which diffusers and transformers know a class, beside its dims."""
+    if kind != "UMT5EncoderModel":
+        return {"_class_name": kind, "_diffusers_version": _DIFFUSERS_VERSION}
+    return {
+        "architectures": [kind],
+        "model_type": "umt5",
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        **({"dtype": str(dtype).removeprefix("torch.")} if dtype else {}),
+    }
+
+
+def _index(spec: Spec) -> dict[str, Any]:
+    return {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", _scheduler_config(spec)["_class_name"]],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+
+
+def _scheduler_config(spec: Spec) -> dict[str, Any]:
+    """Return the stock scheduler nearest to the spec's; few_step has none and gets Euler."""
+    shift = float(spec.scheduler.args.get("shift", 1.0))
+    if spec.scheduler.name == "unipc":
+        kind = {"_class_name": "UniPCMultistepScheduler", **_UNIPC_FLOW}
+        return {**kind, "flow_shift": shift, "final_sigmas_type": "zero"}
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_EULER_NEUTRAL, "shift": shift}
+
+
+def _scheduler(path: Path) -> Scheduler:
+    values = read_json(path)
+    kind = values.get("_class_name")
+    if kind == "UniPCMultistepScheduler":
+        _require({**_UNIPC_OMITTED, **values}, _UNIPC_FLOW, path)
+        return Scheduler(name="unipc", args={"shift": float(values.get("flow_shift", 1.0))})
+    if kind == "FlowMatchEulerDiscreteScheduler":
+        _require(values, _EULER_NEUTRAL, path)
+        return Scheduler(name="euler", args={"shift": float(values.get("shift", 1.0))})
+    raise ValueError(
+        f"scheduler {kind!r} in {path} is not supported "
+        "(known: UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)"
+    )
+
+
+def _require(values: Mapping[str, Any], needed: Mapping[str, Any], path: Path) -> None:
+    for key, value in needed.items():
+        if values.get(key, value) != value:
+            raise ValueError(f"{key} {values.get(key)!r} in {path} must be {value!r}")
+
+
+def _network(folder: Path, part: str, config: dict[str, Any]) -> Network:
+    names = config.get("architectures") or [config.get("_class_name")]
+    family = _FAMILIES[part].get(names[0])
+    if family is None:
+        known = ", ".join(_FAMILIES[part])
+        path = folder / SUBFOLDERS[part] / "config.json"
+        raise ValueError(f"class {names[0]!r} in {path} is not supported (known: {known})")
+    return Network(family=family, config=config)
+
+
+def _pipeline_kind(folder: Path) -> str:
+    """Return the pipeline class (FastWan's distilled models have their own); refuse all others."""
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    kind = str(index.get("_class_name", "WanPipeline"))
+    if kind not in ("WanPipeline", "WanDMDPipeline"):
+        raise ValueError(
+            f"pipeline {kind!r} in {path} is not supported (known: WanPipeline, WanDMDPipeline)"
+        )
+    second = index.get("transformer_2") or [None]
+    if second[0] is not None or index.get("boundary_ratio") is not None:
+        raise ValueError(f"{path} names two transformers (Wan2.2 A14B); one is supported")
+    return kind
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a folder beside `target` that takes its place on success and vanishes on failure."""
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists; choose another folder or remove it")
+    new = target.with_name(f".{target.name}.{os.getpid()}.part")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error}") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

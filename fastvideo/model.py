@@ -1,0 +1,170 @@
+"""A loaded model: spec, networks, tokenizer, and where and in which type they run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvideo import formats, registry, weights
+from fastvideo.formats import PARTS
+from fastvideo.hub import open_spec
+from fastvideo.log import logger
+from fastvideo.models.text.tokenizer import Tokenizer
+from fastvideo.spec import Spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CLASSES = {"text": "TextEncoder", "dit": "DiT", "vae": "Vae"}
+_SMALL_TEXT_PARAMS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle that stages read. Families share functions, not a base class: hence `Any`."""
+
+    spec: Spec
+    dit: Any
+    vae: Any
+    text: Any
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Absent:
+    """The place of a part that was not loaded: any use of it is refused."""
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse attributes and methods."""
+        if name.startswith("__"):  # what copy and pickle ask every object for
+            raise AttributeError(name)
+        raise AssertionError(f"the {self._part} was not loaded, and its {name} is wanted")
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Refuse a call."""
+        raise AssertionError(f"the {self._part} was not loaded, and it is called")
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    parts: Collection[str] = PARTS,
+) -> Model:
+    """Load a model strictly, in evaluation mode and without gradients.
+
+    device: "auto" is CUDA if there is one.
+    dtype: "auto" is bfloat16 where the device computes in it; a small text encoder stays float32.
+    parts: of "text", "dit", "vae"; the others cannot be used.
+    Raises a one-line `ValueError` for whatever is wrong with the name or the folder.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    assert not unknown, f"parts {unknown} are none of {PARTS}"
+    spec, folder = open_spec(name_or_path, weights=True)
+    layout = formats.find(folder)
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    loaded = {
+        part: _load_part(spec, layout, folder, part, device=place, dtype=kind)
+        if part in parts
+        else Absent(part)
+        for part in PARTS
+    }
+    words: Any = Absent("tokenizer")
+    if "text" in parts:
+        words = Tokenizer.load(layout.tokenizer_folder(folder))
+        _check_vocabulary(words, spec, folder)
+    return Model(spec, tokenizer=words, device=place, dtype=kind, **loaded)
+
+
+def build_part(spec: Spec, part: str) -> nn.Module:
+    """Build one network of a spec on the meta device."""
+    network = getattr(spec, part)
+    package = f"fastvideo.models.{part}"
+    config = registry.load(package, network.family, "Config").parse(network.config)
+    make = registry.load(package, network.family, _CLASSES[part])
+    module: nn.Module = weights.build(lambda: make(config))
+    return module
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Resolve "auto"; raise `ValueError` for a device that is not there."""
+    if device == "auto":
+        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("device %s (auto)", place)
+        return place
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch finds no CUDA device")
+    return place
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Resolve "auto" and names; raise `ValueError` for an unknown one."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        kind = torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+        logger.info("dtype %s (auto, on %s)", kind, device)
+        return kind
+    if dtype not in DTYPES:
+        hint = registry.did_you_mean(dtype, DTYPES)
+        raise ValueError(f"dtype {dtype!r} is unknown{hint} (known: auto, {', '.join(DTYPES)})")
+    return DTYPES[dtype]
+
+
+def _check_vocabulary(tokenizer: Tokenizer, spec: Spec, folder: Path) -> None:
+    known = int(spec.text.config.get("vocab_size", tokenizer.vocab_size))
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, its text encoder {known}"
+        )
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether bfloat16 is fast here, not only possible: every CPU can emulate it slowly."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.12
+        return False
+    abilities = torch.cpu.get_capabilities()
+    return any(abilities.get(name) is True for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _load_part(
+    spec: Spec,
+    layout: ModuleType,
+    folder: Path,
+    part: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    module = build_part(spec, part)
+    family = registry.module(f"fastvideo.models.{part}", getattr(spec, part).family)
+    num_params = sum(p.numel() for p in module.parameters())
+    if part == "text" and num_params < _SMALL_TEXT_PARAMS:
+        dtype = torch.float32  # costs nothing, and every later number depends on these states
+    weights.load_into(
+        module,
+        layout.tensors(folder, part),
+        source=f"{part} in {folder}",
+        dtype=dtype,
+        device=device,
+        keep_float32=family.KEEP_FLOAT32 if part == "dit" else (),
+        aliases=family.ALIASES if part == "text" else None,
+    )
+    logger.info("%s %s: %s parameters in %s", part, spec.name, f"{num_params:,}", dtype)
+    return module.eval().requires_grad_(False)

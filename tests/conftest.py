@@ -1,0 +1,137 @@
+"""Tiny random model folders, shared by all tests."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvideo.formats import diffusers as layout
+from fastvideo.model import Model
+from fastvideo.models.dit.wan import WanConfig, WanDiT
+from fastvideo.models.text.tokenizer import build_word_tokenizer
+from fastvideo.models.text.umt5 import Umt5Config, Umt5Encoder
+from fastvideo.models.vae.wan import WanVae, WanVaeConfig
+from fastvideo.shapes import Compression
+from fastvideo.spec import Defaults, Network, Scheduler, Spec
+
+WORDS = [
+    "a",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "green",
+    "ball",
+    "square",
+    "moving",
+    "left",
+    "right",
+    "up",
+    "down",
+    "at",
+    "night",
+    "day",
+]
+TEXT_DIM, Z_DIM = 32, 4
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of every real class, Wan2.2 VAE layout, stride 4x8x8, with our spec."""
+    root = tmp_path_factory.mktemp("models")
+    return layout.save(tiny_model(root / "tokenizer"), root / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusers_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, loaded and saved again by stock diffusers: no spec, its own file names."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("stock") / "tiny"
+    pipe = diffusers.WanPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    pipe.save_pretrained(folder)
+    assert not (folder / "fastvideo.json").exists()
+    return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_folder` that a test may damage."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+
+
+def tiny_model(tokenizer_folder: Path) -> Model:
+    """Build the tiny model in float32 from seed 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = build_word_tokenizer(WORDS, tokenizer_folder)
+        dit = WanDiT(
+            WanConfig(
+                num_attention_heads=2,
+                attention_head_dim=24,
+                num_layers=2,
+                ffn_dim=64,
+                freq_dim=32,
+                text_dim=TEXT_DIM,
+                in_channels=Z_DIM,
+                out_channels=Z_DIM,
+            )
+        )
+        vae = WanVae(
+            WanVaeConfig(
+                base_dim=8,
+                decoder_base_dim=8,
+                z_dim=Z_DIM,
+                dim_mult=(1, 2, 2),
+                num_res_blocks=1,
+                temperal_downsample=(True, True),
+                latents_mean=(0.1, -0.2, 0.3, 0.0),
+                latents_std=(1.1, 0.9, 1.3, 0.7),
+                is_residual=True,
+                in_channels=12,
+                out_channels=12,
+                patch_size=2,
+            )
+        )
+        text = Umt5Encoder(
+            Umt5Config(
+                vocab_size=tokenizer.vocab_size,
+                d_model=TEXT_DIM,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=2,
+            )
+        )
+        text.init_weights()
+        _randomise(dit)
+    spec = Spec(
+        name="tiny",
+        dit=Network(family="wan"),
+        vae=Network(family="wan"),
+        text=Network(family="umt5"),
+        compression=Compression(temporal=4, spatial=8, patch=(1, 2, 2)),
+        scheduler=Scheduler(name="unipc", args={"shift": 3.0}),
+        defaults=Defaults(
+            num_frames=9,
+            height=32,
+            width=48,
+            fps=8,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            negative_prompt="a blue square",
+            max_text_tokens=16,
+        ),
+    )
+    networks = [module.eval().requires_grad_(False) for module in (dit, vae, text)]
+    return Model(spec, *networks, tokenizer, torch.device("cpu"), torch.float32)
+
+
+def _randomise(module: torch.nn.Module) -> None:
+    """Replace constant starting values, behind which a mistake could hide."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.numel() < 2 or parameter.std() < 1e-6:
+                parameter += 0.1 * torch.randn_like(parameter)
