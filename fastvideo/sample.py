@@ -1,0 +1,140 @@
+"""The denoising loop: from noise to clean latents, one yielded step at a time.
+
+velocity = guide(dit, scale=5.0, cond=cond, uncond=uncond)
+for step in sample(velocity, scheduler, latents=noise, num_steps=50, seed=0, dtype=dit_dtype):
+    ...  # show step.clean; stop iterating to cancel; keep step.state and step.x to resume
+latents = step.x
+
+Nothing here touches gradients or devices: callers that only render wrap it in `torch.no_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastvideo import flow, rng
+from fastvideo.schedulers import Grid, Scheduler
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_BCTHW, t_BT in 0..1000) -> v_BCTHW
+
+
+class Conditioning(Protocol):
+    """What a family's encoder stage makes and only its DiT opens."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Join along the batch."""
+        ...
+
+
+C = TypeVar("C", bound=Conditioning)
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+class Denoiser(Protocol[C_contra]):
+    """A model of the flow's velocity; every DiT is one, and so is whatever wraps it."""
+
+    def __call__(
+        self, x_BCTHW: Tensor, t_BT: Tensor, cond: C_contra, cache: Any = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known after evaluation `index` of `total`: float32 latents, all that a run needs.
+
+    `x` is the latents at the next noise level (the result, after the last step), `clean` the
+    model's estimate of the clean ones at this step, for previews. To resume, pass `latents=x`,
+    `state=state` and `start=index + 1`.
+    """
+
+    index: int
+    total: int
+    x: Tensor
+    clean: Tensor
+    state: Any
+
+
+def guide(
+    denoiser: Denoiser[C], *, scale: float, cond: C, uncond: C | None = None, batched: bool = False
+) -> Velocity:
+    """Bind the conditioning, with classifier-free guidance unless `scale` is 1 (2207.12598).
+
+    v = v_uncond + scale (v_cond - v_uncond), in float32. `batched` runs one forward of batch 2B,
+    else two of batch B: the same result, more memory against fewer launches. Raises `ValueError`
+    if `scale` needs an `uncond` that is not there.
+    """
+    if scale == 1:
+        return lambda x, t: denoiser(x, t, cond)
+    if uncond is None:
+        raise ValueError(
+            f"guidance_scale {scale} needs a negative prompt's conditioning; nearest: 1"
+        )
+
+    def combine(v_uncond: Tensor, v_cond: Tensor) -> Tensor:
+        base = v_uncond.float()
+        return base + scale * (v_cond.float() - base)
+
+    if not batched:
+        return lambda x, t: combine(denoiser(x, t, uncond), denoiser(x, t, cond))
+    both = cond.cat([uncond, cond])
+
+    def twice(x: Tensor, t: Tensor) -> Tensor:
+        v = denoiser(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, C, T, H, W)
+        return combine(*v.chunk(2))
+
+    return twice
+
+
+def sample(
+    velocity: Velocity,
+    scheduler: Scheduler[Any],
+    *,
+    latents: Tensor,
+    num_steps: int,
+    seed: int | Sequence[int] = 0,
+    dtype: torch.dtype = torch.float32,
+    start: int = 0,
+    state: Any = None,
+) -> Iterator[Step]:
+    """Return an iterator over the steps `start`..`num_steps`-1; the last one's `x` is the result.
+
+    `velocity` sees x (B, C, T, H, W) in `dtype` and t (B, 1) in float32; the scheduler's arithmetic
+    is float32. `seed` is of use to schedulers that add noise: one for the batch (clip b gets seed +
+    b) or one for each clip, so that a clip does not depend on its neighbours. Raises `ValueError`
+    for a number of steps that the scheduler or `start` does not allow, before any evaluation.
+    """
+    grid = scheduler.grid(num_steps)
+    if not 0 <= start < num_steps:
+        raise ValueError(f"start {start} must be a step of 0..{num_steps - 1}")
+    state = scheduler.init(grid) if state is None else state
+    seeds = rng.clip_seeds(seed, len(latents))
+    return _steps(velocity, scheduler, grid, latents.float(), seeds, dtype, start, state)
+
+
+def _steps(
+    velocity: Velocity,
+    scheduler: Scheduler[Any],
+    grid: Grid,
+    x: Tensor,
+    seeds: tuple[int, ...],
+    dtype: torch.dtype,
+    start: int,
+    state: Any,
+) -> Iterator[Step]:
+    sigmas, times = grid.sigmas.tolist(), grid.timesteps.to(x.device)
+    for i in range(start, grid.num_steps):
+        t_BT = times[i].expand(len(x), 1)
+        v = velocity(x.to(dtype), t_BT).to(x.dtype)  # (B, C, T, H, W)
+        clean = flow.clean_from(x, v, sigmas[i])
+        noise = None
+        if scheduler.renoise and i + 1 < grid.num_steps:
+            noise = rng.clip_noise(tuple(x.shape[1:]), seeds=seeds, purpose="renoise", step=i)
+            noise = noise.to(x.device)
+        state, x = scheduler.step(state, x, v, i, noise=noise)
+        yield Step(i, grid.num_steps, x, clean, state)
