@@ -1,0 +1,50 @@
+"""Train, distil and serve few-step Wan-style video models; public names load on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvideo_inference.events import Chunk, Done, Preview, Progress
+    from fastvideo_inference.pipeline import Video, VideoPipeline
+    from fastvideo_inference.request import GenerateRequest
+
+    from fastvideo.hub import bundled as bundled_models
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Chunk",
+    "Done",
+    "GenerateRequest",
+    "Preview",
+    "Progress",
+    "Video",
+    "VideoPipeline",
+    "__version__",
+    "bundled_models",
+]
+
+# public name: where it is
+_PUBLIC = {
+    "Chunk": "fastvideo_inference.events:Chunk",
+    "Done": "fastvideo_inference.events:Done",
+    "GenerateRequest": "fastvideo_inference.request:GenerateRequest",
+    "Preview": "fastvideo_inference.events:Preview",
+    "Progress": "fastvideo_inference.events:Progress",
+    "Video": "fastvideo_inference.pipeline:Video",
+    "VideoPipeline": "fastvideo_inference.pipeline:VideoPipeline",
+    "bundled_models": "fastvideo.hub:bundled",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastvideo' has no attribute {name!r}")
+    module, _, target = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), target)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

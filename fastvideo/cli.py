@@ -1,0 +1,168 @@
+"""The front door: a verb is a string until it is typed, and only that verb's module is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastvideo import __version__, env, log
+from fastvideo.registry import did_you_mean
+
+# verb: (where its function is, what it does)
+VERBS = {
+    "generate": (
+        "fastvideo_inference.commands.generate:generate",
+        "Make clips from prompts.",
+    ),
+    "inspect": (
+        "fastvideo_inference.commands.inspect:inspect",
+        "Tell what a clip or a model folder is made of.",
+    ),
+    "doctor": (
+        "fastvideo_inference.commands.doctor:doctor",
+        "Check this machine: devices, attention backends, codecs, disk.",
+    ),
+    "data": ("fastvideo_train.commands.data:data", "Render or encode training data."),
+    "train": ("fastvideo_train.commands.train:train", "Train a model from a recipe (TOML)."),
+    "export": ("fastvideo_train.commands.export:export", "Turn a run into a model folder."),
+    "eval": (
+        "fastvideo_inference.commands.eval:evaluate",
+        "Measure how faithfully a model follows its prompts.",
+    ),
+    "demo": ("fastvideo_inference.commands.demo:demo", "Open the demo page in a browser."),
+}
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# Typer's own base of all usage errors, whichever click it was built on.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+
+class RefusedError(ValueError):
+    """What the user asked for is illegal, found out before any work was done: exit code 2."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn `ValueError` and `OSError` raised while a request is read into `RefusedError`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RefusedError(one_line(error)) from error
+
+
+class Verbs(TyperGroup):
+    """A command group that imports the module of a verb when that verb is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the verbs in the order in which one needs them."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import one verb; None if there is no such verb."""
+        return _command(cmd_name) if cmd_name in VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the verb that `args` begin with, or fail with the nearest one."""
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            known = ", ".join(VERBS)
+            ctx.fail(f"verb {args[0]!r} is unknown{did_you_mean(args[0], VERBS)} (known: {known})")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; Ctrl-C ends it here, since some releases of Typer end it without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            return _say("interrupted", INTERRUPTED)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the table of verbs without importing one."""
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `fastvideo ARGV`; return the exit code: 0 ok, 1 failed, 2 usage, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        log.configure()
+        result = _group().main(args or ["--help"], prog_name="fastvideo", standalone_mode=False)
+        return result if isinstance(result, int) else OK
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", INTERRUPTED)
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx else "fastvideo"
+        return _say(f"error: {error.format_message()} (see {where} --help)", USAGE)
+    except Exception as error:
+        if env.log_level() == "DEBUG":
+            raise
+        return _say(
+            f"error: {one_line(error)}", USAGE if isinstance(error, RefusedError) else FAILED
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message as one line, with its type where users can only report it."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and text:
+        return text
+    hint = "FASTVIDEO_LOG=debug shows where"
+    return (
+        f"{type(error).__name__}: {text} ({hint})" if text else f"{type(error).__name__} ({hint})"
+    )
+
+
+def _group() -> Any:
+    # Plain help: rich's tables would cost more than everything else that --help does.
+    app = typer.Typer(
+        cls=Verbs,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    return typer.main.get_command(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastvideo {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_version, is_eager=True
+    ),
+) -> None:
+    """Train, distil and serve few-step Wan-style video models."""
+
+
+def _command(verb: str) -> Any:
+    target, text = VERBS[verb]
+    module, _, name = target.partition(":")
+    found = getattr(import_module(module), name)
+    if isinstance(found, typer.Typer):
+        command = typer.main.get_command(found)
+    else:
+        app = typer.Typer(rich_markup_mode=None, add_completion=False)
+        app.command(verb, help=found.__doc__ or text)(found)
+        command = typer.main.get_command(app)
+    command.name = verb
+    return command
+
+
+def _say(message: str, code: int) -> int:
+    sys.stderr.write(message + "\n")
+    return code

@@ -1,0 +1,301 @@
+"""Video and image files: exact sizes, atomic writes, and a recipe that travels inside the file.
+
+Frames are uint8 RGB, one frame H W 3 or a chunk T H W 3; files are H.264 yuv420p in mp4. Everything
+goes through imageio's PyAV plugin, which keeps the size asked for (its ffmpeg plugin rescales).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Frames = npt.NDArray[np.uint8]
+
+VIDEO_SUFFIXES = (".mp4",)
+# Without use_metadata_tags the muxer drops every key that it does not know, without a word.
+MOVFLAGS = {"movflags": "use_metadata_tags+faststart"}
+# 17 is visually lossless for x264; the default 23 smears flat colours at small sizes.
+X264 = {"crf": "17", "preset": "medium"}
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a file says of its video stream; `duration_s` in seconds."""
+
+    codec: str
+    pixel_format: str
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    duration_s: float
+
+
+def write_video(
+    path: str | Path,
+    frames: Iterable[Frames],
+    *,
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write frames (each H W 3 or T H W 3, uint8) as an mp4 that appears whole or not at all.
+
+    Raises `ValueError` for a suffix, size or dtype that cannot be written, `FileExistsError` if the
+    file exists and `overwrite` is off, `OSError` for a folder that refuses or a disk that is full.
+    """
+    path = check_output(path, overwrite=overwrite)
+    if fps <= 0:
+        raise ValueError(f"fps {fps} must be greater than 0")
+    with _atomic(path, overwrite=overwrite) as partial:
+        _encode(partial, _single(frames), fps=fps, metadata=metadata or {})
+    return path
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Return the path if `write_video` may write there; raise as it would, but early."""
+    path = Path(path)
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        legal = ", ".join(VIDEO_SUFFIXES)
+        raise ValueError(f"output {path} must end in one of: {legal}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already and is not overwritten; choose another name")
+    with _partial(path) as probe:  # asking the folder is surer than reading its permissions
+        probe.touch()
+    return path
+
+
+def read_video(path: str | Path) -> tuple[Frames, float]:
+    """Return all frames (T H W 3 uint8) and the frames per second of a file."""
+    import numpy as np
+
+    with _opened(path) as file:
+        frames = list(file.iter())
+        fps = float(file.metadata()["fps"])
+    return np.stack(frames), fps
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the container's tags; raise a one-line `ValueError` if the file holds no video."""
+    with _opened(path) as file:
+        return {str(k): str(v) for k, v in file.container_metadata.items()}
+
+
+def read_facts(path: str | Path) -> VideoFacts:
+    """Return size, length and codec of a file, its frames counted rather than believed."""
+    with _opened(path) as file:
+        meta: dict[str, Any] = file.metadata()
+        shapes = [frame.shape for frame in file.iter()]
+    height, width = shapes[0][:2]
+    return VideoFacts(
+        codec=str(meta["codec"]),
+        pixel_format=str(meta["video_format"]),
+        width=int(width),
+        height=int(height),
+        num_frames=len(shapes),
+        fps=float(meta["fps"]),
+        duration_s=len(shapes) / float(meta["fps"]),
+    )
+
+
+def contact_sheet(
+    clips: Sequence[Frames],
+    *,
+    labels: Sequence[str] | None = None,
+    num_columns: int = 6,
+    gap: int = 4,
+) -> Frames:
+    """Lay clips (each T H W 3) out as rows of `num_columns` evenly spaced frames; return H W 3."""
+    import numpy as np
+
+    if not clips:
+        raise ValueError("a contact sheet needs at least one clip")
+    if labels is not None and len(labels) != len(clips):
+        raise ValueError(f"{len(labels)} labels were given for {len(clips)} clips")
+    rows = []
+    for index, clip in enumerate(clips):
+        picks = np.linspace(0, len(clip) - 1, num_columns).round().astype(int)
+        padded = np.pad(clip[picks], ((0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+        row = np.concatenate(list(padded), axis=1)
+        rows.append(row if labels is None else np.concatenate([_label(labels[index], row), row]))
+    width = max(row.shape[1] for row in rows)
+    fill = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
+    return np.concatenate(
+        [np.pad(r, f, constant_values=255) for r, f in zip(rows, fill, strict=True)]
+    )
+
+
+def write_png(path: str | Path, image: Frames, *, overwrite: bool = False) -> Path:
+    """Write one image (H W 3 uint8) as a PNG that appears whole or not at all."""
+    from PIL import Image
+
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"image {path} must end in .png")
+    with _atomic(path, overwrite=overwrite) as partial:
+        Image.fromarray(_checked(image)).save(partial, format="PNG")
+    return path
+
+
+def write_text(path: str | Path, text: str, *, overwrite: bool = False) -> Path:
+    """Write a small text file (a sidecar) that appears whole or not at all."""
+    path = Path(path)
+    with _atomic(path, overwrite=overwrite) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
+class _PatientFile(io.FileIO):
+    """A file that keeps its first error for later; the muxer would lose it and fail to close."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) if self.error is None else len(data)
+        except OSError as error:
+            self.error = error
+            return len(data)
+
+
+def _encode(
+    path: Path, frames: Iterator[Frames], *, fps: float, metadata: Mapping[str, str]
+) -> None:
+    import av
+
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("there are no frames to write")
+    with _PatientFile(path, "w+") as target:
+        try:
+            _mux(target, first, frames, fps=fps, metadata=metadata)
+        except av.FFmpegError as error:
+            raise target.error or OSError(error.errno, error.strerror) from error
+        if target.error is not None:
+            raise target.error
+
+
+def _mux(
+    target: _PatientFile,
+    first: Frames,
+    frames: Iterator[Frames],
+    *,
+    fps: float,
+    metadata: Mapping[str, str],
+) -> None:
+    import imageio.v3 as iio
+
+    imopen: Any = iio.imopen  # its overloads omit what the plugin passes on to PyAV
+    with imopen(target, "w", extension=".mp4", plugin="pyav", options=MOVFLAGS) as file:
+        file.container_metadata.update(metadata)
+        file.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")
+        file._video_stream.options = X264  # the plugin's public face has no encoder options
+        file.write_frame(first)
+        for frame in frames:
+            if frame.shape != first.shape:
+                raise ValueError(f"frame {frame.shape} differs from the first {first.shape}")
+            if target.error is not None:
+                break
+            file.write_frame(frame)
+
+
+def _single(frames: Iterable[Frames]) -> Iterator[Frames]:
+    for item in frames:
+        for frame in [item] if item.ndim == 3 else item:
+            height, width = _checked(frame).shape[:2]
+            if height % 2 or width % 2:
+                near = f"{width - width % 2}x{height - height % 2}"
+                raise ValueError(
+                    f"frame size {width}x{height} cannot be written: H.264 in yuv420p needs even"
+                    f" sides; nearest: {near}, {width + width % 2}x{height + height % 2}"
+                )
+            yield frame
+
+
+def _checked(image: Frames) -> Frames:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype.name != "uint8":
+        raise ValueError(f"a frame must be H W 3 uint8, not {image.shape} {image.dtype.name}")
+    return image
+
+
+@contextmanager
+def _atomic(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary sibling of `path` to write to; it takes the name only if all went well."""
+    with _partial(path) as partial:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        _publish(partial, path, overwrite=overwrite)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `path`, removed in the end; errors name only `path`."""
+    partial = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
+    if overwrite:
+        partial.replace(path)
+        return
+    try:
+        os.link(partial, path)  # unlike a rename, a link fails if the name was taken meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # file systems without hard links: claim the name first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        partial.replace(path)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    import av
+    import imageio.v3 as iio
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    try:
+        with iio.imopen(path, "r", plugin="pyav") as file:
+            yield file
+    except (av.FFmpegError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path} is not a video that can be read: {_reason(error)}") from None
+    except OSError as error:  # imageio's InitializationError is one, without an errno
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is not a video that can be read: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    known = isinstance(error, OSError) and error.strerror
+    return str(known) if known else "it is empty, cut short or another kind of file"
+
+
+def _label(text: str, row: Frames) -> Frames:
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (row.shape[1], 16), "white")
+    with suppress(UnicodeEncodeError):  # Pillow's built-in font is Latin only
+        ImageDraw.Draw(strip).text((4, 3), text, fill="black")
+    return np.asarray(strip)

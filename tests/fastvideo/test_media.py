@@ -1,0 +1,200 @@
+"""Video files: exact sizes, tags that survive, and no half or lost file whatever happens."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvideo import media
+
+TAGS = {"comment": json.dumps({"prompt": 'größer "than" {life}; \\n'}), "recipe": "own key"}
+
+
+def clip(frames: int = 9, height: int = 34, width: int = 90) -> np.ndarray:
+    """Return a smooth moving gradient, which H.264 keeps nearly as it is."""
+    t, y, x = np.mgrid[:frames, :height, :width]
+    return np.stack([x * 2 + t, y * 5, 128 + 0 * x], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    return media.write_video(tmp_path / "a.mp4", clip(), fps=16, metadata=TAGS)
+
+
+def test_size_length_and_rate_come_back_exactly(written: Path):
+    facts = media.read_facts(written)
+    assert (facts.width, facts.height, facts.num_frames, facts.fps) == (90, 34, 9, 16.0)
+    assert (facts.codec, facts.pixel_format) == ("h264", "yuv420p")
+    assert facts.duration_s == pytest.approx(9 / 16)
+
+
+def test_frames_come_back_close_to_what_was_written(written: Path):
+    frames, fps = media.read_video(written)
+    assert (frames.dtype, frames.shape, fps) == (np.uint8, (9, 34, 90, 3), 16.0)
+    assert np.abs(frames.astype(int) - clip().astype(int)).mean() < 4
+
+
+def test_tags_come_back_word_for_word(written: Path):
+    tags = media.read_metadata(written)
+    assert {key: tags[key] for key in TAGS} == TAGS
+
+
+def test_the_index_comes_first_so_that_players_start_at_once(written: Path):
+    data = written.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_single_frames_and_chunks_make_the_same_file(tmp_path: Path, written: Path):
+    frames = clip()
+    mixed = media.write_video(
+        tmp_path / "b.mp4", iter([frames[0], frames[1:4], frames[4:]]), fps=16, metadata=TAGS
+    )
+    assert mixed.read_bytes() == written.read_bytes()
+
+
+def test_a_file_that_exists_is_never_overwritten_unless_asked(written: Path):
+    before = written.read_bytes()
+    with pytest.raises(FileExistsError, match="exists already"):
+        media.write_video(written, clip(5), fps=16)
+    assert written.read_bytes() == before
+    media.write_video(written, clip(5), fps=16, overwrite=True)
+    assert media.read_facts(written).num_frames == 5
+
+
+def test_a_name_that_is_taken_while_writing_is_not_overwritten(tmp_path: Path):
+    path = tmp_path / "a.mp4"
+
+    def frames():
+        yield clip()
+        path.write_text("mine")
+
+    with pytest.raises(FileExistsError):
+        media.write_video(path, frames(), fps=16)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: BaseException):
+    def frames():
+        yield clip()
+        raise error
+
+    with pytest.raises(type(error)):
+        media.write_video(tmp_path / "a.mp4", frames(), fps=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
+    script = (
+        "import resource, signal, sys, numpy as np\n"
+        "from fastvideo import media\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)\n"
+        "try:\n    media.write_video(sys.argv[1], noise, fps=16)\n"
+        "except OSError as error:\n    print(error.errno, error.filename, error.strerror)\n"
+    )
+    path = tmp_path / "a.mp4"
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"27 {path} File too large\n"
+    assert run.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+    assert signal.SIGXFSZ
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 90), (34, 91), (33, 91)])
+def test_odd_sizes_are_refused_with_the_nearest_even_ones(tmp_path: Path, height: int, width: int):
+    with pytest.raises(ValueError, match=r"needs even sides; nearest: 90x\d+, 9[02]x34"):
+        media.write_video(tmp_path / "a.mp4", clip(2, height, width), fps=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "text"),
+    [
+        ([], "no frames"),
+        ([clip().astype(np.float32)], "uint8, not"),
+        ([clip()[..., :1]], "must be H W 3"),
+        ([clip(), clip(width=92)], "differs from the first"),
+    ],
+)
+def test_frames_that_cannot_be_written_are_refused(tmp_path: Path, frames: list, text: str):
+    with pytest.raises(ValueError, match=text):
+        media.write_video(tmp_path / "a.mp4", frames, fps=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_suffixes_are_refused_with_the_legal_ones(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"must end in one of: \.mp4"):
+        media.write_video(tmp_path / "a.avi", clip(), fps=16)
+
+
+def test_an_output_below_a_file_is_refused_before_any_work(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/a\.mp4"):
+        media.check_output(tmp_path / "file" / "a.mp4")
+
+
+def test_checking_an_output_leaves_no_file(tmp_path: Path):
+    path = media.check_output(tmp_path / "new" / "a.mp4")
+    assert path.parent.is_dir()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "head"])
+def test_a_file_that_is_no_video_is_a_one_line_value_error(
+    tmp_path: Path, written: Path, damage: str
+):
+    data = {"text": b"hello " * 99, "empty": b"", "head": written.read_bytes()[:300]}[damage]
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(data)
+    for read in (media.read_metadata, media.read_facts, media.read_video):
+        with pytest.raises(ValueError, match=r"bad\.mp4 is not a video that can be read") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_video_cut_short_is_noticed_when_its_frames_are_read(tmp_path: Path, written: Path):
+    data = written.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: data.index(b"mdat") + 60])
+    with pytest.raises(ValueError, match="is not a video that can be read"):
+        media.read_facts(tmp_path / "cut.mp4")
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"none\.mp4 does not exist"):
+        media.read_metadata(tmp_path / "none.mp4")
+
+
+def test_a_contact_sheet_shows_first_and_last_frames_in_order(tmp_path: Path):
+    dark, light = clip(1) * 0, clip(1) * 0 + 200
+    sheet = media.contact_sheet([np.concatenate([dark, light])], num_columns=2, gap=2)
+    assert sheet.shape == (36, 2 * 92, 3)
+    assert (sheet[10, 10] == 0).all()
+    assert (sheet[10, 92 + 10] == 200).all()
+
+
+def test_a_contact_sheet_of_several_labelled_clips_has_a_row_for_each(tmp_path: Path):
+    sheet = media.contact_sheet([clip(), clip(5)], labels=["one", "two"], num_columns=3, gap=4)
+    assert sheet.shape == (2 * (16 + 38), 3 * 94, 3)
+    with pytest.raises(ValueError, match="1 labels were given for 2 clips"):
+        media.contact_sheet([clip(), clip()], labels=["one"])
+
+
+def test_a_png_comes_back_exactly_and_is_not_overwritten(tmp_path: Path):
+    from PIL import Image
+
+    path = media.write_png(tmp_path / "a.png", clip()[0])
+    assert (np.asarray(Image.open(path)) == clip()[0]).all()
+    with pytest.raises(FileExistsError):
+        media.write_png(path, clip()[1])
+    assert list(tmp_path.iterdir()) == [path]
