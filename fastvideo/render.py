@@ -1,0 +1,173 @@
+"""Prompts to frames in the plainest form; the pipeline's stages and training's validation call it.
+
+cond = encode_text(model, ["a red ball"])
+noise = initial_latents(model, num_frames=81, height=128, width=128, seed=0)
+for step in denoise(model, cond, latents=noise, num_steps=50): ...
+for chunk in decode(model, step.x): ...  # uint8, (t, H, W, 3)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastvideo import attention, registry, rng, schedulers
+from fastvideo.models.text import encode_prompts
+from fastvideo.sample import Denoiser, Step, guide, sample
+from fastvideo.shapes import LatentShape
+
+if TYPE_CHECKING:
+    from fastvideo.model import Model
+
+Frames = npt.NDArray[np.uint8]
+
+
+@torch.no_grad()
+def encode_text(model: Model, prompts: Sequence[str]) -> Any:
+    """Encode prompts into the conditioning of the model's own family, one row for each."""
+    limit = model.spec.defaults.max_text_tokens
+    states_BLC = encode_prompts(
+        model.text, model.tokenizer, prompts, max_tokens=limit, device=str(model.device)
+    )
+    conditioning = registry.load("fastvideo.models.dit", model.spec.dit.family, "Conditioning")
+    return conditioning(states_BLC.to(model.device, model.dtype))
+
+
+def initial_latents(
+    model: Model, *, num_frames: int, height: int, width: int, seed: int | Sequence[int]
+) -> Tensor:
+    """Draw the starting noise, float32 (B, C, T, H, W), on the CPU so that every device agrees.
+
+    `seed` is one number for one clip, or one for each clip of a batch. Raises `ValueError` for a
+    size that the model cannot make, naming the nearest ones that it can.
+    """
+    seeds = rng.clip_seeds(seed, 1) if isinstance(seed, int) else tuple(seed)
+    grid = model.spec.latent_shape(frames=num_frames, height=height, width=width)
+    shape = (model.vae.config.z_dim, grid.frames, grid.height, grid.width)
+    return rng.clip_noise(shape, seeds=seeds, purpose="latents").to(model.device)
+
+
+@torch.no_grad()
+def denoise(
+    model: Model,
+    cond: Any,
+    *,
+    latents: Tensor,
+    num_steps: int,
+    guidance_scale: float = 1.0,
+    uncond: Any = None,
+    batched: bool = False,
+    backend: str = "auto",
+    seed: int | Sequence[int] = 0,
+    start: int = 0,
+    state: Any = None,
+) -> Iterator[Step]:
+    """Yield the steps from `latents` to the clip, under the scheduler that the model's spec names.
+
+    The arguments are those of `sample.guide` and `sample.sample`, and `backend` the name of an
+    attention backend; gradients are off only while a step is computed, never in the consumer.
+    """
+    scheduler = schedulers.create(model.spec.scheduler.name, model.spec.scheduler.args)
+    prepare = model.dit.prepare  # what no step changes, once for all steps
+    velocity = guide(
+        _with_attention(model, latents, backend),
+        scale=guidance_scale,
+        cond=prepare(cond),
+        uncond=None if uncond is None or guidance_scale == 1 else prepare(uncond),
+        batched=batched,
+    )
+    yield from sample(
+        velocity,
+        scheduler,
+        latents=latents,
+        num_steps=num_steps,
+        seed=seed,
+        dtype=model.dtype,
+        start=start,
+        state=state,
+    )
+
+
+def _with_attention(model: Model, latents: Tensor, name: str) -> Denoiser[Any]:
+    pattern = attention.parse(model.spec.attention.pattern, model.spec.attention.args)
+    grid = LatentShape(*latents.shape[2:]).tokens(model.spec.compression.patch)
+    layout = attention.plan(pattern, grid, model.device)
+    attend = attention.select(
+        name,
+        layout=layout,
+        num_text_tokens=model.spec.defaults.max_text_tokens,
+        dtype=model.dtype,
+        device=model.device,
+        needs_grad=False,
+        head_dim=model.dit.config.attention_head_dim,
+    )
+    return partial(model.dit, attend=attend, layout=layout)
+
+
+@torch.no_grad()
+def decode(model: Model, latents: Tensor) -> Iterator[Frames]:
+    """Yield the frames of one clip, uint8 (t, H, W, 3), as its normalised latents are decoded."""
+    assert len(latents) == 1, "frames of several clips cannot share one stream"
+    z = model.vae.denormalize(latents.float())
+    for pixels_BCTHW in model.vae.stream(z):
+        yield to_uint8(pixels_BCTHW[0])
+
+
+def to_uint8(pixels_CTHW: Tensor) -> Frames:
+    """Turn pixels in [-1, 1] into frames (T, H, W, C) of bytes, rounding to the nearest."""
+    levels = (pixels_CTHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def frames(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> list[Frames]:
+    """Render one clip (T, H, W, 3) for each prompt; what is not given is the spec's default.
+
+    Clip b starts from seed + b, or from its own of a sequence, and is the clip that the prompt
+    would give alone.
+    """
+    given = model.spec.defaults
+    total = given.num_inference_steps if num_steps is None else num_steps
+    scale = given.guidance_scale if guidance_scale is None else guidance_scale
+    negative = given.negative_prompt if negative_prompt is None else negative_prompt
+    seeds = rng.clip_seeds(seed, len(prompts))
+    latents = initial_latents(
+        model,
+        num_frames=given.num_frames if num_frames is None else num_frames,
+        height=given.height if height is None else height,
+        width=given.width if width is None else width,
+        seed=seeds,
+    )
+    cond = encode_text(model, prompts)
+    uncond = None
+    if scale != 1:
+        one = encode_text(model, [negative])
+        uncond = one.cat([one] * len(prompts))
+    steps = denoise(
+        model,
+        cond,
+        latents=latents,
+        num_steps=total,
+        guidance_scale=scale,
+        uncond=uncond,
+        seed=seeds,
+    )
+    latents = deque(steps, maxlen=1).pop().x
+    return [np.concatenate(list(decode(model, z))) for z in latents[:, None]]
