@@ -1,0 +1,1 @@
+"""What one does with a video model: requests, stages, the pipeline and its commands."""

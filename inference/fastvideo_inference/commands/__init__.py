@@ -1,0 +1,1 @@
+"""One file for each verb; arguments are read and refused before torch is imported."""

@@ -1,0 +1,174 @@
+"""From words on the command line to checked jobs; nothing here needs torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvideo import hub, media
+from fastvideo.config import assignments, read_toml
+from fastvideo.registry import did_you_mean
+from fastvideo.shapes import parse_size
+from fastvideo.spec import Spec
+from fastvideo_inference import naming, prompts
+from fastvideo_inference.recipe import Recipe, fingerprint, read_recipe
+from fastvideo_inference.request import Plan, read_layers
+
+DEFAULT_MODEL = "wan-nano"
+# The flag that sets a field of the request, for error texts.
+FLAG_OF = {
+    "num_frames": "--frames",
+    "height": "--size",
+    "width": "--size",
+    "fps": "--fps",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative",
+    "seed": "--seed",
+    "prompt": "the prompt",
+}
+
+
+DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What was typed after `generate`; None for what was not."""
+
+    prompt: str | None
+    prompts: Path | None
+    model: str | None
+    config: Path | None
+    repeat: Path | None
+    output: str | None
+    size: str | None
+    settings: tuple[str, ...]
+    device: str | None
+    dtype: str | None
+    flags: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make, and where to put it."""
+
+    plan: Plan
+    path: Path
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that a run of `generate` does, checked."""
+
+    model: str
+    device: str
+    dtype: str
+    jobs: tuple[Job, ...]
+
+
+def read(words: Words) -> Batch:
+    """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
+    _check_place(words.device, words.dtype)
+    repeated = read_recipe(words.repeat) if words.repeat else None
+    layers, top = _layers(words, repeated)
+    name = words.model or top.pop("model", None) or DEFAULT_MODEL
+    if not isinstance(name, str):
+        raise ValueError(f"model {name!r} must be a name or a folder")
+    spec, folder = hub.open_spec(name, weights=repeated is not None)
+    if repeated:
+        _check_repeatable(words.repeat, repeated, name, folder)
+    plans = [_plan(row, layers, words, spec) for row in _rows(words, repeated)]
+    return Batch(
+        model=name,
+        device=words.device or (repeated.device if repeated else "auto"),
+        dtype=words.dtype or (repeated.dtype if repeated else "auto"),
+        jobs=_place(plans, words.output),
+    )
+
+
+def _layers(
+    words: Words, repeated: Recipe | None
+) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
+    """Return the request layers, lowest first, and what else they set (the model)."""
+    layers = []
+    if repeated:
+        given = {"model": repeated.model.name_or_path, **repeated.request.model_dump()}
+        layers.append((str(words.repeat), given))
+    if words.config:
+        layers.append((str(words.config), read_toml(words.config)))
+    if words.settings:
+        layers.append(("--set", assignments(words.settings)))
+    flags = {k: v for k, v in words.flags.items() if v is not None}
+    if words.size:
+        flags["width"], flags["height"] = parse_size(words.size)
+    layers.append(("the command line", flags))
+    top: dict[str, Any] = {}
+    for _, values in layers:
+        if "model" in values:
+            top["model"] = values.pop("model")
+    return layers, top
+
+
+def _rows(words: Words, repeated: Recipe | None) -> list[tuple[str, dict[str, Any]]]:
+    if words.prompt is not None and words.prompts is not None:
+        raise ValueError("give a prompt or --prompts FILE, not both")
+    if words.prompts is not None:
+        return prompts.read_prompts(words.prompts)
+    return [("the command line", {} if words.prompt is None else {"prompt": words.prompt})]
+
+
+def _plan(
+    row: tuple[str, dict[str, Any]],
+    layers: list[tuple[str, dict[str, Any]]],
+    words: Words,
+    spec: Spec,
+) -> Plan:
+    # A row of a prompt file is more particular than a config, less than a flag typed now.
+    ordered = [*layers[:-1], row, layers[-1]]
+    if not any("prompt" in values for _, values in ordered):
+        raise ValueError('there is no prompt; try: fastvideo generate "a big red ball moving left"')
+    origin = {key: source for source, values in ordered for key in values}
+    for key in layers[-1][1]:
+        origin[key] = FLAG_OF[key]
+    return read_layers(*ordered).resolve(spec, origin=origin)
+
+
+def _check_place(device: str | None, dtype: str | None) -> None:
+    if device is not None and not DEVICE.fullmatch(device):
+        raise ValueError(f"--device {device!r} is unknown; use auto, cpu, mps, cuda, cuda:N or xpu")
+    if dtype is not None and dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
+        raise ValueError(f"--dtype {dtype!r} is unknown{hint} (known: {', '.join(DTYPES)})")
+
+
+def _check_repeatable(path: Path | None, recipe: Recipe, name: str, folder: Path) -> None:
+    if recipe.latents != "seed":
+        raise ValueError(
+            f"{path} was made from noise that its caller brought; it cannot be repeated"
+        )
+    found = fingerprint(folder)
+    if found != recipe.model.fingerprint:
+        raise ValueError(
+            f"{path} was made by other weights than {name}: its recipe says {recipe.model.spec}"
+            f" {recipe.model.fingerprint[:12]}, {folder} is {found[:12]}"
+        )
+
+
+def _place(plans: list[Plan], output: str | None) -> tuple[Job, ...]:
+    template = naming.check_template(output or naming.DEFAULT_TEMPLATE, num_clips=len(plans))
+    jobs: list[Job] = []
+    for index, plan in enumerate(plans):
+        path = naming.fill(template, prompt=plan.prompt, seed=plan.seed, index=index)
+        taken = {job.path for job in jobs}
+        if output is None or path in taken:
+            path = naming.unused(path, taken=taken)
+        media.check_output(path)
+        if naming.sidecar(path).exists():
+            raise FileExistsError(f"{naming.sidecar(path)} exists already and is not overwritten")
+        jobs.append(Job(plan, path))
+    return tuple(jobs)

@@ -1,0 +1,116 @@
+"""`fastvideo generate`: prompts become clips, their recipe inside and their timings beside."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from fastvideo import media
+from fastvideo.cli import FAILED, OK, one_line, refusing
+from fastvideo_inference import naming
+from fastvideo_inference.commands._jobs import Batch, Job, Words, read
+from fastvideo_inference.commands._report import Report, reporting
+
+if TYPE_CHECKING:
+    from fastvideo_inference.pipeline import VideoPipeline
+
+
+def generate(
+    prompt: Annotated[str | None, Argument(help="What the clip should show.")] = None,
+    prompts: Annotated[
+        Path | None, Option(help="A .txt (a prompt a line) or .jsonl (a request a line).")
+    ] = None,
+    model: Annotated[
+        str | None, Option("--model", "-m", help="Bundled name, folder or hub id. [wan-nano]")
+    ] = None,
+    seed: Annotated[int | None, Option(help="-1 or none: drawn, and printed.")] = None,
+    steps: Annotated[int | None, Option(help="Denoising steps.")] = None,
+    size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")] = None,
+    frames: Annotated[int | None, Option(help="Number of frames, 4k+1.")] = None,
+    fps: Annotated[int | None, Option(help="Frames per second of the file.")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
+    negative: Annotated[str | None, Option(help="What the clip should not show.")] = None,
+    output: Annotated[
+        str | None,
+        Option("--output", "-o", help=f"File, folder/ or template. [{naming.DEFAULT_TEMPLATE}]"),
+    ] = None,
+    config: Annotated[Path | None, Option(help="TOML file with fields of the request.")] = None,
+    settings: Annotated[
+        list[str] | None, Option("--set", help="key=value, over the config; repeatable.")
+    ] = None,
+    repeat: Annotated[
+        Path | None, Option("--from", help="A clip whose recipe to repeat; flags change it.")
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="One event a line on stdout.")] = False,
+    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1. [auto]")] = None,
+    dtype: Annotated[str | None, Option(help="float32, bfloat16. [auto]")] = None,
+) -> int:
+    """Make clips from prompts. What is not given is the model's default."""
+    words = Words(
+        prompt=prompt,
+        prompts=prompts,
+        model=model,
+        config=config,
+        repeat=repeat,
+        output=output,
+        size=size,
+        settings=tuple(settings or ()),
+        device=device,
+        dtype=dtype,
+        flags={
+            "seed": seed,
+            "num_inference_steps": steps,
+            "num_frames": frames,
+            "fps": fps,
+            "guidance_scale": guidance,
+            "negative_prompt": negative,
+        },
+    )
+    with refusing():
+        batch = read(words)
+    with reporting(as_json=as_json) as report:
+        return _run(batch, report)
+
+
+def _run(batch: Batch, report: Report) -> int:
+    started = time.perf_counter()
+    from fastvideo_inference.pipeline import VideoPipeline  # torch comes in here
+
+    pipe = VideoPipeline.from_pretrained(batch.model, device=batch.device, dtype=batch.dtype)
+    load_s = time.perf_counter() - started
+    code = OK
+    for index, job in enumerate(batch.jobs):
+        plan = job.plan
+        report.start(index=index, total=len(batch.jobs), prompt=plan.prompt, seed=plan.seed)
+        try:
+            timings = _make(pipe, job, report, load_s=load_s if index == 0 else 0.0)
+        except (ValueError, OSError, RuntimeError) as error:
+            if len(batch.jobs) == 1:
+                raise
+            report.failed(plan.prompt, one_line(error))
+            code = FAILED
+        else:
+            report.saved(str(job.path), seed=plan.seed, timings=timings)
+    return code
+
+
+def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> dict[str, float]:
+    from fastvideo_inference.events import Done
+
+    last = None
+    for last in pipe.events(job.plan):
+        report.event(last)
+    assert isinstance(last, Done), "stages end in Done"
+    video = pipe.video(last.state)
+    started = time.perf_counter()
+    video.save(job.path)
+    load = {"load": load_s} if load_s else {}
+    timings = {**load, **video.timings, "save": time.perf_counter() - started}
+    timings = {name: round(seconds, 4) for name, seconds in timings.items()}
+    beside = {"recipe": video.recipe, "timings_s": timings, "output": job.path.name}
+    media.write_text(naming.sidecar(job.path), json.dumps(beside, indent=2) + "\n")
+    return timings

@@ -1,0 +1,80 @@
+"""`fastvideo inspect`: the recipe inside a clip, or the parts and spec of a model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from fastvideo import hub, media
+from fastvideo.cli import refusing
+from fastvideo.spec import Spec
+from fastvideo_inference.recipe import fingerprint, read_recipe
+
+Facts = dict[str, Any]
+
+
+def inspect(
+    target: Annotated[str, Argument(help="A clip, a model folder or a model's name.")],
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Tell what a clip or a model folder is made of."""
+    if Path(target).is_file():
+        facts = clip_facts(Path(target))
+    else:
+        with refusing():
+            spec, folder = hub.open_spec(target)
+        facts = model_facts(spec, folder)
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+    return 0
+
+
+def clip_facts(path: Path) -> Facts:
+    """Return the stream's facts and the recipe, or why there is none."""
+    stream = dataclasses.asdict(media.read_facts(path))
+    try:
+        recipe: Any = read_recipe(path).model_dump(mode="json")
+    except ValueError as error:
+        recipe = f"none: {error}"
+    return {"file": str(path), "bytes": path.stat().st_size, "video": stream, "recipe": recipe}
+
+
+def model_facts(spec: Spec, folder: Path) -> Facts:
+    """Return the spec, and for each part its parameters counted from the headers of its files."""
+    from fastvideo import weights  # imports torch, so not before the name is known to be good
+
+    parts: Facts = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        part = file.parent.relative_to(folder).as_posix()
+        entry = parts.setdefault(part, {"parameters": 0, "dtypes": Counter(), "files": 0})
+        entry["files"] += 1
+        for info in weights.read_header(file).values():
+            count = math.prod(info.shape)
+            entry["parameters"] += count
+            entry["dtypes"][str(info.dtype).removeprefix("torch.")] += count
+    return {
+        "folder": str(folder),
+        "fingerprint": fingerprint(folder),
+        "parts": {name: {**e, "dtypes": dict(e["dtypes"])} for name, e in parts.items()},
+        "spec": spec.model_dump(mode="json"),
+    }
+
+
+def _lines(tree: Any, indent: int = 0) -> list[str]:
+    pad = "  " * indent
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{pad}{key}", *_lines(value, indent + 1)]
+        elif isinstance(value, list):
+            lines.append(f"{pad}{key}  {json.dumps(value)}")
+        elif isinstance(value, int) and not isinstance(value, bool) and key != "seed":
+            lines.append(f"{pad}{key}  {value:,}")
+        else:
+            lines.append(f"{pad}{key}  {'none' if value in ({}, '', None) else value}")
+    return lines

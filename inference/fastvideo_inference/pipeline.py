@@ -1,0 +1,166 @@
+"""A model that is loaded once and turns prompts into clips.
+
+pipe = VideoPipeline.from_pretrained("wan-nano")
+pipe("a big red ball moving left at night", seed=1).save("ball.mp4")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastvideo import media
+from fastvideo_inference import recipe, stages
+from fastvideo_inference.events import Chunk, Done, Event
+from fastvideo_inference.recipe import ModelId, Recipe
+from fastvideo_inference.request import GenerateRequest, Plan, read_layers
+from fastvideo_inference.state import State
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from fastvideo.model import Model
+
+    Frames = npt.NDArray[np.uint8]
+
+_PRESET_OF = {"frames": "text_to_video", "latents": "text_to_latents"}
+
+
+@dataclass(frozen=True)
+class Video:
+    """A clip: `frames` T H W 3 uint8 or `latents` B C T H W normalised; `timings` in seconds."""
+
+    fps: int
+    recipe: dict[str, Any]
+    timings: dict[str, float]
+    frames: Frames | None = None
+    latents: Tensor | None = None
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write an mp4 that carries the recipe; raise `FileExistsError` rather than overwrite."""
+        import json
+
+        if self.frames is None:
+            raise ValueError('there are no frames to save: the clip was made with output="latents"')
+        tags = {"title": self.recipe["request"]["prompt"], recipe.TAG: json.dumps(self.recipe)}
+        return media.write_video(
+            path, self.frames, fps=self.fps, metadata=tags, overwrite=overwrite
+        )
+
+
+class VideoPipeline:
+    """Text to video with one loaded model."""
+
+    def __init__(self, model: Model, model_id: ModelId) -> None:
+        self.model = model
+        self.model_id = model_id
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path = "wan-nano", device: str = "auto", dtype: str = "auto"
+    ) -> VideoPipeline:
+        """Load a bundled name, folder or hub id; raise `ValueError` naming what does not fit."""
+        from fastvideo import hub, model
+
+        spec, folder = hub.open_spec(name_or_path, weights=True)
+        model_id = ModelId(
+            name_or_path=str(name_or_path), spec=spec.name, fingerprint=recipe.fingerprint(folder)
+        )
+        return cls(model.load(name_or_path, device=device, dtype=dtype), model_id)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        output: Literal["frames", "latents"] = "frames",
+    ) -> Video:
+        """Make one clip; None is the model's default, and a random seed.
+
+        `latents` replaces the noise drawn from the seed (B C T H W, standard normal); with
+        `output="latents"` the clip stays undecoded. Raises `ValueError` before any work for
+        what the model cannot make.
+        """
+        if output not in _PRESET_OF:
+            raise ValueError(f"output {output!r} is unknown; use one of: {', '.join(_PRESET_OF)}")
+        request = request_of(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+        )
+        *_, last = self.events(request, latents=latents, preset=_PRESET_OF[output])
+        assert isinstance(last, Done), "stages end in Done"
+        return self.video(last.state, own_noise=latents is not None)
+
+    def stream(
+        self, prompt: str, *, latents: Tensor | None = None, **fields: Any
+    ) -> Iterator[Frames]:
+        """Yield frames (H W 3 uint8) as they are decoded; a call's arguments, but `output`."""
+        request = request_of(prompt=prompt, **fields)
+        # Resolved now, so that an illegal request fails here and not at the first frame.
+        plan = request.resolve(self.model.spec)
+        return _single_frames(self.events(plan, latents=latents))
+
+    def events(
+        self,
+        request: GenerateRequest,
+        *,
+        latents: Tensor | None = None,
+        preset: str = "text_to_video",
+    ) -> Iterator[Event]:
+        """Resolve the request and return its events; drop the iterator to cancel."""
+        plan = request.resolve(self.model.spec)
+        row = stages.PRESETS[preset]
+        stages.check(row)
+        return stages.run(row, self.model, State(plan, noise=latents))
+
+    def recipe(self, plan: Plan, *, own_noise: bool = False) -> Recipe:
+        """Return what it takes to make this plan's frames again."""
+        return Recipe(
+            model=self.model_id,
+            request=plan,
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            latents="given" if own_noise else "seed",
+            versions=recipe.versions(),
+        )
+
+    def video(self, state: State, *, own_noise: bool = False) -> Video:
+        """Turn the state of the last `Done` into a clip."""
+        undecoded = state.frames is None
+        return Video(
+            fps=state.plan.fps,
+            recipe=self.recipe(state.plan, own_noise=own_noise).model_dump(mode="json"),
+            timings=dict(state.timings),
+            frames=state.frames,
+            latents=state.latents if undecoded else None,
+        )
+
+
+def request_of(**fields: Any) -> GenerateRequest:
+    """Build a request from a call's arguments, leaving out those that are None."""
+    return read_layers(("the call", {k: v for k, v in fields.items() if v is not None}))
+
+
+def _single_frames(events: Iterator[Event]) -> Iterator[Frames]:
+    for event in events:
+        if isinstance(event, Chunk):
+            yield from event.frames

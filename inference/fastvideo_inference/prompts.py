@@ -1,0 +1,46 @@
+"""Prompt files: a `.txt` with a prompt a line (`#` comments), a `.jsonl` with a request a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_prompts(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return (where, request fields) of every row; `ValueError` names the line that is wrong."""
+    path = Path(path)
+    readers = {".txt": _text_row, ".jsonl": _json_row}
+    if path.suffix not in readers:
+        raise ValueError(f"prompt file {path} must end in one of: {', '.join(readers)}")
+    rows = [(w, readers[path.suffix](line, w)) for w, line in _lines(path)]
+    if not rows:
+        raise ValueError(f"prompt file {path} holds no prompt")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"prompt file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompt file {path} cannot be read: {error}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"{path}:{number}", line.strip()
+
+
+def _text_row(line: str, where: str) -> dict[str, Any]:
+    return {"prompt": line}
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{where} must be an object such as {{"prompt": "a red ball"}}')
+    return row

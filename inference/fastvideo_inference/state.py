@@ -1,0 +1,120 @@
+"""What stages hand to each other: one frozen, typed value that can be stored or sent.
+
+tensors, text = pack(state)  # a dict of plain CPU tensors (safetensors takes it) and JSON
+state = unpack(tensors, text, device="cuda")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastvideo_inference.request import Plan
+
+if TYPE_CHECKING:
+    Frames = npt.NDArray[np.uint8]
+
+# Types are named in the JSON; these packages hold nothing but what a model is made of.
+_TRUSTED = ("fastvideo.models.", "fastvideo.schedulers", "fastvideo_inference.state")
+
+
+@dataclass(frozen=True)
+class State:
+    """A request on its way to frames.
+
+    `cond` and `uncond` are the family's conditioning (`uncond` None without guidance), `noise` and
+    `latents` float32 B C T H W normalised; `step` counts denoising steps that are done and `solver`
+    is the scheduler's state after them; `frames` T H W 3 uint8; `timings` seconds by stage.
+    """
+
+    plan: Plan
+    cond: Any = None
+    uncond: Any = None
+    noise: Tensor | None = None
+    latents: Tensor | None = None
+    step: int = 0
+    solver: Any = None
+    frames: Frames | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def pack(state: State) -> tuple[dict[str, Tensor], str]:
+    """Split a state into tensors by dotted name and the JSON that puts them together again."""
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(state, "", tensors)
+    return tensors, json.dumps(tree)
+
+
+def unpack(tensors: Mapping[str, Tensor], text: str, *, device: Any = "cpu") -> State:
+    """Build the state that `pack` split; `ValueError` if the JSON names a type that is not ours."""
+    state = _unpack(json.loads(text), tensors, torch.device(device))
+    if not isinstance(state, State):
+        raise ValueError(f"packed value is a {type(state).__name__}, not a State")
+    return state
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(value))
+        return {"array": name}
+    if isinstance(value, Plan):
+        return {"plan": value.model_dump(), "given": sorted(value.model_fields_set)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"type": kind, "fields": _pack_items(fields, name, tensors)}
+    if isinstance(value, dict):
+        return {"dict": _pack_items(value, name, tensors)}
+    if isinstance(value, tuple | list):
+        items = [_pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return {type(value).__name__: items}
+    assert value is None or isinstance(value, int | float | str), f"{name}: {type(value)}"
+    return value
+
+
+def _pack_items(values: Mapping[str, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {k: _pack(v, f"{name}.{k}".lstrip("."), tensors) for k, v in values.items()}
+
+
+def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    match tree:
+        case {"tensor": name}:
+            return tensors[name].to(device)
+        case {"array": name}:
+            return tensors[name].numpy()
+        case {"plan": values, "given": given}:
+            plan = Plan.model_validate(values)
+            return plan.model_construct(_fields_set=set(given), **plan.model_dump())
+        case {"type": kind, "fields": fields}:
+            values = {k: _unpack(v, tensors, device) for k, v in fields.items()}
+            return _trusted(kind)(**values)
+        case {"dict": items}:
+            return {k: _unpack(v, tensors, device) for k, v in items.items()}
+        case {"tuple": items}:
+            return tuple(_unpack(v, tensors, device) for v in items)
+        case {"list": items}:
+            return [_unpack(v, tensors, device) for v in items]
+        case _:
+            return tree
+
+
+def _trusted(kind: str) -> Any:
+    module, _, name = kind.partition(":")
+    if not module.startswith(_TRUSTED):
+        raise ValueError(f"packed state names the type {kind}, which is not part of a model")
+    found = getattr(import_module(module), name)
+    if not dataclasses.is_dataclass(found):
+        raise ValueError(f"packed state names {kind}, which is not a dataclass")
+    return found

@@ -1,0 +1,328 @@
+"""generate, inspect and doctor as a user meets them, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fastvideo_inference import recipe
+from fastvideo_inference.commands import _report, demo
+
+from fastvideo import cli, media
+
+PROMPT = "a red ball moving left"
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+@pytest.fixture
+def generate(tiny_folder: Path, capsys: pytest.CaptureFixture[str]):
+    """Run `fastvideo generate --model tiny ...`; return exit code, stdout lines, stderr lines."""
+
+    def run(*words: str, model: Path | str = tiny_folder) -> tuple[int, list[str], list[str]]:
+        code = cli.main(["generate", "--model", str(model), *words])
+        out = capsys.readouterr()
+        return code, out.out.splitlines(), out.err.splitlines()
+
+    return run
+
+
+def frames_of(path: str) -> bytes:
+    return media.read_video(path)[0].tobytes()
+
+
+def test_a_prompt_becomes_a_clip_of_exactly_the_size_and_length_asked_for(generate):
+    code, out, err = generate(
+        PROMPT, "--size", "64x32", "--frames", "5", "--fps", "7", "--seed", "4", "-o", "a.mp4"
+    )
+    assert (code, out) == (0, ["a.mp4"])
+    assert err[0].startswith("seed 4, ")
+    assert "denoise" in err[0]
+    facts = media.read_facts("a.mp4")
+    assert (facts.width, facts.height, facts.num_frames, facts.fps) == (64, 32, 5, 7.0)
+    assert sorted(str(p) for p in Path().iterdir()) == ["a.json", "a.mp4"]
+
+
+def test_the_sidecar_holds_recipe_and_stage_times(generate):
+    generate(PROMPT, "--seed", "4", "-o", "a.mp4")
+    beside = json.loads(Path("a.json").read_text())
+    assert beside["recipe"] == recipe.read_recipe("a.mp4").model_dump(mode="json")
+    stages = ["load", "encode_text", "prepare_latents", "denoise", "decode", "save"]
+    assert list(beside["timings_s"]) == stages
+
+
+def test_without_an_output_a_new_name_is_found_each_time(generate):
+    names = [generate(PROMPT, "--seed", "4")[1][0] for _ in range(2)]
+    assert names[0].startswith("outputs/")
+    assert names[0].endswith("-a-red-ball-moving-left-4.mp4")
+    assert names[1] == names[0].replace("-4.mp4", "-4-2.mp4")
+
+
+def test_from_repeats_a_clip_to_identical_frames(generate):
+    generate(PROMPT, "--steps", "3", "--guidance", "2.5", "--dtype", "float32", "-o", "a.mp4")
+    code, _, _ = generate("--from", "a.mp4", "-o", "b.mp4")
+    assert code == 0
+    assert frames_of("a.mp4") == frames_of("b.mp4")
+    assert recipe.read_recipe("a.mp4") == recipe.read_recipe("b.mp4")
+
+
+def test_from_finds_the_model_by_itself_and_flags_change_the_rest(
+    generate, tiny_folder: Path, capsys
+):
+    generate(PROMPT, "--seed", "1", "-o", "a.mp4")
+    assert cli.main(["generate", "--from", "a.mp4", "--seed", "2", "-o", "b.mp4"]) == 0
+    first, second = recipe.read_recipe("a.mp4"), recipe.read_recipe("b.mp4")
+    assert second.request == first.request.model_copy(update={"seed": 2})
+    assert second.model == first.model
+    assert frames_of("a.mp4") != frames_of("b.mp4")
+
+
+def test_from_refuses_other_weights(generate, tiny_copy: Path):
+    generate(PROMPT, "-o", "a.mp4")
+    weights = next(tiny_copy.glob("vae/*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, _, err = generate("--from", "a.mp4", "-o", "b.mp4", model=tiny_copy)
+    assert code == 2
+    assert err[0].startswith("error: a.mp4 was made by other weights than ")
+
+
+def test_flags_win_over_set_over_config(generate):
+    Path("c.toml").write_text('prompt = "a blue ball"\nnum_frames = 5\nfps = 5\nseed = 1\n')
+    generate(
+        "--config", "c.toml", "--set", "fps=6", "--set", "seed=2", "--seed", "3", "-o", "a.mp4"
+    )
+    made = recipe.read_recipe("a.mp4").request
+    assert (made.prompt, made.num_frames, made.fps, made.seed) == ("a blue ball", 5, 6, 3)
+
+
+def test_a_config_may_name_the_model(tiny_folder: Path):
+    Path("c.toml").write_text(f'model = "{tiny_folder}"\nprompt = "a blue ball"\n')
+    assert cli.main(["generate", "--config", "c.toml", "-o", "a.mp4"]) == 0
+
+
+def test_json_is_one_event_a_line_from_start_to_saved(generate):
+    code, out, err = generate(PROMPT, "--seed", "4", "--json", "-o", "a.mp4")
+    events = [json.loads(line) for line in out]
+    assert (code, err) == (0, [])
+    start = {"event": "start", "index": 0, "total": 1, "prompt": PROMPT, "seed": 4}
+    assert events[0] == start
+    assert events[-1]["event"] == "saved"
+    assert events[-1]["path"] == "a.mp4"
+    steps = [e for e in events if e.get("stage") == "denoise"]
+    assert [(e["index"], e["total"]) for e in steps] == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_a_prompt_file_makes_a_clip_for_each_row(generate):
+    rows = [{"prompt": "a red ball", "seed": 1}, {"prompt": "a blue ball", "num_frames": 5}]
+    Path("p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    code, out, _ = generate("--prompts", "p.jsonl", "--steps", "1", "-o", "out/{index}.mp4")
+    assert (code, out) == (0, ["out/0.mp4", "out/1.mp4"])
+    made = [recipe.read_recipe(path).request for path in out]
+    assert [(m.prompt, m.num_frames) for m in made] == [("a red ball", 9), ("a blue ball", 5)]
+    assert made[0].seed == 1
+
+
+def test_one_failed_prompt_does_not_stop_the_batch(generate, monkeypatch: pytest.MonkeyPatch):
+    from fastvideo import render
+
+    encode = render.encode_text
+
+    def fail_once(model: object, words: list[str]) -> object:
+        if "bad" in words[0]:
+            raise ValueError("cannot say bad")
+        return encode(model, words)
+
+    monkeypatch.setattr(render, "encode_text", fail_once)
+    Path("p.txt").write_text("a bad ball\na red ball\n")
+    code, out, err = generate("--prompts", "p.txt", "-o", "{index}.mp4")
+    assert (code, out) == (1, ["1.mp4"])
+    assert err[0] == "error: 'a bad ball': cannot say bad"
+    assert not Path("0.mp4").exists()
+
+
+REFUSED = {
+    "no prompt": ([], "there is no prompt"),
+    "empty": ([""], 'prompt "" in the command line: the prompt is empty'),
+    "frames": (["x", "--frames", "6"], "num_frames 6 must be 4k+1 for this model; nearest: 5, 9"),
+    "size": (["x", "--size", "50x32"], "width 50 must be a multiple of 16"),
+    "size text": (["x", "--size", "50"], "--size '50' must look like WIDTHxHEIGHT"),
+    "steps": (["x", "--steps", "0"], "num_inference_steps 0 in the command line"),
+    "type": (["x", "--steps", "ten"], "Invalid value for '--steps'"),
+    "seed": (["x", "--seed", "-3"], "seed -3 in the command line"),
+    "key": (["x", "--set", "guidance_scal=2"], "did you mean 'guidance_scale'"),
+    "config": (["x", "--config", "none.toml"], "config none.toml does not exist"),
+    "toml": (["x", "--config", "bad.toml"], "config bad.toml is not valid TOML"),
+    "toml key": (["--config", "odd.toml"], "stepz in odd.toml is unknown"),
+    "both": (["x", "--prompts", "p.txt"], "give a prompt or --prompts FILE, not both"),
+    "row": (["--prompts", "p.jsonl"], "num_frames 7 must be 4k+1"),
+    "output": (["x", "-o", "there.mp4"], "there.mp4 exists already and is not overwritten"),
+    "sidecar": (["x", "-o", "half.mp4"], "half.json exists already and is not overwritten"),
+    "suffix": (["x", "-o", "a.webm"], "output a.webm must end in one of: .mp4"),
+    "folder": (["x", "-o", "there.mp4/a.mp4"], "there.mp4/a.mp4: "),
+    "template": (["x", "-o", "{promt}.mp4"], "did you mean 'prompt'"),
+    "model": (["x", "--model", "wan-nan"], "model 'wan-nan' is neither bundled"),
+    "dtype": (["x", "--dtype", "float23"], "did you mean 'float32'"),
+    "device": (["x", "--device", "gpu"], "--device 'gpu' is unknown"),
+    "from": (["--from", "p.txt"], "p.txt is not a video that can be read"),
+    "from none": (["--from", "none.mp4"], "none.mp4 does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_illegal_is_refused_in_one_line_with_code_2(generate, case: str):
+    Path("bad.toml").write_text("a = = 1")
+    Path("odd.toml").write_text('prompt = "x"\nstepz = 1')
+    Path("p.txt").write_text("x")
+    Path("p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "num_frames": 7}')
+    Path("there.mp4").touch()
+    Path("half.json").touch()
+    words, text = REFUSED[case]
+    code, out, err = generate(*words)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith("error: ")
+    assert text in err[0]
+    assert not list(Path.cwd().rglob("*.partial*"))
+
+
+def test_requests_are_refused_before_torch_is_imported(tiny_folder: Path):
+    cases = [["generate", *words] for words, _ in REFUSED.values() if "none.toml" not in words]
+    script = (
+        "import sys\nfrom fastvideo.cli import main\n"
+        f"for words in {cases!r}:\n"
+        f"    given = [] if '--model' in words else ['--model', {str(tiny_folder)!r}]\n"
+        "    assert main([*words, *given]) == 2, words\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    files = {"bad.toml": "a = =", "odd.toml": "stepz = 1", "p.txt": "x", "there.mp4": ""}
+    files |= {"half.json": "", "p.jsonl": '{"prompt": "x", "num_frames": 7}'}
+    for name, text in files.items():
+        Path(name).write_text(text)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_broken_weights_are_one_line_with_code_1(generate, tiny_copy: Path):
+    weights = next(tiny_copy.glob("transformer/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, out, err = generate(PROMPT, model=tiny_copy)
+    assert (code, out, len(err)) == (1, [], 1)
+    assert "truncated" in err[0]
+    assert weights.name in err[0]
+
+
+def test_ctrl_c_leaves_no_half_file_and_exits_with_130(tiny_folder: Path):
+    words = [sys.executable, "-m", "fastvideo", "generate", PROMPT, "--model", str(tiny_folder)]
+    run = subprocess.Popen(
+        [*words, "--steps", "1000", "--json", "-o", "a.mp4"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    while '"denoise"' not in run.stdout.readline():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert err.strip() == "interrupted"
+    assert list(Path().iterdir()) == []
+
+
+def test_bars_are_drawn_on_a_terminal_and_end_full(monkeypatch: pytest.MonkeyPatch, capsys):
+    from fastvideo_inference.events import Progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    with _report.reporting(as_json=False) as report:
+        report.start(index=0, total=2, prompt=PROMPT, seed=1)
+        for index in range(3):
+            report.event(Progress("prepare_latents", index, 2))
+        report.saved("a.mp4", seed=1, timings={"load": 1.0})
+    out = capsys.readouterr()
+    assert out.out == "a.mp4\n"
+    assert "[1/2] prepare latents" in out.err
+    assert "2/2" in out.err
+
+
+def test_inspect_tells_recipe_and_stream_of_a_clip(generate, capsys):
+    generate(PROMPT, "--seed", "4", "-o", "a.mp4")
+    assert cli.main(["inspect", "a.mp4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["recipe"] == recipe.read_recipe("a.mp4").model_dump(mode="json")
+    assert (facts["video"]["width"], facts["video"]["num_frames"]) == (48, 9)
+    assert cli.main(["inspect", "a.mp4"]) == 0
+    assert f"prompt  {PROMPT}" in capsys.readouterr().out
+
+
+def test_inspect_says_so_if_a_clip_has_no_recipe(capsys):
+    import numpy as np
+
+    media.write_video("a.mp4", [np.zeros((2, 16, 16, 3), np.uint8)], fps=8)
+    assert cli.main(["inspect", "a.mp4"]) == 0
+    assert "recipe  none: a.mp4 carries no recipe" in capsys.readouterr().out
+
+
+def test_inspect_counts_the_parameters_of_a_model_folder(tiny_folder: Path, capsys):
+    from fastvideo.model import load
+
+    assert cli.main(["inspect", str(tiny_folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    model = load(tiny_folder, dtype="float32")
+    for part, network in (("transformer", model.dit), ("vae", model.vae)):
+        total = sum(p.numel() for p in network.parameters())
+        assert facts["parts"][part]["parameters"] == total
+        assert facts["parts"][part]["dtypes"] == {"float32": total}
+    assert facts["spec"]["dit"]["config"]["num_layers"] == 2
+
+
+@pytest.mark.parametrize(("content", "code"), [(b"not a video", 1), (b"", 1), (None, 2)])
+def test_inspect_answers_an_unreadable_file_in_one_line(content: bytes | None, code: int, capsys):
+    if content is not None:
+        Path("a.mp4").write_bytes(content)
+    assert cli.main(["inspect", "a.mp4"]) == code
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1
+    assert "a.mp4" in err[0]
+
+
+def test_doctor_finds_this_machine_able_to_write_clips(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["problems"] == []
+    assert facts["attention"]["cpu"]["sdpa"] == "usable"
+    assert "NVIDIA" in facts["attention"]["cpu"]["flash"]
+    assert facts["video"] == "h264 yuv420p, tags read back"
+
+
+def test_doctor_reports_what_is_broken_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys):
+    def no_codec(*args: object, **kwargs: object) -> None:
+        raise OSError("no libx264")
+
+    monkeypatch.setattr(media, "write_video", no_codec)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "video  FAILED: OSError: no libx264" in out
+    assert "problems  video" in out
+
+
+def test_demo_finds_the_page_of_a_checkout_or_says_where_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    import fastvideo
+
+    assert demo.find_page() == Path(fastvideo.__file__).parents[1] / "demos" / "app.py"
+    monkeypatch.setattr(fastvideo, "__file__", str(tmp_path / "site" / "fastvideo" / "x.py"))
+    assert cli.main(["demo"]) == 2
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
