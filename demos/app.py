@@ -1,0 +1,123 @@
+"""The demo page: a prompt becomes a clip, with its progress and its recipe in view.
+
+python demos/app.py --port 7860 (or: fastvideo demo)
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import gradio as gr
+
+from fastvideo import Done, GenerateRequest, Progress, VideoPipeline, bundled_models
+
+EXAMPLES = [
+    "a big red ball moving left at night",
+    "a small yellow star bouncing over the sea",
+    "a green square moving up in a meadow",
+]
+MAX_QUEUE = 16
+KEEP_S = 3600
+
+
+class Page:
+    """What the page's buttons do: one loaded model at a time, one clip at a time."""
+
+    def __init__(self, pipeline: VideoPipeline) -> None:
+        self.pipeline = pipeline
+        self.folder = tempfile.TemporaryDirectory(prefix="fastvideo-demo-")
+
+    def use(self, model: str) -> VideoPipeline:
+        """Return the pipeline of a model, loading it if another one is loaded."""
+        if model != self.pipeline.model_id.name_or_path:
+            self.pipeline = VideoPipeline.from_pretrained(model)
+        return self.pipeline
+
+    def generate(
+        self, prompt: str, seed: float, steps: float, model: str
+    ) -> Iterator[tuple[Any, Any, str]]:
+        """Yield (clip, recipe, progress); the page cancels between two of them."""
+        try:
+            pipe = self.use(model)
+            request = GenerateRequest(prompt=prompt, seed=int(seed), num_inference_steps=int(steps))
+            last = None
+            for last in pipe.events(request):
+                if isinstance(last, Progress):
+                    yield gr.skip(), gr.skip(), bar(last)
+            assert isinstance(last, Done), "stages end in Done"
+            video = pipe.video(last.state)
+            path = video.save(Path(self.folder.name) / f"{uuid4().hex}.mp4")
+        except (ValueError, OSError) as error:
+            raise gr.Error(first_reason(error), print_exception=False) from error
+        seconds = ", ".join(f"{k.replace('_', ' ')} {s:.1f} s" for k, s in video.timings.items())
+        yield str(path), video.recipe, f"seed {video.recipe['request']['seed']}; {seconds}"
+        path.unlink(missing_ok=True)  # the page has its own copy by now
+
+
+def bar(progress: Progress) -> str:
+    """Draw a stage's progress with the browser's own element."""
+    name = progress.stage.replace("_", " ")
+    place = f"value='{progress.index}' max='{progress.total}'"
+    return f"{name} {progress.index}/{progress.total} <progress {place}></progress>"
+
+
+def first_reason(error: Exception) -> str:
+    """Return one line of an error; pydantic's begins with the rule that was broken."""
+    details = getattr(error, "errors", None)
+    return details()[0]["msg"].removeprefix("Value error, ") if details else str(error)
+
+
+def build(pipeline: VideoPipeline) -> gr.Blocks:
+    """Build the page; `launch` and its theme are the caller's."""
+    page = Page(pipeline)
+    loaded = pipeline.model_id.name_or_path
+    default_steps = pipeline.model.spec.defaults.num_inference_steps
+    with gr.Blocks(title="fastvideo", delete_cache=(KEEP_S, KEEP_S)) as blocks:
+        gr.Markdown("# fastvideo\nA prompt becomes a clip.")
+        with gr.Row():
+            with gr.Column():
+                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=2)
+                gr.Examples(EXAMPLES, prompt)
+                models = sorted({*bundled_models(), loaded})
+                model = gr.Dropdown(models, value=loaded, label="Model")
+                steps = gr.Slider(1, 100, value=default_steps, step=1, label="Steps")
+                seed = gr.Number(-1, precision=0, label="Seed", info="-1 draws one")
+                with gr.Row():
+                    start = gr.Button("Generate", variant="primary")
+                    stop = gr.Button("Stop")
+            with gr.Column():
+                clip = gr.Video(label="Clip", autoplay=True, loop=True)
+                status = gr.HTML(label="Progress")
+                recipe = gr.JSON(label="Recipe", open=False)
+        run = gr.on(
+            [start.click, prompt.submit],
+            page.generate,
+            [prompt, seed, steps, model],
+            [clip, recipe, status],
+            concurrency_limit=1,
+            api_name="generate",
+        )
+        stop.click(lambda: "stopped", None, status, cancels=[run], api_visibility="private")
+    return blocks.queue(max_size=MAX_QUEUE)
+
+
+def main() -> None:
+    """Load the model named on the command line and serve the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--model", default="wan-nano")
+    args = parser.parse_args()
+    blocks = build(VideoPipeline.from_pretrained(args.model))
+    blocks.launch(
+        server_name=args.host, server_port=args.port, show_error=True, theme=gr.themes.Soft()
+    )
+
+
+if __name__ == "__main__":
+    main()
