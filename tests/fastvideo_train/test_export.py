@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from fastvideo_train.data.latents import encode_pixels, encode_world
+from fastvideo_train.export import TOLERANCE, export, load_run, load_vae
+from fastvideo_train.loop import Job
+from fastvideo_train.recipe import LatentsSpec
+from fastvideo_train.validate import validator
+from tiny_recipes import finish, tiny
+
+from fastvideo import hub
+from fastvideo import model as models
+from fastvideo.worlds.shapes import World
+
+CLIPS = {"count": 3, "num_frames": 5, "height": 64, "width": 64}
+DEFAULTS = {"num_frames": 5, "height": 64, "width": 64, "num_inference_steps": 2}
+WORDS = [f"validate.{key}={value}" for key, value in CLIPS.items()]
+
+
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "vae"
+    finish(tiny("vae"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae_folder(vae_run):
+    folder = vae_run / "export"
+    done = export(vae_run, folder, changes={"clips": CLIPS})
+    assert done.folder == folder and done.error <= TOLERANCE < done.rounding < 0.1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dit_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dit"
+    finish(tiny("flow_matching"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(dit_run, vae_folder):
+    folder = dit_run / "export"
+    changes = {"name": "tiny", "vae": str(vae_folder), "defaults": DEFAULTS}
+    export(dit_run, folder, changes=changes)
+    return folder
+
+
+def test_a_vae_is_exported_with_the_statistics_of_its_latents(vae_run, tmp_path):
+    export(vae_run, tmp_path / "out", changes={"clips": CLIPS, "dtype": "float32"})
+    vae = load_vae(tmp_path / "out")
+    world = World(height=64, width=64, num_frames=5)
+    frames = [torch.tensor(world.clip(0, i).frames_THWC) for i in range(3)]
+    raw = torch.cat([encode_pixels(vae, f.permute(3, 0, 1, 2)[None]) for f in frames])
+    z = vae.normalize(raw).double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(z.mean(1), torch.zeros(len(z)).double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        z.std(1, correction=0), torch.ones(len(z)).double(), atol=1e-3, rtol=0
+    )
+
+
+def test_the_exported_weights_are_the_averaged_ones_in_bfloat16(vae_run, vae_folder):
+    live = load_run(vae_run).roles["vae"].net.state_dict()
+    stored = load_vae(vae_folder, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(stored[name], live[name].bfloat16()) for name in live)
+    job = Job.open(tiny("vae"), vae_run)
+    masters = job.strategy.gather("vae", averaged=False)
+    averages = job.strategy.gather("vae")
+    assert all(torch.equal(live[name], averages[name]) for name in averages)
+    assert any(not torch.equal(averages[name], masters[name]) for name in averages)
+
+
+def test_an_exported_model_goes_straight_into_load_and_renders(dit_run, model_folder):
+    from fastvideo import render
+
+    spec, _ = hub.open_spec(model_folder)
+    recipe = load_run(dit_run).recipe
+    assert spec.name == "tiny" and spec.defaults.num_frames == 5
+    assert spec.defaults.max_text_tokens == recipe.method.args["max_text_tokens"]
+    model = models.load(model_folder, dtype="float32")
+    (frames,) = render.frames(model, ["a red ball"], seed=0, guidance_scale=1)
+    assert frames.shape == (5, 64, 64, 3)
+    live = load_run(dit_run).roles
+    for part, role in (("dit", "student"), ("text", "text")):
+        stored = getattr(model, part).state_dict()
+        for name, tensor in live[role].net.state_dict().items():
+            torch.testing.assert_close(stored[name], tensor, rtol=2**-8, atol=1e-6)
+
+
+def test_a_folder_that_reads_back_wrong_never_takes_its_name(vae_run, tmp_path, monkeypatch):
+    from fastvideo_train import export as module
+
+    def damaged(folder, **how):
+        vae = load_vae(folder, **how)
+        with torch.no_grad():
+            next(vae.decoder.parameters()).add_(0.01)
+        return vae
+
+    monkeypatch.setattr(module, "load_vae", damaged)
+    with pytest.raises(ValueError, match="is not exported: its vae, read back, differs"):
+        export(vae_run, tmp_path / "out", changes={"clips": CLIPS})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_folder_is_replaced_only_when_told(vae_run, vae_folder):
+    before = (vae_folder / "vae" / "config.json").read_text()
+    with pytest.raises(ValueError, match="exists; choose another"):
+        export(vae_run, vae_folder, changes={"clips": CLIPS})
+    export(vae_run, vae_folder, changes={"clips": CLIPS}, overwrite=True)
+    assert (vae_folder / "vae" / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vae": "x"}, r"name is missing in \[export\] of"),
+        ({"name": "a", "vae": "nowhere"}, "nowhere/vae/config.json does not exist"),
+        ({"name": "a", "vea": "x"}, "vea .* is unknown; did you mean 'vae'"),
+    ],
+)
+def test_what_an_export_lacks_is_named(dit_run, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        export(dit_run, tmp_path / "out", changes=changes)
+
+
+def test_a_folder_without_a_checkpoint_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint; is it the folder of a run"):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_latents_of_other_statistics_than_the_vaes_are_refused(vae_folder, tmp_path):
+    vae = load_vae(vae_folder)
+    sizes = {"num_frames": 5, "height": 64, "width": 64, "shard_size": 4, "batch": 2}
+    encode_world(vae, "shapes", tmp_path / "latents", num_clips=4, seed=0, **sizes)
+    data = LatentsSpec(name="latents", folder=str(tmp_path / "latents"))
+    recipe = tiny("flow_matching").model_copy(update={"data": data})
+    finish(recipe, tmp_path / "run", until=1)
+    changes = {"name": "tiny", "vae": str(vae_folder), "defaults": DEFAULTS}
+    export(tmp_path / "run", tmp_path / "good", changes=changes)
+    other = shutil.copytree(vae_folder, tmp_path / "other")
+    path = other / "vae" / "config.json"
+    path.write_text(path.read_text().replace('"latents_std": [\n    ', '"latents_std": [\n    9'))
+    with pytest.raises(ValueError, match="normalises latents by other statistics"):
+        export(tmp_path / "run", tmp_path / "bad", changes={**changes, "vae": str(other)})
+
+
+def test_a_vae_run_is_validated_by_its_reconstructions(tmp_path):
+    recipe = tiny("vae", *WORDS, "run.validate_every=6")
+    job = Job.open(recipe, tmp_path)
+    look = validator(recipe, tmp_path)
+    numbers = look(job.roles, step=3)
+    assert {"psnr", "ssim", "right/shape", "right/all"} <= set(numbers)
+    assert 3 < numbers["psnr"] < 30 and 0 <= numbers["right/scene"] <= 1
+    assert (tmp_path / "validate" / "step-00000003.png").is_file()
+    assert look(job.roles, step=3) == numbers
+
+
+def test_a_denoising_run_is_validated_by_what_the_parser_reads(vae_folder, tmp_path):
+    words = [*WORDS, f"validate.vae={vae_folder}", "validate.steps=2", "validate.batch=2"]
+    recipe = tiny("flow_matching", *words)
+    job = Job.open(recipe, tmp_path)
+    job.roles["student"].net.forward = lambda *a, **k: pytest.fail("compiled for other sizes")
+    numbers = validator(recipe, tmp_path)(job.roles, step=4)
+    assert {"flicker", "right/colour", "right/all"} <= set(numbers)
+    assert (tmp_path / "validate" / "step-00000004.png").is_file()
+    assert "forward" in job.roles["student"].net.__dict__
+
+
+def test_no_validate_table_means_no_validation_and_a_wrong_key_is_named(tmp_path):
+    assert validator(tiny("vae"), tmp_path) is None
+    with pytest.raises(ValueError, match=r"cuont .* is unknown; did you mean 'count'"):
+        validator(tiny("vae", "validate.cuont=3"), tmp_path)

@@ -1,0 +1,189 @@
+"""The loop: exact resumption, accumulation, stopping, divergence, blocked gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fastvideo_train import logs
+from fastvideo_train.loop import DivergedError, Job, Saved, StepDone, Validated, train
+from fastvideo_train.methods import StepKey, Update
+from tiny_recipes import finish, tiny
+
+METHODS = ["vae", "flow_matching"]
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_equals_one_without_interruption_bit_for_bit(method, dtype, tmp_path):
+    recipe = tiny(method, f"run.dtype={dtype}", "run.accumulate=2")
+    straight = finish(recipe, tmp_path / "straight")
+    stopped = finish(recipe, tmp_path / "stopped", until=3)
+    assert stopped.step == 3
+    resumed = finish(recipe, tmp_path / "stopped")
+    assert straight.step == resumed.step == 6
+    assert _equal(straight.strategy.state_dict(), resumed.strategy.state_dict())
+    for a, b in zip(straight.roles.values(), resumed.roles.values(), strict=True):
+        assert _equal(dict(a.net.state_dict()), dict(b.net.state_dict()))
+    numbers = [
+        [{k: v for k, v in r.items() if not k.endswith("_s")} for r in logs.read(job.folder)]
+        for job in (straight, resumed)
+    ]
+    assert numbers[0] == numbers[1] and [r["step"] for r in numbers[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_depends_on_the_seed(tmp_path):
+    one = finish(tiny("vae", "run.steps=2"), tmp_path / "a")
+    two = finish(tiny("vae", "run.steps=2", "run.seed=1"), tmp_path / "b")
+    assert not _equal(one.strategy.gather("vae"), two.strategy.gather("vae"))
+
+
+@pytest.mark.parametrize(
+    ("method", "sets"),
+    [
+        ("vae", ["run.steps=40", "optim.lr=1e-2"]),
+        # nearly pure noise goes in, so that copying it out is most of the way
+        ("flow_matching", ["run.steps=60", "optim.lr=5e-3", "method.args.logit_mean=3.0"]),
+    ],
+)
+def test_training_lowers_the_loss(method, sets, tmp_path):
+    job = finish(tiny(method, "run.batch=4", *sets), tmp_path)
+    losses = [record["train/loss"] for record in logs.read(job.folder)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_accumulated_micro_batches_make_the_gradient_of_their_mean(tmp_path):
+    def grads(*sets: str) -> dict[str, torch.Tensor]:
+        job = Job.open(tiny("vae", "run.dtype=float32", *sets), tmp_path / "".join(sets))
+        job.method = _Squares()
+        count = job.recipe.run.accumulate
+        values = torch.arange(1.0, 5.0).split(4 // count)
+        for lane in range(count):
+            key = StepKey(0, 0, 1, lane)
+            for update in job.method.step({"x": values[lane]}, job.roles, key):
+                job.strategy.backward(update.roles, update.loss)
+        return {n: g.clone() for n, g in job.strategy._trained["vae"].grads.items()}
+
+    whole, parts = grads(), grads("run.accumulate=2")
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name])
+
+
+class _Squares:
+    """A loss that is quadratic in every weight, scaled by the batch."""
+
+    wants = ()
+
+    def step(self, batch, roles, key):
+        total = sum(p.square().sum() for p in roles["vae"].net.parameters())
+        yield Update(("vae",), batch["x"].mean() * total)
+
+
+class _TwoPhases:
+    """The student's loss passes through the text encoder, which then learns by itself."""
+
+    wants = ()
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def step(self, batch, roles, key):
+        student, text = (next(roles[n].net.parameters()) for n in ("student", "text"))
+        self.seen += [student.detach().clone(), text.detach().clone()]
+        yield Update(("student",), student.square().sum() * text.square().sum(), {"a": 1.0})
+        self.seen += [student.detach().clone(), text.detach().clone()]
+        yield Update(("text",), text.square().sum() + 0.0 * student.sum(), {"b": 2.0})
+        self.seen += [student.detach().clone(), text.detach().clone()]
+
+
+def test_each_phase_updates_its_role_alone_before_the_next_phase_runs(tmp_path):
+    job = Job.open(tiny("flow_matching", "run.steps=1", "run.dtype=float32"), tmp_path)
+    job.method = method = _TwoPhases()
+    (done, saved) = train(job)
+    assert isinstance(done, StepDone) and isinstance(saved, Saved)
+    student, text = method.seen[0::2], method.seen[1::2]
+    assert not torch.equal(student[0], student[1]) and torch.equal(text[0], text[1])
+    assert torch.equal(student[1], student[2]) and not torch.equal(text[1], text[2])
+    assert done.metrics["a"] == 1.0 and done.metrics["b"] == 2.0
+
+
+class _Explodes:
+    wants = ()
+
+    def step(self, batch, roles, key):
+        total = sum(p.sum() for p in roles["vae"].net.parameters())
+        yield Update(("vae",), total * (math.nan if key.step == 2 else 1.0))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(tmp_path):
+    job = Job.open(tiny("vae", "run.save_every=1"), tmp_path)
+    job.method = _Explodes()
+    with pytest.raises(
+        DivergedError, match=r"loss is nan at step 3, clips train/0/4, train/0/5"
+    ) as e:
+        list(train(job))
+    assert "step-00000002" in str(e.value)
+    assert Job.open(job.recipe, tmp_path).step == 2
+
+
+def test_a_stop_ends_after_the_step_with_a_checkpoint(tmp_path):
+    job = Job.open(tiny("vae"), tmp_path)
+    events = list(train(job, stop=lambda: job.step >= 2))
+    assert [type(e) for e in events] == [StepDone, StepDone, Saved]
+    assert job.checkpoints.latest() == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_no_time_means_no_step(tmp_path):
+    assert list(train(Job.open(tiny("vae"), tmp_path), max_seconds=0.0)) == []
+
+
+def test_validation_sees_averaged_weights_and_gives_the_own_ones_back(tmp_path):
+    job = Job.open(tiny("vae", "run.steps=2", "run.validate_every=2", "optim.lr=0.1"), tmp_path)
+    seen = {}
+
+    def validate(roles, *, step):
+        seen.update({n: p.detach().clone() for n, p in roles["vae"].net.named_parameters()})
+        return {"psnr": 20.0}
+
+    job.validate = validate
+    events = list(train(job))
+    assert Validated(2, {"psnr": 20.0}) in events
+    average, own = job.strategy.gather("vae"), job.strategy.gather("vae", averaged=False)
+    name = "decoder.conv_in.weight"
+    assert torch.equal(seen[name], average[name].bfloat16())
+    now = dict(job.roles["vae"].net.named_parameters())[name]
+    assert torch.equal(now, own[name].bfloat16()) and not torch.equal(now, seen[name])
+    assert {"step": 2, "validate/psnr": 20.0} in logs.read(tmp_path)
+
+
+def test_a_resumed_run_may_last_longer_but_not_be_another(tmp_path):
+    finish(tiny("vae", "run.steps=1"), tmp_path)
+    assert Job.open(tiny("vae", "run.steps=2"), tmp_path).step == 1
+    with pytest.raises(ValueError, match=r"roles\.vae\.config\.base_dim: 8 -> 16; use --fresh"):
+        Job.open(tiny("vae", "roles.vae.config.base_dim=16"), tmp_path)
+
+
+def test_bfloat16_weights_are_rounded_copies_of_float32_masters(tmp_path):
+    job = finish(tiny("vae", "run.steps=3"), tmp_path)
+    masters = job.strategy.gather("vae", averaged=False)
+    for name, param in job.roles["vae"].net.named_parameters():
+        assert masters[name].dtype == torch.float32 and param.dtype == torch.bfloat16
+        assert torch.equal(param, masters[name].bfloat16())
+
+
+def test_a_run_starts_from_the_average_of_another_run(tmp_path):
+    first = finish(tiny("vae", "run.steps=2"), tmp_path / "first")
+    recipe = tiny("vae", f"roles.vae.from={tmp_path / 'first'}", "run.dtype=float32")
+    second = Job.open(recipe, tmp_path / "second")
+    assert _equal(dict(second.roles["vae"].net.state_dict()), first.strategy.gather("vae"))

@@ -1,0 +1,89 @@
+"""Recipes are strict, layered, and say what is wrong in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastvideo_train import recipe as recipes
+from fastvideo_train.recipe import Recipe
+from tiny_recipes import CONFIGS
+
+from fastvideo.config import parse
+
+ALL = sorted(CONFIGS.glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+@pytest.mark.parametrize("smoke", [False, True])
+def test_every_bundled_recipe_parses_and_survives_a_round_trip(path, smoke):
+    recipe = recipes.load(path, smoke=smoke)
+    assert parse(Recipe, recipes.dump(recipe), source="dump") == recipe
+    assert not smoke or recipe.run.steps == 3
+
+
+def test_set_words_go_on_top_of_the_file():
+    recipe = recipes.load(CONFIGS / "vae.toml", sets=["optim.muon.lr=0.25", "run.name=other"])
+    assert recipe.optim.muon is not None and recipe.optim.muon.lr == 0.25
+    assert recipe.run.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("run.step=3", r"run\.step in .* is unknown; did you mean 'steps'"),
+        ("run.steps=0", r"run\.steps 0 in .*greater than or equal to 1"),
+        ("roles.vae.trainable=false", "no role is trainable"),
+        ("roles.vae.optim.rate=1", r"rate in roles\.vae\.optim is unknown"),
+        ("data.name=nowhere", "nowhere"),
+        ("run.name=../up", "run.name"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(word, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        recipes.load(CONFIGS / "vae.toml", sets=[word])
+    assert "\n" not in str(caught.value)
+
+
+def test_smoke_needs_a_smoke_table(tmp_path: Path):
+    path = tmp_path / "r.toml"
+    path.write_text('[run]\nname = "x"\n')
+    with pytest.raises(ValueError, match=r"has no \[smoke\] table"):
+        recipes.load(path, smoke=True)
+
+
+def test_a_smoke_table_of_another_source_replaces_the_data():
+    assert recipes.load(CONFIGS / "dit-full.toml").data.name == "latents"
+    assert recipes.load(CONFIGS / "dit-full.toml", smoke=True).data.name == "synthetic"
+
+
+def test_a_role_overrides_single_keys_of_the_optimizer():
+    recipe = recipes.load(CONFIGS / "vae.toml", sets=["roles.vae.optim.lr=7.0"])
+    assert recipe.optim_of("vae").lr == 7.0
+    assert recipe.optim_of("vae").muon == recipe.optim.muon
+
+
+def test_differences_name_every_changed_leaf():
+    loaded = [
+        recipes.load(CONFIGS / "vae.toml", sets=[f"run.steps={n}", f"optim.lr={n}.0"])
+        for n in (8, 9)
+    ]
+    old, new = map(recipes.dump, loaded)
+    assert recipes.differences(old, new) == ["run.steps: 8 -> 9", "optim.lr: 8.0 -> 9.0"]
+
+
+def test_a_recipe_is_read_without_torch():
+    code = (
+        "import sys; from fastvideo_train import recipe;"
+        f"recipe.load({str(CONFIGS / 'vae.toml')!r}); assert 'torch' not in sys.modules"
+    )
+    env_path = ":".join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": env_path, "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""Make video models: recipes, roles, methods, strategies, and the loop that joins them."""

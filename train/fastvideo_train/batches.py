@@ -1,0 +1,39 @@
+"""From the recipe's `[data]` to the stream of micro-batches of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, cast
+
+from fastvideo_train.methods import Batch
+from fastvideo_train.recipe import ClipsSpec, LatentsSpec, Recipe
+
+Endless = Generator[Batch, None, None]
+
+
+@contextmanager
+def stream(recipe: Recipe, *, start: int) -> Iterator[Iterator[Batch]]:
+    """Yield an endless iterator over micro-batches `start`, `start + 1`, ...; then end its workers.
+
+    Micro-batch i is the same in every life of the run. Raises `ValueError` for illegal data.
+    """
+    with closing(_open(recipe, start)) as batches:
+        yield batches
+
+
+def _open(recipe: Recipe, start: int) -> Endless:
+    spec, run = recipe.data, recipe.run
+    common: dict[str, Any] = {"seed": run.seed, "batch": run.batch, "start_step": start}
+    values: dict[str, Any] = spec.model_dump(exclude={"name"})
+    if isinstance(spec, ClipsSpec):
+        from fastvideo_train.data.clips import ClipBatches
+
+        return cast(Endless, ClipBatches(**values, **common).prefetch())
+    if isinstance(spec, LatentsSpec):
+        from fastvideo_train.data.latents import LatentBatches
+
+        return cast(Endless, LatentBatches(**values, **common).prefetch())
+    from fastvideo_train.data.synthetic import SyntheticBatches
+
+    return cast(Endless, SyntheticBatches(**values, **common).prefetch())

@@ -1,0 +1,110 @@
+"""Checkpoints that survive being killed at any moment: written aside, synced, then renamed.
+
+runs/vae/checkpoints/latest                 the name of the newest whole checkpoint
+runs/vae/checkpoints/step-00000200/state.pt, info.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE, INFO, POINTER = "state.pt", "info.json", "latest"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The last `keep` checkpoints of a run, under one folder."""
+
+    folder: Path
+    keep: int = 2
+
+    def latest(self) -> Path | None:
+        """Return the newest whole checkpoint or None; `ValueError` if the pointer dangles."""
+        pointer = self.folder / POINTER
+        if not pointer.is_file():
+            return None
+        path = self.folder / pointer.read_text(encoding="utf-8").strip()
+        if not (path / STATE).is_file():
+            raise ValueError(f"{pointer} names {path.name}, which is not there; was it moved?")
+        return path
+
+    def save(self, step: int, state: Mapping[str, Any], info: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, point to it, drop old ones; on failure the previous one stays whole.
+
+        step: number of finished steps. Raises `ValueError` if the disk refuses.
+        """
+        final = self.folder / f"step-{step:08d}"
+        aside = self.folder / f".{final.name}.writing"
+        try:
+            self._write(aside, state, info)
+            if final.exists():
+                shutil.rmtree(final)
+            aside.rename(final)
+            self._point_to(final)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(aside, ignore_errors=True)
+            before = self.latest()
+            safe = f"; {before.name} is still whole" if before else ""
+            raise ValueError(f"cannot save checkpoint {final}: {error}{safe}") from error
+        self._prune()
+        return final
+
+    def read_info(self, path: Path) -> dict[str, Any]:
+        """Return what `save` was given as `info`."""
+        values: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
+        return values
+
+    def read_state(self, path: Path) -> dict[str, Any]:
+        """Return the state that was saved, on the CPU; `ValueError` if the file is damaged."""
+        try:
+            state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(f"checkpoint {path / STATE} cannot be read: {error}") from None
+        return state
+
+    def _write(self, aside: Path, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        with (aside / STATE).open("wb") as file:
+            torch.save(dict(state), file)
+            _sync(file.fileno())
+        with (aside / INFO).open("w", encoding="utf-8") as text:
+            text.write(json.dumps(info, indent=2) + "\n")
+            text.flush()
+            _sync(text.fileno())
+        _sync_folder(aside)
+
+    def _point_to(self, path: Path) -> None:
+        aside = self.folder / f".{POINTER}.writing"
+        with aside.open("w", encoding="utf-8") as text:
+            text.write(path.name + "\n")
+            text.flush()
+            _sync(text.fileno())
+        aside.replace(self.folder / POINTER)
+        _sync_folder(self.folder)
+
+    def _prune(self) -> None:
+        """Drop all but the newest `keep`, and what a kill left half written."""
+        whole = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        for path in [*whole[: -self.keep], *self.folder.glob(".step-*.writing")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The verbs of `fastvideo` that train: each module is one command."""

@@ -1,0 +1,201 @@
+"""`fastvideo train RECIPE`: run a recipe to its last step, or until somebody says stop."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastvideo.cli import INTERRUPTED, OK, RefusedError, refusing
+from fastvideo_train import recipe as recipes
+
+if TYPE_CHECKING:
+    from fastvideo_train.loop import Event, Job
+    from fastvideo_train.recipe import Recipe
+
+Show = Callable[["Event"], None]
+_SHOWN_ANYWAY = ("loss", "samples_per_s", "elapsed_s")
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/train/nano/vae.toml.")],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one key: run.steps=100. Repeatable.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run lives; default runs/<name>.")
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh",
+            help="Demand a checkpoint, or set an old run aside. Default: continue if there is one.",
+        ),
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Tiny networks and three steps: the [smoke] table.")
+    ] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop with a checkpoint after this long.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build the networks, say what would run, and stop.")
+    ] = False,
+) -> int:
+    """Train a model from a recipe (TOML); Ctrl-C saves a checkpoint first."""
+    with refusing():
+        words = [*(sets or []), *([f"run.threads={threads}"] if threads else [])]
+        parsed = recipes.load(recipe, sets=words, smoke=smoke)
+        folder = run_dir or Path("runs") / (parsed.run.name + ("-smoke" if smoke else ""))
+        if dry_run:
+            _describe(_open(parsed, folder))
+            return OK
+        _settle(folder, resume)
+    with _lock(folder), _stop_signals() as stopped:
+        with refusing():
+            job = _open(parsed, folder)
+        return _run(job, stopped, max_seconds=60 * max_minutes if max_minutes else math.inf)
+
+
+def _open(recipe: Recipe, folder: Path) -> Job:
+    from fastvideo_train.loop import Job
+    from fastvideo_train.validate import validator
+
+    job = Job.open(recipe, folder)
+    job.validate = validator(recipe, folder)
+    return job
+
+
+def _run(job: Job, stopped: Callable[[], bool], *, max_seconds: float) -> int:
+    from fastvideo_train.loop import train as run
+
+    print(f"{job.folder}: step {job.step} of {job.recipe.run.steps}")
+    with _display(job) as show:
+        for event in run(job, stop=stopped, max_seconds=max_seconds):
+            show(event)
+    if job.step < job.recipe.run.steps:
+        print(f"stopped at step {job.step}; the same command goes on from there")
+    return INTERRUPTED if stopped() else OK
+
+
+def _describe(job: Job) -> None:
+    recipe = job.recipe
+    print(f"{recipe.run.name}: method {recipe.method.name}, steps {job.step} to {recipe.run.steps}")
+    for role in job.roles.values():
+        state = "trained" if role.trainable else "frozen"
+        start = "new weights" if role.is_new else f"from {recipe.roles[role.name].from_}"
+        size = f"{role.num_params() / 1e6:.2f} M parameters"
+        dtype = str(role.dtype).removeprefix("torch.")
+        family = f"{role.kind}/{recipe.roles[role.name].family}"
+        print(f"  {role.name}: {family}, {size}, {dtype}, {state}, {start}")
+    print(f"  batch {recipe.run.batch} x {recipe.run.accumulate} of {recipe.data.name}")
+
+
+def _settle(folder: Path, resume: bool | None) -> None:
+    """Check what `--resume` demands; for `--fresh` set an old run aside under another name."""
+    has_run = (folder / "checkpoints" / "latest").is_file()
+    if resume and not has_run:
+        raise ValueError(f"{folder} has no checkpoint to resume; leave --resume out to start there")
+    if resume is False and folder.exists():
+        with _lock(folder):
+            pass  # nobody trains in it
+        names = (folder.with_name(f"{folder.name}.old-{i}") for i in range(1, 10_000))
+        aside = next(path for path in names if not path.exists())
+        folder.rename(aside)
+        print(f"the old run is now {aside}")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process trains in; the lock ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            hint = "stop it or use --run-dir"
+            raise RefusedError(f"another process trains in {folder}; {hint}") from None
+        yield
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Let a first SIGINT or SIGTERM ask for a stop after the step; a second one ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        sys.stderr.write("stopping after this step (once more to stop now)\n")
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _display(job: Job) -> Iterator[Show]:
+    """Show a live line on a terminal, and a plain line every `log_every` steps elsewhere."""
+    if not sys.stderr.isatty():
+        yield _print_event
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=job.recipe.run.steps, completed=job.step)
+
+        def show(event: Event) -> None:
+            from fastvideo_train.loop import StepDone
+
+            if isinstance(event, StepDone):
+                progress.update(
+                    task, completed=event.step, description=_words(replace(event, metrics={}))
+                )
+            else:
+                console.print(_words(event))
+
+        yield show
+
+
+def _print_event(event: Event) -> None:
+    from fastvideo_train.loop import StepDone
+
+    if not isinstance(event, StepDone) or event.metrics:
+        print(_words(event), flush=True)
+
+
+def _words(event: Event) -> str:
+    """Return one line about an event."""
+    from fastvideo_train.loop import Saved, Validated
+
+    if isinstance(event, Saved):
+        return f"step {event.step}: saved {event.path}"
+    if isinstance(event, Validated):
+        return f"step {event.step}: validated, {_numbers(event.metrics)}"
+    left = time.strftime("%H:%M:%S", time.gmtime(event.seconds_left))
+    extra = {k: v for k, v in event.metrics.items() if k not in _SHOWN_ANYWAY}
+    speed = f"{event.samples_per_s:.2f} samples/s"
+    line = f"step {event.step}: loss {event.loss:.4f}, {speed}, {left} left"
+    return f"{line}, {_numbers(extra)}" if extra else line
+
+
+def _numbers(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())

@@ -1,0 +1,287 @@
+"""Latents of a world's clips, encoded once into shards and served as shuffled batches.
+
+encode_world(vae, "shapes", "latents/", num_clips=20_000, seed=0,
+             num_frames=81, height=128, width=128)
+batches = LatentBatches("latents/", seed=0, batch=16, frames=17)
+
+A folder holds `manifest.json` and shards of raw posterior means with captions. Raw, because the
+statistics that normalise them may be improved without encoding again; the manifest carries them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvideo import rng, weights
+from fastvideo.worlds import generator_version
+from fastvideo_train.data._manifest import MANIFEST, Manifest, read_manifest
+from fastvideo_train.data.clips import ClipBatches
+
+ENCODER_PARTS = ("encoder.", "quant_conv.")
+MAY_CHANGE = ("count", "latents_mean", "latents_std")  # none of them touches a finished shard
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+Report = Callable[[int, int], None]
+
+
+class Vae(Protocol):
+    """What is asked of a VAE here: `Vae` of a module under `fastvideo/models/vae/`."""
+
+    config: Any
+
+    def encode(self, pixels_BCTHW: Tensor, /) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class LatentBatch(TypedDict):
+    """One batch: normalised float32 latents (B, C, T, H, W), one caption and id per clip."""
+
+    latents: Tensor
+    captions: list[str]
+    ids: list[str]
+
+
+def encode_world(
+    vae: Vae,
+    world: str,
+    out_folder: str | Path,
+    *,
+    num_clips: int,
+    seed: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: int = 16,
+    split: str = "train",
+    shard_size: int = 256,
+    batch: int = 4,
+    dtype: str = "float16",
+    workers: int = 0,
+    report: Report | None = None,
+) -> Manifest:
+    """Render clips 0 .. num_clips - 1, encode them, and write what is not there yet.
+
+    The same call after a kill goes on with the first unfinished shard; a larger `num_clips` adds
+    to the folder. `report(done, total)` is called after every batch. Raises `ValueError` if the
+    folder holds latents of anything else (another encoder, world, size, seed), naming what differs.
+    """
+    if num_clips < 1 or batch < 1 or shard_size < 1 or shard_size % batch:
+        raise ValueError(
+            f"num_clips {num_clips} and batch {batch} must be at least 1, and shard_size"
+            f" {shard_size} a multiple of batch"
+        )
+    folder = Path(out_folder)
+    sizes: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
+    sizes |= {"seed": seed, "fps": fps, "split": split}
+    clips = ClipBatches(world, batch=batch, workers=workers, **sizes)
+    manifest = Manifest(
+        world=world,
+        generator_version=generator_version(world),
+        shard_size=shard_size,
+        dtype=dtype,  # type: ignore[arg-type]
+        encoder=encoder_hash(vae),
+        latent_shape=_latent_shape(vae, (num_frames, height, width)),
+        latents_mean=vae.config.latents_mean,
+        latents_std=vae.config.latents_std,
+        count=num_clips,
+        **sizes,
+    )
+    _claim(folder, manifest)
+    for shard in range(manifest.num_shards):
+        if not _finished(folder, manifest, shard):
+            _encode_shard(vae, clips, folder, manifest, shard, report)
+        if report:
+            report(shard * shard_size + manifest.shard_count(shard), num_clips)
+    return manifest
+
+
+def encode_pixels(vae: Vae, pixels_BCTHW: Tensor) -> Tensor:
+    """Encode uint8 pixels to raw posterior means, in the VAE's dtype and on its device."""
+    like = next(vae.parameters())
+    signed = pixels_BCTHW.to(like.device, torch.float32).div_(127.5).sub_(1).to(like.dtype)
+    with torch.no_grad():
+        return vae.encode(signed)
+
+
+def statistics(vae: Vae, clips: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per latent channel over batches of uint8 pixels."""
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for pixels in clips:
+        z = encode_pixels(vae, pixels).double().transpose(0, 1).flatten(1).cpu()  # C, N
+        count += z.shape[1]
+        total, square = total + z.sum(1), square + z.square().sum(1)
+    if count < 2:
+        raise ValueError("latent statistics need at least one clip")
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(1e-12).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def encoder_hash(vae: Vae) -> str:
+    """Return a fingerprint of the weights that decide the latents; the decoder's do not."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(ENCODER_PARTS):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    latents_NCTHW: Tensor
+    captions: list[str]
+    ids: list[str]
+
+
+class LatentBatches:
+    """Shuffled batches out of a folder of latents, each a function of (seed, step).
+
+    Every epoch is another permutation of all clips, decided by (seed, epoch). `frames` serves only
+    the first frames of each clip: a causal VAE encodes a prefix to a prefix of the latents. Files
+    are mapped, not read, so that a folder may be larger than memory. Raises `ValueError` if the
+    folder is unfinished, or was encoded by other weights than `encoder` (from `encoder_hash`).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seed: int,
+        batch: int,
+        frames: int | None = None,
+        encoder: str | None = None,
+        start_step: int = 0,
+    ) -> None:
+        self.folder, self.manifest = Path(folder), read_manifest(folder)
+        self.seed, self.size, self.start_step = seed, batch, start_step
+        m = self.manifest
+        self.latent_frames = m.latent_shape[1] if frames is None else m.latent_frames(frames)
+        if encoder is not None and encoder != m.encoder:
+            raise ValueError(
+                f"latents in {folder} are stale: encoded by weights {m.encoder}, but the VAE at"
+                f" hand is {encoder}; encode them again"
+            )
+        self._shards = [_open_shard(self.folder, m, i) for i in range(m.num_shards)]
+        self._permutation = lru_cache(maxsize=2)(self._shuffled)
+        sizes = (1, -1, 1, 1, 1)
+        self._mean = torch.tensor(m.latents_mean).view(sizes)
+        self._std = torch.tensor(m.latents_std).view(sizes)
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return self.manifest.count
+
+    def batch(self, step: int) -> LatentBatch:
+        """Return the batch of one step."""
+        places = [self._place(step * self.size + item) for item in range(self.size)]
+        raw = torch.stack([s.latents_NCTHW[i, :, : self.latent_frames] for s, i in places]).float()
+        return LatentBatch(
+            latents=(raw - self._mean) / self._std,
+            captions=[s.captions[i] for s, i in places],
+            ids=[s.ids[i] for s, i in places],
+        )
+
+    def prefetch(self, steps: int | None = None) -> Iterator[LatentBatch]:
+        """Yield the batches of `start_step` and later: `steps` of them, or for ever."""
+        first = self.start_step
+        for step in itertools.count(first) if steps is None else range(first, first + steps):
+            yield self.batch(step)
+
+    __iter__ = prefetch
+
+    def _place(self, sample: int) -> tuple[_Shard, int]:
+        epoch, position = divmod(sample, self.manifest.count)
+        shard, index = divmod(int(self._permutation(epoch)[position]), self.manifest.shard_size)
+        return self._shards[shard], index
+
+    def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return rng.numpy_generator(self.seed, "epoch", epoch).permutation(self.manifest.count)
+
+
+def _claim(folder: Path, manifest: Manifest) -> None:
+    if (folder / MANIFEST).exists():
+        have, want = read_manifest(folder).model_dump(), manifest.model_dump()
+        wrong = [
+            f"{key} {have[key]!r}, not {value!r}"
+            for key, value in want.items()
+            if key not in MAY_CHANGE and have[key] != value
+        ]
+        if wrong:
+            raise ValueError(
+                f"{folder} holds other latents ({'; '.join(wrong)}); delete it or choose another"
+            )
+        if have["count"] > manifest.count:
+            raise ValueError(
+                f"num_clips {manifest.count} is less than the {have['count']} that {folder} holds"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    weights.write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def _finished(folder: Path, manifest: Manifest, shard: int) -> bool:
+    path = _shard_path(folder, shard)
+    if not path.exists():
+        return False
+    return weights.read_header(path)["latents"].shape[0] == manifest.shard_count(shard)
+
+
+def _encode_shard(
+    vae: Vae,
+    clips: ClipBatches,
+    folder: Path,
+    manifest: Manifest,
+    shard: int,
+    report: Report | None,
+) -> None:
+    first, count = shard * manifest.shard_size, manifest.shard_count(shard)
+    clips = clips.starting_at(first // clips.size)
+    latents, captions, ids = [], list[str](), list[str]()
+    for batch in clips.prefetch(-(-count // clips.size)):
+        latents.append(encode_pixels(vae, batch["pixels"]).to(DTYPES[manifest.dtype]).cpu())
+        captions += batch["captions"]
+        ids += batch["ids"]
+        if report:
+            report(first + min(len(ids), count), manifest.count)
+    stacked = torch.cat(latents)[:count].contiguous()
+    if not bool(stacked.isfinite().all()):
+        raise ValueError(f"latents of shard {shard} do not fit {manifest.dtype} or are not finite")
+    words = {"captions": json.dumps(captions[:count]), "ids": json.dumps(ids[:count])}
+    weights.save(_shard_path(folder, shard), {"latents": stacked}, words)
+
+
+def _open_shard(folder: Path, manifest: Manifest, shard: int) -> _Shard:
+    path = _shard_path(folder, shard)
+    if not path.exists() or not _finished(folder, manifest, shard):
+        raise ValueError(
+            f"latents in {folder} are unfinished: {path.name} of {manifest.num_shards} shards is"
+            " missing; run the same encode command again"
+        )
+    words = weights.read_metadata(path)
+    return _Shard(
+        weights.Checkpoint(path).tensor("latents"),
+        json.loads(words["captions"]),
+        json.loads(words["ids"]),
+    )
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.safetensors"
+
+
+def _latent_shape(vae: Vae, pixels: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    blank = torch.zeros(1, 3, *pixels, dtype=torch.uint8)
+    _, c, t, h, w = encode_pixels(vae, blank).shape
+    return c, t, h, w

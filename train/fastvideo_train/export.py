@@ -1,0 +1,314 @@
+"""From a run to a folder that goes straight into `--model`: averaged weights, spec, and a proof.
+
+export(run_folder, out)   # by the run's `[export]`: a whole model, or the vae/ part of one
+
+A folder takes its name only after it was read back and its networks gave the numbers of the live
+ones (rounded to the stored dtype) in one forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastvideo import hub, model, render, weights
+from fastvideo import registry as components
+from fastvideo.config import Strict, merge, parse
+from fastvideo.formats import PARTS
+from fastvideo.formats import diffusers as layout
+from fastvideo.model import Model
+from fastvideo.spec import Defaults, Network, Provenance, Scheduler, Spec
+from fastvideo_train import roles as role_builder
+from fastvideo_train.checkpoints import Checkpoints
+from fastvideo_train.data._manifest import read_manifest
+from fastvideo_train.data.latents import statistics
+from fastvideo_train.loop import make_method
+from fastvideo_train.recipe import Recipe
+from fastvideo_train.roles import Role
+from fastvideo_train.validate import Clips, of_kind
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = 1e-5  # of the largest value; the same arithmetic on the same weights
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class TrainClips(Clips):
+    """The training clips that statistics come from."""
+
+    split: str = "train"
+    count: int = Field(default=64, ge=1)
+
+
+class VaeExport(Strict):
+    """`[export]` of a run that trains a VAE."""
+
+    dtype: Dtype = "bfloat16"
+    clips: TrainClips = TrainClips()
+
+
+class ModelExport(Strict):
+    """`[export]` of a run that trains a denoiser: what its folder says of itself."""
+
+    name: str = Field(min_length=1)
+    vae: str = Field(min_length=1, description="a model folder that has a vae/")
+    dtype: Dtype = "bfloat16"
+    scheduler: Scheduler = Scheduler()
+    defaults: Defaults = Defaults()
+    provenance: Provenance = Provenance()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder that was read back. Errors are shares of the largest value in one forward.
+
+    error: against the live networks with rounded weights; rounding: against unrounded ones.
+    """
+
+    folder: Path
+    error: float
+    rounding: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run read back: its recipe and its networks in float32, with averaged weights."""
+
+    recipe: Recipe
+    roles: Mapping[str, Role]
+    step: int
+
+
+def export(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Export a run by the `[export]` of its recipe, with `changes` on top.
+
+    A run with a denoiser gives a whole model folder, one that trains a VAE gives its `vae/`.
+    Raises `ValueError` if the run, the table or the folder will not do.
+    """
+    trained = load_run(run)
+    values = merge(trained.recipe.export, changes or {})
+    source = f"[export] of {trained.recipe.run.name}"
+    if any(role.kind == "dit" for role in trained.roles.values()):
+        spec = parse(ModelExport, values, source=source)
+        return export_model(trained, folder, spec, overwrite=overwrite)
+    return export_vae(trained, folder, parse(VaeExport, values, source=source), overwrite=overwrite)
+
+
+def export_vae(
+    run: Trained, folder: str | Path, spec: VaeExport, *, overwrite: bool = False
+) -> Exported:
+    """Write `vae/` with fresh statistics of the latents in its config."""
+    role = of_kind(run.roles, "vae")
+    vae: Any = role.net
+    clips, world = spec.clips, spec.clips.open()
+    frames = (world.clip(clips.seed, i, clips.split).frames_THWC for i in range(clips.count))
+    vae.set_statistics(
+        *statistics(vae, (torch.tensor(f).permute(3, 0, 1, 2)[None] for f in frames))
+    )
+    family = run.recipe.roles[role.name].family
+    dtype = DTYPES[spec.dtype]
+    with _proved(Path(folder), overwrite=overwrite) as aside:
+        layout.save_part(vae, aside / "vae", part="vae", family=family, dtype=dtype)
+        error, rounding = _errors(_vae_forward, vae, load_vae(aside), dtype, ())
+        _judge(error, folder, "vae")
+    return Exported(Path(folder), error, rounding)
+
+
+def export_model(
+    run: Trained, folder: str | Path, spec: ModelExport, *, overwrite: bool = False
+) -> Exported:
+    """Write a whole model: the run's denoiser and text encoder, and the VAE of another folder."""
+    vae = load_vae(spec.vae)
+    _check_latents(run.recipe, vae, spec.vae)
+    live = bundle(run.recipe, run.roles, vae=vae, scheduler=spec.scheduler, export=spec)
+    dtype = DTYPES[spec.dtype]
+    forwards: dict[str, Callable[[Any], Tensor]] = {
+        "text": lambda net: _text_forward(live, net),
+        "dit": lambda net: _dit_forward(live, net),
+        "vae": _vae_forward,
+    }
+    keep = components.load("fastvideo.models.dit", live.spec.dit.family, "KEEP_FLOAT32")
+    worst = (0.0, 0.0)
+    with _proved(Path(folder), overwrite=overwrite) as aside:
+        layout.save(live, aside, dtype=dtype, overwrite=True)
+        stored = model.load(aside, device="cpu", dtype="float32")
+        for part in PARTS:
+            kept = keep if part == "dit" else ()
+            nets = getattr(live, part), getattr(stored, part)
+            errors = _errors(forwards[part], *nets, dtype, kept)
+            _judge(errors[0], folder, part)
+            worst = max(worst[0], errors[0]), max(worst[1], errors[1])
+    return Exported(Path(folder), *worst)
+
+
+def load_run(folder: str | Path) -> Trained:
+    """Read a run's newest checkpoint; `ValueError` if it has none."""
+    store = Checkpoints(Path(folder) / "checkpoints")
+    path = store.latest()
+    if path is None:
+        raise ValueError(f"{folder} has no checkpoint; is it the folder of a run?")
+    info = store.read_info(path)
+    recipe = parse(Recipe, info["recipe"], source=str(path))
+    roles = role_builder.build(_to_read(recipe, str(folder)), make_method(recipe).wants)
+    for role in roles.values():
+        role.net.eval().requires_grad_(False)
+    return Trained(recipe, roles, info["step"])
+
+
+def load_vae(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load the VAE of a bundled model or of a folder that needs no other part."""
+    name = str(folder)
+    path = hub.ZOO / name if name in hub.bundled() else Path(folder)
+    network = layout.read_network(path, "vae")
+    vae = _empty(network)
+    weights.load_into(vae, layout.tensors(path, "vae"), source=path / "vae", dtype=dtype)
+    return vae.eval().requires_grad_(False)
+
+
+def bundle(
+    recipe: Recipe,
+    roles: Mapping[str, Role],
+    *,
+    vae: Any,
+    scheduler: Scheduler,
+    export: ModelExport | None = None,
+) -> Model:
+    """Put the networks of a run and a VAE together as a model that can render."""
+    dit, text = of_kind(roles, "dit"), of_kind(roles, "text")
+    method: Any = make_method(recipe)
+    told = export.defaults.model_dump(exclude_unset=True) if export else {}
+    trained_on = {
+        "max_text_tokens": method.config.max_text_tokens,
+        "negative_prompt": method.config.negative_prompt,
+    }
+    spec = Spec(
+        name=export.name if export else recipe.run.name,
+        dit=Network(family=recipe.roles[dit.name].family, config=dict(dit.config)),
+        vae=Network(family="wan"),
+        text=Network(family=recipe.roles[text.name].family, config=dict(text.config)),
+        compression=layout.compression(asdict(dit.net.config), asdict(vae.config)),
+        scheduler=scheduler,
+        defaults=Defaults(**{**trained_on, **told}),
+        provenance=export.provenance if export else Provenance(),
+    )
+    first = next(dit.net.parameters())
+    return Model(spec, dit.net, vae, text.net, method.tokenizer, first.device, dit.dtype)
+
+
+def _to_read(recipe: Recipe, folder: str) -> Recipe:
+    """Return the recipe with float32 networks whose weights come from the run itself."""
+    roles = {
+        name: role.model_copy(
+            update={"dtype": None, "from_": folder if role.trainable else role.from_}
+        )
+        for name, role in recipe.roles.items()
+    }
+    run = recipe.run.model_copy(update={"dtype": "float32", "device": "cpu"})
+    return recipe.model_copy(update={"roles": roles, "run": run})
+
+
+def _empty(network: Network) -> Any:
+    package = "fastvideo.models.vae"
+    config = components.load(package, network.family, "Config").parse(network.config)
+    return weights.build(lambda: components.load(package, network.family, "Vae")(config))
+
+
+def _check_latents(recipe: Recipe, vae: Any, folder: str) -> None:
+    """Refuse a VAE other than the one whose latents, or whose statistics, the run learned from."""
+    if recipe.data.name != "latents" or not Path(recipe.data.folder).is_dir():
+        return
+    manifest = read_manifest(recipe.data.folder)
+    near = [
+        torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-5)
+        for a, b in (
+            (manifest.latents_mean, vae.config.latents_mean),
+            (manifest.latents_std, vae.config.latents_std),
+        )
+    ]
+    if not all(near):
+        raise ValueError(
+            f"the VAE of {folder} normalises latents by other statistics than"
+            f" {recipe.data.folder}, which {recipe.run.name} learned from"
+        )
+
+
+@contextmanager
+def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a folder beside `folder` that takes its name if nothing was wrong with it."""
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists; choose another folder or remove it")
+    aside = folder.with_name(f".{folder.name}.unproved")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _errors(
+    forward: Callable[[Any], Tensor],
+    live: nn.Module,
+    stored: nn.Module,
+    dtype: torch.dtype,
+    keep: tuple[str, ...],
+) -> tuple[float, float]:
+    """Return the largest errors of the stored network: to the live one rounded, and as it is."""
+    rounded = copy.deepcopy(live)
+    cast = weights.cast(rounded.state_dict(), dtype=dtype, keep_float32=keep)
+    rounded.load_state_dict({name: tensor.float() for name, tensor in cast.items()})
+    with torch.no_grad():
+        got, same, exact = (forward(net).double() for net in (stored, rounded, live))
+    size = exact.abs().max().clamp_min(1e-12)
+    return float((got - same).abs().max() / size), float((got - exact).abs().max() / size)
+
+
+def _judge(error: float, folder: str | Path, part: str) -> None:
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"{folder} is not exported: its {part}, read back, differs from the live one by"
+            f" {error:.1e} of the largest value (allowed: {TOLERANCE:.0e})"
+        )
+
+
+def _text_forward(live: Model, net: nn.Module) -> Tensor:
+    assert live.tokenizer is not None, "a bundle has one"
+    ids_BL, mask_BL = live.tokenizer(["a prompt to compare"], live.spec.defaults.max_text_tokens)
+    states: Tensor = net(ids_BL, mask_BL)
+    return states
+
+
+def _dit_forward(live: Model, net: nn.Module) -> Tensor:
+    c = live.spec.compression
+    height, width = c.pixel_multiple
+    noise = render.initial_latents(
+        live, num_frames=1 + c.temporal, height=2 * height, width=2 * width, seed=0
+    )
+    cond = render.encode_text(live, ["a prompt to compare"])
+    v: Tensor = net(noise, torch.full((1, 1), 500.0), cond)
+    return v
+
+
+def _vae_forward(net: Any) -> Tensor:
+    c = net.config
+    side = 8 * c.spatial_stride
+    ramp = torch.linspace(-1, 1, 3 * (1 + c.temporal_stride) * side * side)
+    z: Tensor = net.encode(ramp.reshape(1, 3, -1, side, side))
+    pixels: Tensor = net.decode(z)
+    return torch.cat([z.flatten(), pixels.flatten()])

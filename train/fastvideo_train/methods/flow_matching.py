@@ -1,0 +1,139 @@
+"""Train a text-to-video denoiser by flow matching, and its text encoder with it if that one learns.
+
+Lipman et al. 2210.02747 with the logit-normal times of Esser et al. 2403.03206: draw a time, mix
+clean latents with noise, regress the path's velocity.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastvideo import attention, flow, registry
+from fastvideo.config import Strict
+from fastvideo.models.text import encode_prompts
+from fastvideo.models.text.tokenizer import Tokenizer, build_word_tokenizer
+from fastvideo.shapes import LatentShape
+from fastvideo_train.methods import Batch, StepKey, Update, Wants
+from fastvideo_train.roles import Role
+
+
+class Config(Strict):
+    """Times, text and attention.
+
+    `max_text_tokens` must be what the exported spec says, as Wan attends to the zero rows after a
+    prompt. Dropped prompts become `negative_prompt`, the one that guidance steers away from.
+    """
+
+    tokenizer: str = Field(min_length=1, description="a tokenizer's folder, or world:<name>")
+    max_text_tokens: int = Field(ge=1)
+    negative_prompt: str = ""
+    text_dropout: float = Field(default=0.1, ge=0, le=1)
+    shift: float = Field(default=1.0, gt=0, description="above 1 draws noisier times")
+    logit_mean: float = 0.0
+    logit_std: float = Field(default=1.0, gt=0)
+    attention: str = "auto"
+
+
+class Method:
+    """One phase: the velocity's squared error, for `student` and, if it learns, `text`."""
+
+    wants: Mapping[str, Wants] = {
+        "student": Wants("dit", trainable=True),
+        "text": Wants("text", calls=()),
+    }
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._attend: dict[tuple[int, ...], attention.Attend] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder, or one made of all words that a world says."""
+        kind, _, name = self.config.tokenizer.partition(":")
+        if kind != "world":
+            return Tokenizer.load(self.config.tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            return build_word_tokenizer(registry.load("fastvideo.worlds", name, "words")(), folder)
+
+    def initialise(self, roles: Mapping[str, Role]) -> None:
+        """Keep the weights as their families drew them; refuse a tokenizer with too many words."""
+        size = self.tokenizer.vocab_size
+        legal = roles["text"].family.Config.parse(roles["text"].config).vocab_size
+        if size > legal:
+            raise ValueError(
+                f"tokenizer {self.config.tokenizer} has {size} tokens and the text encoder's"
+                f" vocab_size is {legal}; set roles.text.config.vocab_size to {size} or more"
+            )
+
+    def step(self, batch: Batch, roles: Mapping[str, Role], key: StepKey) -> Iterator[Update]:
+        """Yield the velocity loss of normalised latents (B, C, T, H, W) and their captions."""
+        student = roles["student"]
+        device = next(student.net.parameters()).device
+        clean = batch["latents"].to(device)  # B C T H W
+        noise = key.noise("flow/noise", tuple(clean.shape)).to(device)
+        sigma_B1 = self.sigmas(key, clean.shape[0]).to(device)
+        x = flow.mix(clean, noise, flow.per_frame(sigma_B1))
+        text_BLC = self.encode(self.drop(batch["captions"], key), roles["text"])
+        v = student.net(
+            x.to(student.dtype),
+            flow.timestep(sigma_B1),
+            student.family.Conditioning(text_BLC.to(student.dtype)),
+            attend=self.attend(student, LatentShape(*clean.shape[2:])),
+        )
+        error_B = (v.float() - flow.velocity(clean, noise)).square().flatten(1).mean(1)
+        learning = tuple(name for name in ("student", "text") if roles[name].trainable)
+        yield Update(learning, error_B.mean(), _by_noise(error_B.detach(), sigma_B1[:, 0]))
+
+    def sigmas(self, key: StepKey, count: int) -> Tensor:
+        """Draw times (count, 1): a logistic of a normal number, shifted towards noise."""
+        c = self.config
+        normal = key.noise("flow/time", (count, 1))
+        return flow.shift(torch.sigmoid(c.logit_mean + c.logit_std * normal), c.shift)
+
+    def drop(self, captions: list[str], key: StepKey) -> list[str]:
+        """Replace a share of the captions by the negative prompt (Ho and Salimans 2207.12598)."""
+        drawn = key.uniform("flow/dropout", (len(captions),)).tolist()
+        negative, share = self.config.negative_prompt, self.config.text_dropout
+        return [negative if u < share else c for c, u in zip(captions, drawn, strict=True)]
+
+    def encode(self, prompts: list[str], text: Role) -> Tensor:
+        """Return text states (B, max_text_tokens, C), with gradients if the encoder learns."""
+        with torch.set_grad_enabled(text.trainable and torch.is_grad_enabled()):
+            return encode_prompts(
+                text.net,
+                self.tokenizer,
+                prompts,
+                max_tokens=self.config.max_text_tokens,
+                device=str(next(text.net.parameters()).device),
+            )
+
+    def attend(self, student: Role, latents: LatentShape) -> attention.Attend:
+        """Return the attention for clips of this size, chosen once per size."""
+        config = student.family.Config.parse(student.config)
+        size = (latents.frames, latents.height, latents.width)
+        if size not in self._attend:
+            device = next(student.net.parameters()).device
+            layout = attention.plan(attention.Dense(), latents.tokens(config.patch_size), device)
+            self._attend[size] = attention.select(
+                self.config.attention,
+                layout=layout,
+                num_text_tokens=self.config.max_text_tokens,
+                dtype=student.dtype,
+                device=device,
+                needs_grad=True,
+                head_dim=config.attention_head_dim,
+            )
+        return self._attend[size]
+
+
+def _by_noise(error_B: Tensor, sigma_B: Tensor) -> dict[str, Tensor]:
+    """Return the mean error of the clean and of the noisy half of the path, where there are any."""
+    noisy = sigma_B > 0.5
+    parts = {"mse_noisy": error_B[noisy], "mse_clean": error_B[~noisy]}
+    return {name: part.mean() for name, part in parts.items() if part.numel()}

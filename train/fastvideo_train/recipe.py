@@ -1,0 +1,198 @@
+"""A training run as data: the strict, frozen form of a recipe file.
+
+    recipe = load("configs/train/nano/vae.toml", sets=["run.steps=10"], smoke=False)
+
+Torch-free, so that a wrong recipe is refused before anything is loaded. A recipe's `[smoke]` table
+is a second layer, used with `--smoke` only: tiny networks and three steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastvideo.config import Strict, assignments, merge, parse, read_toml
+
+Kind = Literal["dit", "vae", "text"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Run(Strict):
+    """What the loop needs: how long, how much at once, how often to look and to save."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    dtype: Dtype = "bfloat16"
+    device: str = "cpu"
+    strategy: str = "single"
+    threads: int = Field(default=0, ge=0, description="0 leaves the number to torch")
+    compile: bool = False
+    save_every: int = Field(default=0, ge=0, description="steps; 0 saves by time and at the end")
+    save_every_s: float = Field(default=600.0, gt=0)
+    validate_every: int = Field(default=0, ge=0, description="steps; 0 never")
+    log_every: int = Field(default=20, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class RoleSpec(Strict):
+    """A network of the run: its family, dims, first weights and whether it learns.
+
+    `from` is a model folder, or a file of weights; empty draws new weights. `dtype` overrides the
+    run's, `optim` overrides single keys of `[optim]`.
+    """
+
+    kind: Kind
+    family: str = "wan"
+    config: dict[str, Any] = Field(default_factory=dict)
+    from_: str = Field(default="", alias="from")
+    trainable: bool = True
+    dtype: Dtype | None = None
+    optim: dict[str, Any] = Field(default_factory=dict)
+
+
+class MethodSpec(Strict):
+    """A method (a file under `methods/`) and its own config, checked by that file."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class ClipsSpec(Strict):
+    """Clips rendered from a world while training (`data/clips.py` says what each key does)."""
+
+    name: Literal["clips"]
+    world: str = "shapes"
+    num_frames: int = Field(ge=1)
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    fps: int = Field(default=16, ge=1)
+    crop: tuple[int, int] | None = None
+    window: bool = False
+    render_frames: int = Field(default=81, ge=1)
+    crops_per_clip: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=0)
+
+
+class LatentsSpec(Strict):
+    """Latents and captions from shards on disk (`data/latents.py`)."""
+
+    name: Literal["latents"]
+    folder: str
+    frames: int | None = Field(default=None, ge=1, description="only the first frames of each clip")
+
+
+class SyntheticSpec(Strict):
+    """Random latents with captions of a world (`data/synthetic.py`): for tests and timings only."""
+
+    name: Literal["synthetic"]
+    world: str = "shapes"
+    channels: int = Field(default=16, ge=1)
+    frames: int = Field(default=1, ge=1)
+    height: int = Field(default=8, ge=1)
+    width: int = Field(default=8, ge=1)
+
+
+DataSpec = Annotated[ClipsSpec | LatentsSpec | SyntheticSpec, Field(discriminator="name")]
+
+
+class MuonSpec(Strict):
+    """Muon for matrices and convolution kernels; everything else stays with AdamW."""
+
+    lr: float = Field(default=5e-3, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    iterations: int = Field(default=5, ge=1)
+    scale: float = Field(default=0.2, gt=0)
+
+
+class OptimSpec(Strict):
+    """AdamW, its learning-rate schedule, the clip, and optionally Muon beside it."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.97)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: int = Field(default=0, ge=0)
+    floor: float = Field(default=0.05, ge=0, le=1, description="last rate as a share of `lr`")
+    muon: MuonSpec | None = None
+
+
+class EmaSpec(Strict):
+    """Averaged weights: what is validated and exported. A decay of 0 turns the average off."""
+
+    decay: float = Field(default=0.999, ge=0, lt=1)
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    run: Run
+    roles: dict[str, RoleSpec] = Field(min_length=1)
+    method: MethodSpec
+    data: DataSpec
+    optim: OptimSpec
+    ema: EmaSpec = EmaSpec()
+    validation: dict[str, Any] = Field(default_factory=dict, alias="validate")
+    export: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Recipe:
+        if not any(role.trainable for role in self.roles.values()):
+            raise ValueError("no role is trainable; set trainable = true for one of the roles")
+        for name in self.roles:
+            self.optim_of(name)
+        return self
+
+    def optim_of(self, role: str) -> OptimSpec:
+        """Return `[optim]` with the role's own keys on top."""
+        over = self.roles[role].optim
+        if not over:
+            return self.optim
+        values = merge(self.optim.model_dump(exclude_none=True), over)
+        return parse(OptimSpec, values, source=f"roles.{role}.optim")
+
+
+def load(path: str | Path, *, sets: Iterable[str] = (), smoke: bool = False) -> Recipe:
+    """Read a recipe; `sets` are `a.b=value` words. Raise a one-line `ValueError` if it is wrong."""
+    tree = read_toml(path)
+    small = tree.pop("smoke", {})
+    if smoke:
+        if not small:
+            raise ValueError(f"{path} has no [smoke] table, so --smoke has nothing to shrink to")
+        tree = _shrink(tree, small)
+    return parse(Recipe, merge(tree, assignments(sets)), source=str(path))
+
+
+def _shrink(tree: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """Lay `small` over `tree`; a table of another name, such as other data, replaces it."""
+    renamed = {
+        key
+        for key, value in small.items()
+        if isinstance(value, dict) and "name" in value and value["name"] != tree[key].get("name")
+    }
+    return merge({k: v for k, v in tree.items() if k not in renamed}, small)
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain JSON values; `parse(Recipe, dump(r))` gives it back."""
+    return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List `key: old -> new` for every leaf in which two dumped recipes differ."""
+    out = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += differences(a, b, f"{name}.")
+        elif a != b:
+            out.append(f"{name}: {a!r} -> {b!r}")
+    return out

@@ -1,0 +1,131 @@
+"""The named networks of a run: built from the recipe, cast, marked as learning or frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo import registry, rng
+from fastvideo.registry import did_you_mean
+from fastvideo.weights import Checkpoint, load_into
+from fastvideo_train.checkpoints import Checkpoints
+from fastvideo_train.methods import Wants
+from fastvideo_train.recipe import Kind, Recipe, RoleSpec
+
+NETWORK_CLASS: dict[Kind, str] = {"dit": "DiT", "vae": "Vae", "text": "TextEncoder"}
+SUBFOLDER: dict[Kind, str] = {"dit": "transformer", "vae": "vae", "text": "text_encoder"}
+
+
+@dataclass(frozen=True)
+class Role:
+    """One network of the run. `family` is its module, `config` its raw dims as in `config.json`.
+
+    `net` is a torch module of the family's class; what may be called on it is the family's affair.
+    """
+
+    name: str
+    kind: Kind
+    family: ModuleType
+    config: Mapping[str, Any]
+    net: Any
+    trainable: bool
+    dtype: torch.dtype
+    is_new: bool
+
+    def num_params(self) -> int:
+        """Return how many numbers the network has."""
+        return sum(p.numel() for p in self.net.parameters())
+
+
+def build(recipe: Recipe, wants: Mapping[str, Wants]) -> dict[str, Role]:
+    """Build the roles that a method wants; raise `ValueError` if the recipe has others."""
+    check(recipe, wants)
+    return {name: _build_role(name, recipe) for name in wants}
+
+
+def check(recipe: Recipe, wants: Mapping[str, Wants]) -> None:
+    """Raise `ValueError` if the recipe's roles are not what the method wants."""
+    method = recipe.method.name
+    for name in recipe.roles:
+        if name not in wants:
+            hint = did_you_mean(name, wants)
+            legal = ", ".join(wants)
+            raise ValueError(f"role {name!r} is unknown to method {method}{hint} (it has: {legal})")
+    for name, want in wants.items():
+        if name not in recipe.roles:
+            raise ValueError(f"method {method} needs a [roles.{name}] of kind {want.kind!r}")
+        role = recipe.roles[name]
+        if role.kind != want.kind:
+            raise ValueError(
+                f"roles.{name}.kind is {role.kind!r}; method {method} needs kind {want.kind!r}"
+            )
+        if want.trainable is not None and role.trainable != want.trainable:
+            raise ValueError(f"roles.{name}.trainable must be {want.trainable} in method {method}")
+
+
+def compile_calls(roles: Mapping[str, Role], wants: Mapping[str, Wants]) -> None:
+    """Compile the functions that the method calls, in place; parameters keep their names."""
+    for name, want in wants.items():
+        net = roles[name].net
+        for call in want.calls:
+            setattr(net, call, torch.compile(getattr(net, call)))
+
+
+def _build_role(name: str, recipe: Recipe) -> Role:
+    spec = recipe.roles[name]
+    family = registry.module(f"fastvideo.models.{spec.kind}", spec.family)
+    config = _config(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.derive(recipe.run.seed, f"init/{name}"))
+        net: Any = getattr(family, NETWORK_CLASS[spec.kind])(family.Config.parse(config))
+        if spec.kind != "vae":  # torch's own initialisation serves convolutions well
+            net.init_weights()
+    dtype = getattr(torch, spec.dtype or recipe.run.dtype)
+    load_into(
+        net,
+        first_weights(spec, name) if spec.from_ else net.state_dict(),
+        source=spec.from_ or "new weights",
+        dtype=dtype,
+        device=recipe.run.device,
+        keep_float32=family.KEEP_FLOAT32 if spec.kind == "dit" else (),
+        aliases=family.ALIASES if spec.kind == "text" else None,
+    )
+    net.requires_grad_(spec.trainable).train(spec.trainable)
+    return Role(name, spec.kind, family, config, net, spec.trainable, dtype, not spec.from_)
+
+
+def _config(spec: RoleSpec) -> dict[str, Any]:
+    is_run = (Path(spec.from_) / "checkpoints").is_dir()
+    if spec.config or not spec.from_ or is_run:
+        return spec.config
+    from fastvideo import hub  # needed only when a role starts from a model folder
+
+    model_spec, _ = hub.open_spec(spec.from_)
+    config: dict[str, Any] = getattr(model_spec, spec.kind).config
+    return config
+
+
+def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
+    """Return the weights behind `from`: a run's average, a model folder's part, or a file's."""
+    path = Path(spec.from_)
+    latest = Checkpoints(path / "checkpoints").latest()
+    if latest is not None:
+        return _weights_of_run(latest, name)
+    folder = path / SUBFOLDER[spec.kind]
+    checkpoint = Checkpoint(folder if folder.is_dir() else path)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+
+
+def _weights_of_run(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    state = Checkpoints(checkpoint.parent).read_state(checkpoint)
+    if name not in state:
+        raise ValueError(f"{checkpoint} trained no role {name!r} (it has: {', '.join(state)})")
+    average = state[name]["ema"]
+    weights: dict[str, Tensor] = average["weights"] if average else state[name]["masters"]
+    return weights

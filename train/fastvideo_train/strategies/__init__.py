@@ -1,0 +1,1 @@
+"""Where parameters, gradients and optimizer states live, one file per way to place them."""

@@ -1,0 +1,171 @@
+"""Look at a run from outside: a world's parser reads what its networks make of unseen clips.
+
+job.validate = validator(recipe, run_folder)   # None if the recipe has no [validate]
+
+A run of method `vae` reconstructs held-out clips; a run with a denoiser renders held-out prompts
+with the VAE of `[validate] vae`. Both write a contact sheet to `validate/` in the run's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from fastvideo import measure, media, worlds
+from fastvideo.config import Strict, parse
+from fastvideo.measure import Frames, Reconstructed, Rendered
+from fastvideo.metrics.faithfulness import rates
+from fastvideo.model import Model
+from fastvideo.spec import Scheduler
+from fastvideo_train.recipe import Recipe
+from fastvideo_train.roles import Role
+
+_CALLS = {"forward", "encode_moments", "decode"}  # what `roles.compile_calls` may replace
+
+
+class Clips(Strict):
+    """The clips that a validation looks at. `count` of them, never trained on."""
+
+    world: str = "shapes"
+    split: str = "heldout"
+    seed: int = 0
+    count: int = Field(default=16, ge=1)
+    num_frames: int = Field(default=81, ge=1)
+    height: int = Field(default=128, ge=1)
+    width: int = Field(default=128, ge=1)
+    fps: int = Field(default=16, ge=1)
+    sheet: int = Field(default=8, ge=0, description="clips on the contact sheet")
+
+    def open(self) -> worlds.World:
+        """Return the world at these sizes."""
+        return worlds.open_world(
+            self.world,
+            height=self.height,
+            width=self.width,
+            num_frames=self.num_frames,
+            fps=self.fps,
+        )
+
+
+class Prompts(Clips):
+    """The prompts that a validation renders, and how; `vae` is a model folder that has one."""
+
+    vae: str
+    steps: int = Field(default=20, ge=1)
+    guidance: float = Field(default=3.0, ge=0)
+    scheduler: Scheduler = Scheduler(name="euler")
+    batch: int = Field(default=8, ge=1)
+
+
+class Validator(Protocol):
+    """Looks at the networks of a run; returns numbers for its log."""
+
+    def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]: ...
+
+
+def validator(recipe: Recipe, folder: Path) -> Validator | None:
+    """Return the validation that `[validate]` describes, None if it is empty."""
+    if not recipe.validation:
+        return None
+    source = f"[validate] of {recipe.run.name}"
+    if any(role.kind == "dit" for role in recipe.roles.values()):
+        return _Rendering(parse(Prompts, recipe.validation, source=source), recipe, folder)
+    return _Reconstruction(parse(Clips, recipe.validation, source=source), folder)
+
+
+def of_kind(roles: Mapping[str, Role], kind: str) -> Role:
+    """Return the first role of a kind; `ValueError` if there is none."""
+    found = [role for role in roles.values() if role.kind == kind]
+    if not found:
+        raise ValueError(f"the run has no role of kind {kind!r} (it has: {', '.join(roles)})")
+    return found[0]
+
+
+class _Reconstruction:
+    def __init__(self, clips: Clips, folder: Path) -> None:
+        self.clips, self.folder = clips, folder
+
+    def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]:
+        c, world = self.clips, self.clips.open()
+        vae = of_kind(roles, "vae").net
+        true = [world.clip(c.seed, i, c.split) for i in range(c.count)]
+        with _eager(roles):
+            made = [measure.reconstructed(vae, world, clip) for clip in true]
+        pairs = zip(true, made, strict=True)
+        _sheet(self.folder, step, [f for t, m in pairs for f in (t.frames_THWC, m.frames)], c.sheet)
+        numbers = {"psnr": fmean(m.psnr for m in made), "ssim": fmean(m.ssim for m in made)}
+        return numbers | _rates(made, c)
+
+
+class _Rendering:
+    def __init__(self, prompts: Prompts, recipe: Recipe, folder: Path) -> None:
+        self.prompts, self.recipe, self.folder = prompts, recipe, folder
+        self._vae: Any = None
+
+    def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]:
+        p, model = self.prompts, self._model(roles)
+        with _eager(roles):
+            made = [m for first in range(0, p.count, p.batch) for m in self._batch(model, first)]
+        _sheet(self.folder, step, [m.frames for m in made], p.sheet, [m.prompt for m in made])
+        return {"flicker": fmean(m.flicker for m in made)} | _rates(made, p)
+
+    def _batch(self, model: Model, first: int) -> list[Rendered]:
+        p, world = self.prompts, self.prompts.open()
+        indices = range(first, min(first + p.batch, p.count))
+        return measure.rendered(
+            model,
+            world,
+            [world.clip(p.seed, i, p.split) for i in indices],
+            seeds=[p.seed + i for i in indices],
+            num_steps=p.steps,
+            guidance_scale=p.guidance,
+            num_frames=p.num_frames,
+            height=p.height,
+            width=p.width,
+        )
+
+    def _model(self, roles: Mapping[str, Role]) -> Model:
+        """Put the run's networks into the model folder that lends its VAE."""
+        from fastvideo_train.export import bundle, load_vae  # late: they use this module
+
+        if self._vae is None:
+            self._vae = load_vae(self.prompts.vae, dtype=of_kind(roles, "dit").dtype)
+        return bundle(self.recipe, roles, vae=self._vae, scheduler=self.prompts.scheduler)
+
+
+@contextmanager
+def _eager(roles: Mapping[str, Role]) -> Iterator[None]:
+    """Take compiled functions off the networks: other sizes would compile them anew."""
+    compiled = {
+        name: {key: role.net.__dict__.pop(key) for key in [*role.net.__dict__] if key in _CALLS}
+        for name, role in roles.items()
+    }
+    try:
+        yield
+    finally:
+        for name, functions in compiled.items():
+            roles[name].net.__dict__.update(functions)
+
+
+def _rates(made: Sequence[Reconstructed | Rendered], clips: Clips) -> dict[str, float]:
+    found = rates(measure.rows(made, worlds.attributes(clips.world)))
+    return {f"right/{attribute}": rate for attribute, rate in found.items()}
+
+
+def _sheet(
+    folder: Path,
+    step: int,
+    clips: Sequence[Frames],
+    count: int,
+    labels: Sequence[str] | None = None,
+) -> None:
+    if not count:
+        return
+    shown = clips[: count if labels else 2 * count]
+    image = media.contact_sheet(shown, labels=labels[:count] if labels else None)
+    media.write_png(folder / "validate" / f"step-{step:08d}.png", image, overwrite=True)
