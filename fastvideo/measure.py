@@ -1,0 +1,93 @@
+"""A model held against a world's truth, clip by clip; evaluation and training's validation call it.
+
+reconstructed(vae, world, clip)           how much of a true clip its VAE keeps
+rendered(model, world, clips, seeds=...)  how much of its prompt a made clip shows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastvideo import render
+from fastvideo.metrics.faithfulness import Row, faithfulness
+from fastvideo.metrics.flicker import flicker
+from fastvideo.metrics.psnr import psnr
+from fastvideo.metrics.ssim import ssim
+from fastvideo.model import Model
+from fastvideo.worlds import Clip, World
+
+Frames = npt.NDArray[np.uint8]
+Truth = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """A true clip after its VAE: `seen` was read out of the true frames, `parse` out of these."""
+
+    truth: Truth
+    seen: Truth
+    parse: Truth
+    psnr: float
+    ssim: float
+    frames: Frames
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A clip made from a prompt, and what the parser read in it."""
+
+    prompt: str
+    truth: Truth
+    parse: Truth
+    flicker: float
+    frames: Frames
+
+
+@torch.no_grad()
+def reconstructed(vae: Any, world: World, clip: Clip) -> Reconstructed:
+    """Encode and decode one clip and compare the result with it."""
+    true = clip.frames_THWC
+    like = next(vae.parameters())
+    pixels_THWC = torch.from_numpy(true).to(like.device, torch.float32) / 127.5 - 1
+    z = vae.encode(pixels_THWC.permute(3, 0, 1, 2)[None].to(like.dtype))
+    frames = np.concatenate([render.to_uint8(part[0]) for part in vae.stream(z)])
+    return Reconstructed(
+        truth=clip.truth,
+        seen=world.parse(true),
+        parse=world.parse(frames),
+        psnr=psnr(frames, true),
+        ssim=ssim(frames, true),
+        frames=frames,
+    )
+
+
+def rendered(
+    model: Model, world: World, clips: Sequence[Clip], *, seeds: Sequence[int], **how: Any
+) -> list[Rendered]:
+    """Render the captions of `clips` as one batch and read them; `how` goes to `render.frames`."""
+    prompts = [clip.caption for clip in clips]
+    made = render.frames(model, prompts, seed=seeds, **how)
+    return [
+        Rendered(
+            prompt=clip.caption,
+            truth=clip.truth,
+            parse=world.parse(frames),
+            flicker=flicker(frames) if len(frames) > 2 else math.nan,
+            frames=frames,
+        )
+        for clip, frames in zip(clips, made, strict=True)
+    ]
+
+
+def rows(
+    measured: Sequence[Reconstructed | Rendered], legal: Mapping[str, Sequence[str]]
+) -> list[Row]:
+    """Return how often each attribute was right."""
+    return faithfulness([m.truth for m in measured], [m.parse for m in measured], legal=legal)

@@ -1,0 +1,1 @@
+"""Measures of a clip or a model, one per file."""

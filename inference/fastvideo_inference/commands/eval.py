@@ -1,0 +1,88 @@
+"""`fastvideo eval MODEL`: how faithfully a model follows prompts that it never saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from fastvideo.cli import OK, refusing
+from fastvideo.shapes import parse_size
+from fastvideo_inference.evaluation import Evaluation, Table
+
+
+def evaluate(
+    model: Annotated[str, Argument(help="Bundled name, folder or hub id.")] = "wan-nano",
+    prompts: Annotated[int, Option(help="Held-out prompts to make clips of.")] = 256,
+    reconstructions: Annotated[
+        int | None, Option(help="True clips to pass through the VAE. [64, or all prompts]")
+    ] = None,
+    steps: Annotated[int | None, Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
+    size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")] = None,
+    frames: Annotated[int | None, Option(help="Number of frames, 4k+1.")] = None,
+    seed: Annotated[int, Option(min=0, help="Clip i starts from noise of seed + i.")] = 0,
+    world: Annotated[str, Option(help="The world that knows the truth.")] = "shapes",
+    batch: Annotated[int, Option(help="Clips made at once.")] = 4,
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for clips and results, kept by recipe.")
+    ] = Path("eval"),
+    as_json: Annotated[bool, Option("--json", help="The table as JSON on stdout.")] = False,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[str, Option(help="float32, bfloat16.")] = "auto",
+) -> int:
+    """Measure how faithfully a model follows its prompts.
+
+    A stopped evaluation goes on with the same command; a finished one gives its table again.
+    """
+    with refusing():
+        width, height = parse_size(size) if size else (None, None)
+        plan = Evaluation.plan(
+            model,
+            output=output,
+            prompts=prompts,
+            reconstructions=min(64, prompts) if reconstructions is None else reconstructions,
+            world=world,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            width=width,
+            height=height,
+            num_frames=frames,
+            seed=seed,
+        )
+    _run(plan)
+    table = plan.report()
+    print(table.to_json() if as_json else _text(table))
+    if not as_json:
+        print(f"clips, table.json and sheet.png: {plan.results}")
+    return OK
+
+
+def _run(plan: Evaluation) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("eval")
+        for done, total in plan.run():
+            progress.update(task, completed=done, total=total)
+
+
+def _text(table: Table) -> str:
+    n = table.lines[0].n
+    head = f"{'':<10}{f'made (n={n})':>14}{'95 % interval':>18}{'VAE':>8}{'truth':>8}{'chance':>8}"
+    rows = [
+        f"{line.attribute:<10}{line.rate:>14.3f}{f'{line.low:.3f} - {line.high:.3f}':>18}"
+        f"{line.vae:>8.3f}{line.truth:>8.3f}{line.chance:>8.3f}"
+        for line in table.lines
+    ]
+    vae = f"VAE on {table.num_reconstructions} held-out clips: {table.psnr:.2f} dB"
+    last = f"{vae}, SSIM {table.ssim:.4f}"
+    unrest = "" if table.flicker is None else f"; flicker of made clips {table.flicker:.2f}"
+    return "\n".join([table.model, head, *rows, last + unrest])
