@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastvideo_train.loop import Job, make_method
+from fastvideo_train.loop import Job, make_method, train
 from fastvideo_train.methods import StepKey
 from fastvideo_train.methods import flow_matching as flow_method
 from fastvideo_train.methods import vae as vae_method
@@ -119,3 +119,12 @@ def test_draws_differ_by_purpose_step_and_lane_and_repeat():
     draws = [key.noise("a", (4,)) for key in keys] + [KEY.noise("b", (4,))]
     assert len({tuple(d.tolist()) for d in draws}) == 5
     assert torch.equal(KEY.noise("a", (4,)), draws[0])
+
+
+def test_a_frozen_encoder_keeps_its_weights_while_the_decoder_learns(tmp_path):
+    job = Job.open(tiny("vae", "method.args.train_encoder=false"), tmp_path)
+    before = {n: p.detach().clone() for n, p in job.roles["vae"].net.named_parameters()}
+    for _ in train(job):
+        pass
+    changed = {n for n, p in job.roles["vae"].net.named_parameters() if not p.equal(before[n])}
+    assert changed and all(n.startswith(("decoder.", "post_quant_conv.")) for n in changed)

@@ -55,8 +55,21 @@ def test_smoke_needs_a_smoke_table(tmp_path: Path):
 
 
 def test_a_smoke_table_of_another_source_replaces_the_data():
-    assert recipes.load(CONFIGS / "dit-full.toml").data.name == "latents"
-    assert recipes.load(CONFIGS / "dit-full.toml", smoke=True).data.name == "synthetic"
+    assert recipes.load(CONFIGS / "dit.toml").data.name == "latents"
+    assert recipes.load(CONFIGS / "dit.toml", smoke=True).data.name == "synthetic"
+
+
+def test_a_recipe_states_only_what_differs_from_the_one_it_extends():
+    base, longer = recipes.load(CONFIGS / "dit-image.toml"), recipes.load(CONFIGS / "dit.toml")
+    assert longer.roles["student"].config == base.roles["student"].config
+    assert longer.run.name != base.run.name
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path):
+    (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
+    with pytest.raises(ValueError, match="extends itself"):
+        recipes.load(tmp_path / "a.toml")
 
 
 def test_a_role_overrides_single_keys_of_the_optimizer():

@@ -3,7 +3,8 @@
     recipe = load("configs/train/nano/vae.toml", sets=["run.steps=10"], smoke=False)
 
 Torch-free, so that a wrong recipe is refused before anything is loaded. A recipe's `[smoke]` table
-is a second layer, used with `--smoke` only: tiny networks and three steps.
+is a second layer, used with `--smoke` only: tiny networks and three steps. A recipe that `extends = "other.toml"`
+states only what differs.
 """
 
 from __future__ import annotations
@@ -162,13 +163,22 @@ class Recipe(Strict):
 
 def load(path: str | Path, *, sets: Iterable[str] = (), smoke: bool = False) -> Recipe:
     """Read a recipe; `sets` are `a.b=value` words. Raise a one-line `ValueError` if it is wrong."""
-    tree = read_toml(path)
+    tree = _extended(Path(path))
     small = tree.pop("smoke", {})
     if smoke:
         if not small:
             raise ValueError(f"{path} has no [smoke] table, so --smoke has nothing to shrink to")
         tree = _shrink(tree, small)
     return parse(Recipe, merge(tree, assignments(sets)), source=str(path))
+
+
+def _extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file on top of the one that it `extends`, a path beside it."""
+    if path in below:
+        raise ValueError(f"recipe {path} extends itself by way of {below[-1]}")
+    tree = read_toml(path)
+    base = tree.pop("extends", None)
+    return merge(_extended(path.parent / base, (*below, path)), tree) if base else tree
 
 
 def _shrink(tree: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from fastvideo_train.roles import Role
 
 
 class Config(Strict):
-    """Weights of the losses."""
+    """Weights of the losses; without `train_encoder` stored latents stay valid while the decoder learns."""
+
+    train_encoder: bool = True
 
     l1: float = Field(default=1.0, ge=0)
     l2: float = Field(default=0.5, ge=0)
@@ -43,7 +45,8 @@ class Method:
         vae = roles["vae"]
         device = next(vae.net.parameters()).device
         target = to_unit(batch["pixels"].to(device))  # B 3 T H W, float32 in [-1, 1]
-        mean, logvar = vae.net.encode_moments(target.to(vae.dtype))  # B C T' H' W'
+        with torch.set_grad_enabled(self.config.train_encoder):
+            mean, logvar = vae.net.encode_moments(target.to(vae.dtype))  # B C T' H' W'
         mean, logvar = mean.float(), logvar.float()
         noise = key.noise("vae/posterior", tuple(mean.shape)).to(mean.device)
         z = mean + (0.5 * logvar).exp() * noise
