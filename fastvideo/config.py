@@ -95,10 +95,30 @@ def _explain(model: type[BaseModel], error: Any, source: str) -> str:
         return f"{where} in {source} is unknown{hint}"
     if error["type"] == "missing":
         return f"{where} is missing in {source}"
-    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "union_tag_invalid":
+        return _explain_tag(where, error["ctx"], source)
     value = json.dumps(error["input"], default=repr)
     given = f"{where} {value}" if where else ""
-    return f"{given} in {source}: {message}".strip()
+    return f"{given} in {source}: {_rule(error)}".strip()
+
+
+def _explain_tag(where: str, context: Mapping[str, Any], source: str) -> str:
+    """Name the key that chooses between tables; pydantic would quote the whole table."""
+    key, legal = (str(context[k]).replace("'", "") for k in ("discriminator", "expected_tags"))
+    hint = did_you_mean(context["tag"], legal.split(", "))
+    return (
+        f"{where}.{key} {json.dumps(context['tag'])} in {source} is unknown{hint} (known: {legal})"
+    )
+
+
+def _rule(error: Any) -> str:
+    """Return the rule that a value breaks, its limit in plain words."""
+    limits = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}
+    if error["type"] in limits:
+        words, key = limits[error["type"]]
+        return f"must be {words} {error['ctx'][key]}"
+    message: str = error["msg"].removeprefix("Value error, ")
+    return message.replace("Input should ", "must ", 1)
 
 
 def _keys_at(model: type, path: list[str]) -> list[str]:

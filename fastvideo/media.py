@@ -6,6 +6,7 @@ goes through imageio's PyAV plugin, which keeps the size asked for (its ffmpeg p
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
@@ -81,6 +82,7 @@ def read_video(path: str | Path) -> tuple[Frames, float]:
 
     with _opened(path) as file:
         frames = list(file.iter())
+        _require_frames(frames)
         fps = float(file.metadata()["fps"])
     return np.stack(frames), fps
 
@@ -96,6 +98,7 @@ def read_facts(path: str | Path) -> VideoFacts:
     with _opened(path) as file:
         meta: dict[str, Any] = file.metadata()
         shapes = [frame.shape for frame in file.iter()]
+        _require_frames(shapes)
     height, width = shapes[0][:2]
     return VideoFacts(
         codec=str(meta["codec"]),
@@ -243,6 +246,8 @@ def _partial(path: Path) -> Iterator[Path]:
     """Give a temporary sibling of `path`, removed in the end; errors name only `path`."""
     partial = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{path.parent} is not a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
     except OSError as error:
@@ -284,6 +289,11 @@ def _opened(path: str | Path) -> Iterator[Any]:
         if error.errno is not None:
             raise
         raise ValueError(f"{path} is not a video that can be read: {_reason(error)}") from None
+
+
+def _require_frames(found: Sequence[Any]) -> None:
+    if not found:  # a whole header before nothing: `_opened` explains it
+        raise IndexError("the file has no frames")
 
 
 def _reason(error: BaseException) -> str:

@@ -108,6 +108,11 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for, but torch finds no CUDA device")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # the types that absent devices raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device} cannot be used here: {reason}") from None
     return place
 
 
@@ -152,7 +157,10 @@ def _load_part(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    module = build_part(spec, part)
+    try:
+        module = build_part(spec, part)
+    except ValueError as error:
+        raise ValueError(f"{error} (from the config of the {part} in {folder})") from None
     family = registry.module(f"fastvideo.models.{part}", getattr(spec, part).family)
     num_params = sum(p.numel() for p in module.parameters())
     if part == "text" and num_params < _SMALL_TEXT_PARAMS:

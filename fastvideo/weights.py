@@ -54,12 +54,13 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ValueError(
-                f"{path}: tensor {name} has type {entry['dtype']}, which is not readable"
-            )
-        infos[name] = TensorInfo(dtype, tuple(entry["shape"]), entry["data_offsets"][1])
+        try:
+            kind, shape, (_, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} is corrupt: its entry for tensor {name} is {entry}") from None
+        if kind not in _DTYPES:
+            raise ValueError(f"{path}: tensor {name} has type {kind}, which is not readable")
+        infos[name] = TensorInfo(_DTYPES[kind], shape, end)
     return infos
 
 
@@ -108,7 +109,10 @@ class Checkpoint(Mapping[str, Tensor]):
             return self._pickled[name]
         file = self._files[name]
         if file not in self._readers:
-            self._readers[file] = safe_open(file, framework="pt")
+            try:
+                self._readers[file] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is corrupt: {error}") from None
         tensor: Tensor = self._readers[file].get_tensor(name)
         return tensor
 

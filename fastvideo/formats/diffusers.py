@@ -65,7 +65,14 @@ _UNIPC_FLOW: dict[str, Any] = {
     "predict_x0": True,
     "lower_order_final": True,
     "thresholding": False,
+    "disable_corrector": [],
+    "final_sigmas_type": "zero",
+    "shift_terminal": None,
+    "solver_p": None,
+    "use_beta_sigmas": False,
     "use_dynamic_shifting": False,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
     "num_train_timesteps": 1000,
 }
 # What diffusers takes for an entry that a scheduler config omits, where it is not the value needed.
@@ -225,7 +232,7 @@ def _scheduler_config(spec: Spec) -> dict[str, Any]:
     shift = float(spec.scheduler.args.get("shift", 1.0))
     if spec.scheduler.name == "unipc":
         kind = {"_class_name": "UniPCMultistepScheduler", **_UNIPC_FLOW}
-        return {**kind, "flow_shift": shift, "final_sigmas_type": "zero"}
+        return {**kind, "flow_shift": shift}
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_EULER_NEUTRAL, "shift": shift}
 
 

@@ -31,6 +31,8 @@ TOKENIZER = Path("google") / "umt5-xxl"
 _VAE_CONFIG: dict[str, Any] = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}
 _TEXT_CONFIG: dict[str, Any] = {"vocab_size": 256384, "d_model": 4096, "num_layers": 24}
 
+_TEXT_LEN = 512  # what a config that does not say leaves to the original code
+
 _DIT_KEYS = {
     "num_heads": "num_attention_heads",
     "in_dim": "in_channels",
@@ -38,8 +40,8 @@ _DIT_KEYS = {
     **{k: k for k in ("ffn_dim", "freq_dim", "num_layers", "eps", "text_dim", "patch_size")},
     "cross_attn_norm": "cross_attn_norm",
 }
-_DIT_FIXED: dict[str, Any] = {"model_type": "t2v", "qk_norm": True}
-_DIT_IGNORED = ("dim", "text_len", "window_size")
+_DIT_FIXED: dict[str, Any] = {"model_type": "t2v", "qk_norm": True, "window_size": [-1, -1]}
+_DIT_ELSEWHERE = ("dim", "text_len")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def configs(folder: Path) -> dict[str, dict[str, Any]]:
 def derive_spec(folder: Path) -> Spec:
     """Describe a folder; `derived` lists what was read or assumed."""
     found = configs(folder)
+    text_len = read_json(folder / "config.json").get("text_len", _TEXT_LEN)
     return Spec(
         name=folder.name,
         dit=Network(family="wan", config=found["dit"]),
@@ -160,9 +163,9 @@ def derive_spec(folder: Path) -> Spec:
         text=Network(family="umt5", config=found["text"]),
         compression=diffusers.compression(found["dit"], found["vae"]),
         scheduler=Scheduler(name="unipc", args={"shift": 5.0, "start": 0.999, "stop": 0.0}),
-        defaults=diffusers.WAN_DEFAULTS,
+        defaults=diffusers.WAN_DEFAULTS.model_copy(update={"max_text_tokens": text_len}),
         derived=(
-            "dit: from config.json",
+            "dit, number of text tokens: from config.json",
             "vae, text: the published Wan2.1 dims, assumed",
             "scheduler: unipc with shift 5 on Wan's own grid, assumed",
             "attention: dense, assumed",
@@ -204,15 +207,20 @@ def _dit_config(path: Path) -> dict[str, Any]:
     for key, needed in _DIT_FIXED.items():
         if values.get(key, needed) != needed:
             raise ValueError(f"{key} {values[key]!r} in {path} must be {needed!r} in this release")
-    legal = {*_DIT_KEYS, *_DIT_FIXED, *_DIT_IGNORED}
+    legal = {*_DIT_KEYS, *_DIT_FIXED, *_DIT_ELSEWHERE}
     for key in values:
         if key not in legal and not key.startswith("_"):
             raise ValueError(f"{key} in {path} is unknown{did_you_mean(key, legal)}")
     for key in ("dim", "num_heads"):
         if key not in values:
             raise ValueError(f"{key} is missing in {path}")
+    head_dim, rest = divmod(values["dim"], values["num_heads"])
+    if rest:
+        raise ValueError(
+            f"dim {values['dim']} in {path} must be a multiple of num_heads {values['num_heads']}"
+        )
     config = {ours: values[theirs] for theirs, ours in _DIT_KEYS.items() if theirs in values}
-    return {**config, "attention_head_dim": values["dim"] // values["num_heads"]}
+    return {**config, "attention_head_dim": head_dim}
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def test_values_become_a_frozen_model():
         ({"others": {"a": {"knd": 1}}}, "others.a.knd in x.toml is unknown; did you mean 'kind'?"),
         ({"last": {"knd": 1}}, "last.knd in x.toml is unknown; did you mean 'kind'?"),
         ({"zzz": 1}, "zzz in x.toml is unknown"),
-        ({"optim": {"lr": 0}}, "optim.lr 0 in x.toml: Input should be greater than 0"),
+        ({"optim": {"lr": 0}}, "optim.lr 0 in x.toml: must be greater than 0"),
     ],
 )
 def test_wrong_key_or_value_is_named_with_its_source(values, message):

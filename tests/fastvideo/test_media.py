@@ -165,9 +165,11 @@ def test_a_file_that_is_no_video_is_a_one_line_value_error(
 
 def test_a_video_cut_short_is_noticed_when_its_frames_are_read(tmp_path: Path, written: Path):
     data = written.read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(data[: data.index(b"mdat") + 60])
-    with pytest.raises(ValueError, match="is not a video that can be read"):
-        media.read_facts(tmp_path / "cut.mp4")
+    for kept in (0, 4, 60):
+        (tmp_path / "cut.mp4").write_bytes(data[: data.index(b"mdat") + kept])
+        for read in (media.read_facts, media.read_video):
+            with pytest.raises(ValueError, match=r"cut\.mp4 is not a video that can be read"):
+                read(tmp_path / "cut.mp4")
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

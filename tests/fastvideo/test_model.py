@@ -102,4 +102,6 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(models.torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch finds no CUDA device"):
         pick_device("cuda:0")
+    with pytest.raises(ValueError, match=r"device xpu cannot be used here: .*XPU"):
+        pick_device("xpu")
     assert pick_device("auto") == torch.device("cpu")

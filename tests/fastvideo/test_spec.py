@@ -42,7 +42,7 @@ def test_folder_without_the_file_has_no_spec(tmp_path):
     [
         ({"guidance": 3}, "guidance in .* is unknown"),
         ({"dit": {"famly": "wan"}}, r"dit\.famly in .* is unknown; did you mean 'family'\?"),
-        ({"defaults": {"fps": 0}}, r"defaults\.fps 0 in .*: Input should be greater than"),
+        ({"defaults": {"fps": 0}}, r"defaults\.fps 0 in .*: must be at least 1"),
         ({"compression": {"spacial": 8}}, r"compression\.spacial .* did you mean 'spatial'\?"),
         ({"compression": {"spatial": 0}}, "factors of at least 1"),
         ({"version": 2}, "a newer fastvideo wrote this folder"),

@@ -139,6 +139,25 @@ def test_a_truncated_file_is_one_line_naming_it(tmp_path: Path, values, keep: in
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        3,
+        {"dtype": "F32", "shape": [2]},
+        {"dtype": "F32", "shape": [2], "data_offsets": 8},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+    ],
+)
+def test_a_header_of_impossible_entries_is_one_line_naming_the_file(tmp_path: Path, entry: object):
+    raw = json.dumps({"a": entry}).encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(8))
+    with pytest.raises(ValueError, match=r"bad\.safetensors is corrupt") as caught:
+        weights.Checkpoint(path).tensor("a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "content", [b"\xff" * 40, struct.pack("<Q", 4) + b"nope", struct.pack("<Q", 2) + b"[]"]
 )
 def test_garbage_is_one_line_naming_it(tmp_path: Path, content: bytes):

@@ -68,10 +68,6 @@ class WanConfig:
             known["out_channels"] = known.get("in_channels", cls.in_channels)
         return cls(**known)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the keys and values of a diffusers config.json."""
-        return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
-
     @property
     def dim(self) -> int:
         """Width of the residual stream."""

@@ -43,7 +43,8 @@ class WanConditioning:
     @classmethod
     def cat(cls, parts: Sequence[WanConditioning]) -> WanConditioning:
         """Join along the batch; prepared keys and values survive if every part has them."""
-        layers = zip(*(p.keys_values for p in parts), strict=True)
+        is_prepared = all(p.keys_values for p in parts)
+        layers = zip(*(p.keys_values for p in parts if is_prepared), strict=True)
         joined = tuple(
             (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers
         )

@@ -18,6 +18,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from fastvideo.log import logger
 from fastvideo.weights import write_text
 
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -57,7 +58,7 @@ class Tokenizer:
             only_pieces = any((Path(folder) / n).is_file() for n in ("spiece.model", "vocab.json"))
             hint = "; convert it once with transformers' save_pretrained" if only_pieces else ""
             raise ValueError(f"{folder} has no {_FILE}{hint}")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode(errors="replace")  # refused below, with its path
         return cls(text, pad=_pad_token(Path(folder) / _CONFIG), source=path)
 
     @property
@@ -70,10 +71,18 @@ class Tokenizer:
     ) -> tuple[Tensor, Tensor]:
         """Clean and tokenise prompts to ids (B, L) and masks (B, L), 1 for tokens, both int64.
 
-        A longer prompt is cut to `max_length` ids of which the last still ends the text. L is the
-        longest prompt's, or `pad_to`.
+        A longer prompt is cut, with a warning, to `max_length` ids of which the last still ends the
+        text. L is the longest prompt's, or `pad_to`.
         """
         encodings = self._backend.encode_batch([clean(prompt) for prompt in prompts])
+        for prompt, encoding in zip(prompts, encodings, strict=True):
+            if len(encoding.ids) > max_length:
+                logger.warning(
+                    "prompt of %d tokens is cut to %d: %.60r...",
+                    len(encoding.ids),
+                    max_length,
+                    prompt,
+                )
         rows = [self._cut(encoding.ids, max_length) for encoding in encodings]
         length = max(len(row) for row in rows) if pad_to is None else pad_to
         ids_BL = torch.full((len(rows), length), self._pad_id)
@@ -147,5 +156,8 @@ def build_word_tokenizer(words: Iterable[str], folder: str | Path) -> Tokenizer:
 def _pad_token(config: Path) -> str:
     if not config.is_file():
         return _PAD
-    token = json.loads(config.read_text(encoding="utf-8")).get("pad_token", _PAD)
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("pad_token", _PAD)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is not a tokenizer's config: {error}") from None
     return str(token["content"] if isinstance(token, dict) else token)

@@ -8,6 +8,8 @@ layout.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,7 +91,8 @@ class Downsample(nn.Module):
             x = F.pad(x, (0, 0, 0, 0, 1, 0))
             past.fill(self.time_conv, x, 1)
         if not starts_clip(past):
-            return self.time_conv(x)
+            later: Tensor = self.time_conv(x)
+            return later
         x = x if past is None else x[:, :, 1:]
         first = x[:, :, :1]  # passes as it is
         return first if x.shape[2] == 1 else torch.cat([first, self.time_conv(x)], dim=2)
@@ -108,7 +111,7 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x_BCTHW = self._double_time(x_BCTHW, past)
         x = _frames_as_batch(x_BCTHW)
-        conv = self.resample[1]
+        conv = cast(nn.Conv2d, self.resample[1])
         x = F.conv_transpose2d(x, _doubling_kernel(conv.weight), conv.bias, stride=2, padding=1)
         return _batch_as_frames(x, x_BCTHW.shape[0])
 
@@ -118,7 +121,8 @@ class Upsample(nn.Module):
         first, x = x[:, :, :split], x[:, :, split:]
         if x.shape[2] == 0:
             return first
-        pairs = _to_BTHWC(self.time_conv(x, past)).unflatten(-1, (2, -1))  # (B, T, H, W, 2, C)
+        pairs = _to_BTHWC(self.time_conv(x, past))
+        pairs = torch.unflatten(pairs, -1, (2, -1))  # (B, T, H, W, 2, C)
         doubled = pairs.movedim(4, 2).contiguous().flatten(1, 2)
         return _to_BCTHW(torch.cat([_to_BTHWC(first), doubled], dim=1) if split else doubled)
 
@@ -167,7 +171,8 @@ class DupUp(nn.Module):
 
     def forward(self, h_BCTHW: Tensor, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
         """Return the upsampled h plus x brought to its size; h's memory may be reused."""
-        x = _to_BTHWC(x_BCTHW).unflatten(-1, (self.out_dim, self.sub, self.row, self.column))
+        x = _to_BTHWC(x_BCTHW)
+        x = torch.unflatten(x, -1, (self.out_dim, self.sub, self.row, self.column))
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, T, time, H, row, W, column, C), some of them 1
         h = _to_BTHWC(h_BCTHW)
         if not starts_clip(past):
@@ -179,7 +184,9 @@ class DupUp(nn.Module):
 
     def _add(self, h_BTHWC: Tensor, x: Tensor) -> Tensor:
         s, t = self.space, h_BTHWC.shape[1] // x.shape[1]
-        cells = h_BTHWC.unflatten(3, (-1, s)).unflatten(2, (-1, s)).unflatten(1, (-1, t))
+        cells = h_BTHWC
+        for axis, size in ((3, s), (2, s), (1, t)):
+            cells = torch.unflatten(cells, axis, (-1, size))
         return add(cells, x).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
@@ -217,4 +224,4 @@ def _frames_as_batch(x_BCTHW: Tensor) -> Tensor:
 
 
 def _batch_as_frames(x_NCHW: Tensor, batch: int) -> Tensor:
-    return x_NCHW.unflatten(0, (batch, -1)).transpose(1, 2)
+    return torch.unflatten(x_NCHW, 0, (batch, -1)).transpose(1, 2)

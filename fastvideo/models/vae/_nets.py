@@ -88,7 +88,8 @@ class ResidualUpBlock(nn.Module):
             h = resnet(h, past)
         if self.upsampler is None or self.avg_shortcut is None:
             return h
-        return self.avg_shortcut(self.upsampler(h, past), x_BCTHW, past)
+        out: Tensor = self.avg_shortcut(self.upsampler(h, past), x_BCTHW, past)
+        return out
 
 
 class Encoder(nn.Module):

@@ -27,7 +27,9 @@ class RmsNorm(nn.Module):
 
     def with_silu(self, x_BCTHW: Tensor, *, room: int) -> Tensor:
         """Return SiLU of the normed x, behind `room` frames of zeros."""
-        out: Tensor = _NormSilu.apply(x_BCTHW, self.gamma.view(-1, 1, 1, 1), room)
+        out: Tensor = _NormSilu.apply(  # type: ignore[no-untyped-call]
+            x_BCTHW, self.gamma.view(-1, 1, 1, 1), room
+        )
         return out
 
 
@@ -46,7 +48,7 @@ class _NormSilu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gamma = ctx.saved_tensors
         r = _inverse_rms(x)
@@ -61,5 +63,7 @@ class _NormSilu(torch.autograd.Function):
 
 
 def _inverse_rms(x_BCTHW: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x_BCTHW, dim=1, keepdim=True)  # sums in float32, also for bf16
-    return (x_BCTHW.shape[1] ** 0.5 / norm.float().clamp_min(1e-12)).to(x_BCTHW.dtype)
+    # the norm sums in float32, also for bf16
+    norm: Tensor = torch.linalg.vector_norm(x_BCTHW, dim=1, keepdim=True)
+    inverse: Tensor = x_BCTHW.shape[1] ** 0.5 / norm.float().clamp_min(1e-12)
+    return inverse.to(x_BCTHW.dtype)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastvideo.models.vae._causal import CausalConv3d, Past
 from fastvideo.models.vae._nets import Decoder, Encoder
 from fastvideo.registry import did_you_mean
+from fastvideo.shapes import Compression, PixelShape
 
 # Keys of published configs that change nothing; keys beginning with "_" are diffusers' bookkeeping.
 TOLERATED = ("clip_output",)
@@ -241,12 +242,8 @@ class WanVae(nn.Module):
         channels = c.in_channels // (c.patch_size or 1) ** 2
         if x.ndim != 5 or x.shape[1] != channels:
             raise ValueError(f"pixels {shape} must be (batch, {channels}, frames, height, width)")
-        if (x.shape[2] - 1) % c.temporal_stride or x.shape[2] < 1:
-            raise ValueError(f"pixels {shape} must have {c.temporal_stride}k+1 frames")
-        if x.shape[3] % c.spatial_stride or x.shape[4] % c.spatial_stride:
-            raise ValueError(
-                f"pixels {shape} must have sides that are multiples of {c.spatial_stride}"
-            )
+        strides = Compression(c.temporal_stride, c.spatial_stride, patch=(1, 1, 1))
+        PixelShape(*shape[2:]).latent(strides)
 
     def _check_latents(self, z: Tensor) -> None:
         if z.ndim != 5 or z.shape[1] != self.config.z_dim or 0 in z.shape:

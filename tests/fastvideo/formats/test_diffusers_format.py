@@ -123,6 +123,7 @@ def test_every_scheduler_is_saved_as_one_that_diffusers_loads(
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "'DDIMScheduler' in"),
         ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "prediction_type 'eps"),
         ("scheduler/scheduler_config.json", {"solver_order": 3}, "solver_order 3 in .* must be 2"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas True"),
         ("model_index.json", {"_class_name": "LTXPipeline"}, "pipeline 'LTXPipeline' in"),
         ("model_index.json", {"boundary_ratio": 0.875}, "two transformers"),
         ("transformer/config.json", {"_class_name": "Other"}, "class 'Other' in .*transformer"),

@@ -202,10 +202,18 @@ def test_the_spec_says_what_was_assumed(original_folder: Path):
     assert any("vae" in line and "assumed" in line for line in spec.derived)
 
 
+def test_the_number_of_text_tokens_is_the_configs(original_folder: Path):
+    path = original_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "text_len": 64}))
+    assert hub.open_spec(original_folder)[0].defaults.max_text_tokens == 64
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         ({"model_type": "i2v"}, "model_type 'i2v' in .*config.json must be 't2v'"),
+        ({"window_size": [5, 5]}, r"window_size \[5, 5\] in .*config.json must be \[-1, -1\]"),
+        ({"num_heads": 7}, "dim 1536 in .*config.json must be a multiple of num_heads 7"),
         ({"num_head": 3}, "num_head in .*config.json is unknown; did you mean 'num_heads'"),
     ],
 )

@@ -121,7 +121,26 @@ def test_a_folder_with_only_sentencepiece_says_what_is_needed(tmp_path: Path):
         Tokenizer.load(tmp_path)
 
 
-def test_a_broken_tokenizer_is_one_line(tmp_path: Path):
-    (tmp_path / "tokenizer.json").write_text("{}")
+@pytest.mark.parametrize("damage", [b"{}", b"\xff\xfe"])
+def test_a_broken_tokenizer_is_one_line(tmp_path: Path, damage: bytes):
+    (tmp_path / "tokenizer.json").write_bytes(damage)
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_broken_tokenizer_config_is_named(tmp_path: Path):
+    build_word_tokenizer(["red"], tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not a tokenizer's config"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_prompt_that_is_cut_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tokenizer = build_word_tokenizer(["red"], tmp_path)
+    with caplog.at_level("WARNING", logger="fastvideo"):
+        tokenizer(["red red"], 3)
+        assert not caplog.records
+        tokenizer(["red red", "red " * 9], 3)
+    assert [r.getMessage() for r in caplog.records] == [
+        "prompt of 10 tokens is cut to 3: " + repr("red " * 9) + "..."
+    ]

@@ -47,6 +47,12 @@ CASES: dict[str, tuple[dict[str, Any], int, int, tuple[int, int]]] = {
     "wan22-nano": (NANO, 3, 5, (3, 5)),
     "wan22-nano-long": (NANO | {"num_res_blocks": 2}, 1, 21, (2, 3)),
     "wan22-released-shape": (WAN22 | {"scale_factor_spatial": 16}, 1, 5, (2, 1)),
+    "wan22-halving-where-time-doubles": (
+        WAN22 | {"temperal_downsample": [True, True, False], "scale_factor_spatial": 16},
+        1,
+        3,
+        (1, 2),
+    ),
     "wan22-one-frame": (
         NANO
         | {
@@ -279,8 +285,8 @@ def test_dims_whose_shortcuts_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 4, 16, 16), "4k\\+1 frames"),
-        ((1, 3, 5, 16, 12), "multiples of 8"),
+        ((1, 3, 4, 16, 16), r"num_frames 4 must be 4k\+1 for this model; nearest: 1, 5"),
+        ((1, 3, 5, 16, 12), "width 12 must be a multiple of 8 for this model; nearest: 8, 16"),
         ((1, 4, 5, 16, 16), "\\(batch, 3, frames"),
     ],
 )
