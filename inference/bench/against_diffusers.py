@@ -1,8 +1,8 @@
 """Our pipeline against diffusers' on the same folder, prompt, latents, steps, dtype and threads.
 
-Both run in turn in one process, after a warm-up, and every ratio is paired: peer seconds over our seconds of
-the same round, median with the range of the rounds. Import time and peak memory are measured in processes of
-their own. One JSON line a run is appended to `--out`.
+Both run in turn in one process, after a warm-up, and every ratio is paired: peer seconds over our
+seconds of the same round, median with the range of the rounds. Import time and peak memory are
+measured in processes of their own. One JSON line a run is appended to `--out`.
 
     python inference/bench/against_diffusers.py --model wan-nano --repeats 5
 """
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "a big red ball moving left at night"
+
+Pair = tuple[Callable[[], Any], Callable[[], Any]]  # ours, the peer's
 
 
 def main() -> None:
@@ -86,12 +88,12 @@ def load_peer(args: argparse.Namespace) -> Any:
     from fastvideo.hub import open_spec
 
     _, folder = open_spec(args.model)
-    pipe = WanPipeline.from_pretrained(folder, torch_dtype=getattr(torch, args.dtype))
+    pipe = WanPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def build_stages(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+def build_stages(args: argparse.Namespace) -> dict[str, Pair]:
     """Return name -> (ours, peer) for text, one denoiser forward, VAE decode and the whole clip."""
     import torch
 
@@ -131,8 +133,10 @@ def build_stages(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any],
     return {
         "text": (
             no_grad(lambda: render.encode_text(model, [PROMPT])),
-            no_grad(
-                lambda: peer.encode_prompt(PROMPT, max_sequence_length=d.max_text_tokens)
+            no_grad(  # one prompt, as ours
+                lambda: peer.encode_prompt(
+                    PROMPT, None, False, max_sequence_length=d.max_text_tokens
+                )
             ),
         ),
         "denoiser forward": (
@@ -149,12 +153,15 @@ def build_stages(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any],
 
 def one_clip(args: argparse.Namespace) -> None:
     """Make one default clip and print the peak resident memory of this process in MiB."""
-    import resource
+    import torch
 
+    from fastvideo.hub import open_spec
+
+    torch.set_num_threads(args.threads)
     if args.only == "ours":
         load_ours(args)(PROMPT, num_inference_steps=args.steps, guidance_scale=args.guidance)
     else:
-        d = load_ours(args).model.spec.defaults
+        d = open_spec(args.model)[0].defaults  # without our networks beside the peer's
         load_peer(args)(
             PROMPT,
             height=d.height,
@@ -164,7 +171,9 @@ def one_clip(args: argparse.Namespace) -> None:
             guidance_scale=args.guidance,
             max_sequence_length=d.max_text_tokens,
         )
-    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}\n")
+    # not getrusage: its maximum is inherited from the process that started this one
+    status = Path("/proc/self/status").read_text(encoding="utf-8").split()
+    sys.stdout.write(f"{int(status[status.index('VmHWM:') + 1]) / 1024:.0f}\n")
 
 
 def timed(f: Callable[[], Any]) -> float:
@@ -205,6 +214,7 @@ def peak_mib(who: str, args: argparse.Namespace) -> int:
     """Return the peak memory of one clip in a process of its own."""
     command = [sys.executable, __file__, "--only", who, "--model", args.model]
     command += ["--dtype", args.dtype, "--steps", "2", "--guidance", str(args.guidance)]
+    command += ["--threads", str(args.threads)]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(found.stdout.split()[-1])
 

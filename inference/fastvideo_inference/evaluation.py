@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 from fastvideo import __version__, hub, media
 from fastvideo.metrics.faithfulness import Row, faithfulness
 from fastvideo.worlds import World, attributes, generator_version, open_world
-from fastvideo_inference.request import GenerateRequest, Plan
+from fastvideo_inference.recipe import fingerprint
+from fastvideo_inference.request import Plan, read_layers
 
 if TYPE_CHECKING:
     from fastvideo.model import Model
 
 Record = dict[str, Any]
 SPLIT = "heldout"
-_SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Evaluation:
             )
         spec, folder = hub.open_spec(model, weights=True)
         given = {"seed": 0} | {k: v for k, v in request.items() if v is not None}
-        how = GenerateRequest(prompt="held-out prompts of a world", **given).resolve(spec)
+        given["prompt"] = "held-out prompts of a world"
+        how = read_layers(("the call", given)).resolve(spec)
         made = cls(
             model=spec.name,
             folder=folder,
@@ -267,20 +268,6 @@ class Evaluation:
         ]
         sheet = media.contact_sheet(clips, labels=labels)
         media.write_png(self.results / "sheet.png", sheet, overwrite=True)
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash of a model folder: of each file the size and both ends."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix not in (".json", ".safetensors", ".pth", ".model") or not path.is_file():
-            continue
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 class _Records:

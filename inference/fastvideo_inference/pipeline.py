@@ -6,6 +6,7 @@ pipe("a big red ball moving left at night", seed=1).save("ball.mp4")
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ class VideoPipeline:
             guidance_scale=guidance_scale,
             seed=seed,
         )
-        *_, last = self.events(request, latents=latents, preset=_PRESET_OF[output])
+        events = self.events(request, latents=latents, preset=_PRESET_OF[output])
+        last = deque(events, maxlen=1).pop()  # a list would keep every step's state
         assert isinstance(last, Done), "stages end in Done"
         return self.video(last.state, own_noise=latents is not None)
 

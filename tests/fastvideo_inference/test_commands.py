@@ -158,9 +158,9 @@ REFUSED = {
     "frames": (["x", "--frames", "6"], "num_frames 6 must be 4k+1 for this model; nearest: 5, 9"),
     "size": (["x", "--size", "50x32"], "width 50 must be a multiple of 16"),
     "size text": (["x", "--size", "50"], "--size '50' must look like WIDTHxHEIGHT"),
-    "steps": (["x", "--steps", "0"], "num_inference_steps 0 in the command line"),
+    "steps": (["x", "--steps", "0"], "num_inference_steps 0 in --steps: must be at least 1"),
     "type": (["x", "--steps", "ten"], "Invalid value for '--steps'"),
-    "seed": (["x", "--seed", "-3"], "seed -3 in the command line"),
+    "seed": (["x", "--seed", "-3"], "seed -3 in --seed: must be at least -1"),
     "key": (["x", "--set", "guidance_scal=2"], "did you mean 'guidance_scale'"),
     "config": (["x", "--config", "none.toml"], "config none.toml does not exist"),
     "toml": (["x", "--config", "bad.toml"], "config bad.toml is not valid TOML"),
@@ -170,7 +170,7 @@ REFUSED = {
     "output": (["x", "-o", "there.mp4"], "there.mp4 exists already and is not overwritten"),
     "sidecar": (["x", "-o", "half.mp4"], "half.json exists already and is not overwritten"),
     "suffix": (["x", "-o", "a.webm"], "output a.webm must end in one of: .mp4"),
-    "folder": (["x", "-o", "there.mp4/a.mp4"], "there.mp4/a.mp4: "),
+    "folder": (["x", "-o", "there.mp4/a.mp4"], "there.mp4/a.mp4: there.mp4 is not a folder"),
     "template": (["x", "-o", "{promt}.mp4"], "did you mean 'prompt'"),
     "model": (["x", "--model", "wan-nan"], "model 'wan-nan' is neither bundled"),
     "dtype": (["x", "--dtype", "float23"], "did you mean 'float32'"),
@@ -262,6 +262,8 @@ def test_inspect_tells_recipe_and_stream_of_a_clip(generate, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["recipe"] == recipe.read_recipe("a.mp4").model_dump(mode="json")
     assert (facts["video"]["width"], facts["video"]["num_frames"]) == (48, 9)
+    assert {"load", "denoise", "decode", "save"} <= set(facts["timings_s"])
+    Path("a.json").unlink()
     assert cli.main(["inspect", "a.mp4"]) == 0
     assert f"prompt  {PROMPT}" in capsys.readouterr().out
 

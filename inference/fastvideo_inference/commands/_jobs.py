@@ -73,13 +73,13 @@ class Batch:
 
 def read(words: Words) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
-    _check_place(words.device, words.dtype)
+    check_place(words.device, words.dtype)
     repeated = read_recipe(words.repeat) if words.repeat else None
     layers, top = _layers(words, repeated)
     name = words.model or top.pop("model", None) or DEFAULT_MODEL
     if not isinstance(name, str):
         raise ValueError(f"model {name!r} must be a name or a folder")
-    spec, folder = hub.open_spec(name, weights=repeated is not None)
+    spec, folder = _open(name, words, repeated)
     if repeated:
         _check_repeatable(words.repeat, repeated, name, folder)
     plans = [_plan(row, layers, words, spec) for row in _rows(words, repeated)]
@@ -89,6 +89,16 @@ def read(words: Words) -> Batch:
         dtype=words.dtype or (repeated.dtype if repeated else "auto"),
         jobs=_place(plans, words.output),
     )
+
+
+def _open(name: str, words: Words, repeated: Recipe | None) -> tuple[Spec, Path]:
+    try:
+        return hub.open_spec(name, weights=repeated is not None)
+    except ValueError as error:
+        if repeated and not words.model and name == repeated.model.name_or_path:
+            hint = f"named by the recipe in {words.repeat}; --model says where it is now"
+            raise ValueError(f"{error} ({hint})") from None
+        raise
 
 
 def _layers(
@@ -129,16 +139,16 @@ def _plan(
     spec: Spec,
 ) -> Plan:
     # A row of a prompt file is more particular than a config, less than a flag typed now.
-    ordered = [*layers[:-1], row, layers[-1]]
+    flags = [(FLAG_OF[key], {key: value}) for key, value in layers[-1][1].items()]
+    ordered = [*layers[:-1], row, *flags]
     if not any("prompt" in values for _, values in ordered):
         raise ValueError('there is no prompt; try: fastvideo generate "a big red ball moving left"')
     origin = {key: source for source, values in ordered for key in values}
-    for key in layers[-1][1]:
-        origin[key] = FLAG_OF[key]
     return read_layers(*ordered).resolve(spec, origin=origin)
 
 
-def _check_place(device: str | None, dtype: str | None) -> None:
+def check_place(device: str | None, dtype: str | None) -> None:
+    """Refuse a device or dtype that torch could not mean; None is what was not typed."""
     if device is not None and not DEVICE.fullmatch(device):
         raise ValueError(f"--device {device!r} is unknown; use auto, cpu, mps, cuda, cuda:N or xpu")
     if dtype is not None and dtype not in DTYPES:

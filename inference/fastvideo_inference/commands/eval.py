@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from fastvideo.cli import OK, refusing
 from fastvideo.shapes import parse_size
+from fastvideo_inference.commands._jobs import check_place
 from fastvideo_inference.evaluation import Evaluation, Table
 
 
@@ -37,6 +38,7 @@ def evaluate(
     A stopped evaluation goes on with the same command; a finished one gives its table again.
     """
     with refusing():
+        check_place(device, dtype)
         width, height = parse_size(size) if size else (None, None)
         plan = Evaluation.plan(
             model,

@@ -14,6 +14,7 @@ from typer import Argument, Option
 from fastvideo import hub, media
 from fastvideo.cli import refusing
 from fastvideo.spec import Spec
+from fastvideo_inference import naming
 from fastvideo_inference.recipe import fingerprint, read_recipe
 
 Facts = dict[str, Any]
@@ -28,6 +29,8 @@ def inspect(
         facts = clip_facts(Path(target))
     else:
         with refusing():
+            if Path(target).suffix.lower() in media.VIDEO_SUFFIXES:
+                raise FileNotFoundError(f"clip {target} does not exist")
             spec, folder = hub.open_spec(target)
         facts = model_facts(spec, folder)
     print(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
@@ -41,7 +44,24 @@ def clip_facts(path: Path) -> Facts:
         recipe: Any = read_recipe(path).model_dump(mode="json")
     except ValueError as error:
         recipe = f"none: {error}"
-    return {"file": str(path), "bytes": path.stat().st_size, "video": stream, "recipe": recipe}
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "video": stream,
+        "recipe": recipe,
+        "timings_s": sidecar_timings(path),
+    }
+
+
+def sidecar_timings(path: Path) -> Any:
+    """Return the seconds by stage out of the JSON beside a clip, or why there are none."""
+    beside = naming.sidecar(path)
+    try:
+        return json.loads(beside.read_text(encoding="utf-8"))["timings_s"]
+    except FileNotFoundError:
+        return f"none: {beside} is not there"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"none: {beside} is no sidecar of fastvideo"
 
 
 def model_facts(spec: Spec, folder: Path) -> Facts:
@@ -53,10 +73,11 @@ def model_facts(spec: Spec, folder: Path) -> Facts:
         part = file.parent.relative_to(folder).as_posix()
         entry = parts.setdefault(part, {"parameters": 0, "dtypes": Counter(), "files": 0})
         entry["files"] += 1
-        for info in weights.read_header(file).values():
-            count = math.prod(info.shape)
+        tensors = weights.Checkpoint(file)  # refuses a file that is shorter than its header says
+        for name in tensors.names():
+            count = math.prod(tensors.shape(name))
             entry["parameters"] += count
-            entry["dtypes"][str(info.dtype).removeprefix("torch.")] += count
+            entry["dtypes"][str(tensors.dtype(name)).removeprefix("torch.")] += count
     return {
         "folder": str(folder),
         "fingerprint": fingerprint(folder),

@@ -52,9 +52,18 @@ def run(stages: Sequence[str], model: Model, state: State) -> Iterator[Event]:
         while True:  # only the stage's own time counts, not what the consumer does between events
             started = time.perf_counter()
             event = next(events)
+            if isinstance(event, Done):
+                _finish(model)  # kernels that are still queued belong to this stage
             seconds += time.perf_counter() - started
             if isinstance(event, Done):
                 break
             yield event
         state = dataclasses.replace(event.state, timings={**event.state.timings, name: seconds})
         yield Done(name, state)
+
+
+def _finish(model: Model) -> None:
+    if model.device.type == "cuda":
+        import torch  # here, since this module is read before a request is known to be legal
+
+        torch.cuda.synchronize(model.device)
