@@ -69,6 +69,12 @@ def test_a_kill_between_rename_and_pointer_keeps_the_old_one(tmp_path: Path):
     assert store.save(2, _state(2.0), {}) == store.latest()
 
 
+def test_the_checkpoint_that_is_pointed_to_is_never_pruned(tmp_path: Path):
+    store = Checkpoints(tmp_path, keep=1)
+    (tmp_path / "step-00000009").mkdir()  # whole, but a kill came before the pointer
+    assert store.save(5, _state(5.0), {}) == store.latest()
+
+
 def test_a_dangling_pointer_is_an_error(tmp_path: Path):
     (tmp_path / "latest").write_text("step-00000009\n")
     with pytest.raises(ValueError, match="names step-00000009, which is not there"):
@@ -79,5 +85,8 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path):
     store = Checkpoints(tmp_path)
     path = store.save(1, _state(1.0), {})
     (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
+        store.read_state(path)
+    (path / "state.pt").write_bytes(b"another kind of file")
     with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
         store.read_state(path)

@@ -34,6 +34,12 @@ def test_render_again_keeps_what_is_there(tmp_path):
     assert len(list(tmp_path.glob("*.mp4"))) == 3
 
 
+def test_render_refuses_a_folder_of_other_clips(tmp_path, capsys):
+    words = ["data", "render", "-o", str(tmp_path), "--count", "1", *SMALL]
+    assert main(words) == 0 and main([*words, "--seed", "1"]) == 1
+    assert "holds shapes train seed 0 index 0" in capsys.readouterr().err
+
+
 def test_preview_writes_a_sheet_and_reads_every_clip_back(tmp_path, capsys):
     path = tmp_path / "sheet.png"
     assert main(["data", "preview", "-o", str(path), "--count", "2", "--size", "128x128"]) == 0

@@ -112,6 +112,10 @@ def test_an_old_folder_is_replaced_only_when_told(vae_run, vae_folder):
         export(vae_run, vae_folder, changes={"clips": CLIPS})
     export(vae_run, vae_folder, changes={"clips": CLIPS}, overwrite=True)
     assert (vae_folder / "vae" / "config.json").read_text() == before
+    precious = vae_folder.with_name("precious")
+    precious.mkdir()
+    with pytest.raises(ValueError, match="is not an exported model, so it is not replaced"):
+        export(vae_run, precious, changes={"clips": CLIPS}, overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,15 @@ def test_a_resumed_run_may_last_longer_but_not_be_another(tmp_path):
         Job.open(tiny("vae", "roles.vae.config.base_dim=16"), tmp_path)
 
 
+def test_a_resumed_run_obeys_what_its_recipe_changed(tmp_path):
+    finish(tiny("vae", "run.steps=1", "ema.decay=0", "data.workers=0"), tmp_path)
+    words = ("run.steps=2", "ema.decay=0.9", "optim.betas=[0.5, 0.6]", "data.workers=1")
+    job = Job.open(tiny("vae", *words), tmp_path)
+    assert _equal(job.strategy.gather("vae"), job.strategy.gather("vae", averaged=False))
+    adamw = job.strategy._trained["vae"].optimizer.adamw
+    assert adamw is not None and {g["betas"] for g in adamw.param_groups} == {(0.5, 0.6)}
+
+
 def test_bfloat16_weights_are_rounded_copies_of_float32_masters(tmp_path):
     job = finish(tiny("vae", "run.steps=3"), tmp_path)
     masters = job.strategy.gather("vae", averaged=False)

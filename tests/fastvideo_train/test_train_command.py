@@ -16,7 +16,7 @@ from fastvideo.cli import main
 VAE = str(CONFIGS / "vae.toml")
 
 
-@pytest.mark.parametrize("name", ["vae", "dit-image"])
+@pytest.mark.parametrize("name", ["vae", "dit-image", "dit-short"])
 def test_a_smoke_run_trains_saves_and_goes_on(name, tmp_path: Path, capsys):
     command = ["train", str(CONFIGS / f"{name}.toml"), "--smoke", "--run-dir", str(tmp_path / "r")]
     assert main(command) == 0
@@ -48,6 +48,12 @@ def test_a_dry_run_describes_and_writes_nothing(tmp_path: Path, capsys):
 def test_a_wrong_key_is_a_usage_error(capsys):
     assert main(["train", VAE, "--set", "optim.lrr=1"]) == 2
     assert "optim.lrr" in capsys.readouterr().err
+
+
+def test_a_wrong_export_table_is_refused_before_the_run(tmp_path: Path, capsys):
+    words = ["--smoke", "--run-dir", str(tmp_path / "r"), "--set", "export.dtyp=float32"]
+    assert main(["train", VAE, *words]) == 2
+    assert "did you mean 'dtype'" in capsys.readouterr().err
 
 
 def test_a_terminated_run_saves_exits_130_and_keeps_others_out(tmp_path: Path, capsys):

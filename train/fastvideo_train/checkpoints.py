@@ -54,7 +54,7 @@ class Checkpoints:
             before = self.latest()
             safe = f"; {before.name} is still whole" if before else ""
             raise ValueError(f"cannot save checkpoint {final}: {error}{safe}") from error
-        self._prune()
+        self._prune(final)
         return final
 
     def read_info(self, path: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Checkpoints:
         """Return the state that was saved, on the CPU; `ValueError` if the file is damaged."""
         try:
             state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # damaged bytes lead the reader into errors of every kind
             raise ValueError(f"checkpoint {path / STATE} cannot be read: {error}") from None
         return state
 
@@ -91,9 +91,12 @@ class Checkpoints:
         aside.replace(self.folder / POINTER)
         _sync_folder(self.folder)
 
-    def _prune(self) -> None:
-        """Drop all but the newest `keep`, and what a kill left half written."""
-        whole = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+    def _prune(self, newest: Path) -> None:
+        """Drop all but the last `keep` up to `newest`, and what a kill left half written.
+
+        A later one, whole but not pointed to when a kill came, does not count: it is written anew.
+        """
+        whole = sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p <= newest)
         for path in [*whole[: -self.keep], *self.folder.glob(".step-*.writing")]:
             shutil.rmtree(path, ignore_errors=True)
 

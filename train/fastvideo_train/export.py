@@ -101,12 +101,24 @@ def export(
     Raises `ValueError` if the run, the table or the folder will not do.
     """
     trained = load_run(run)
-    values = merge(trained.recipe.export, changes or {})
-    source = f"[export] of {trained.recipe.run.name}"
-    if any(role.kind == "dit" for role in trained.roles.values()):
-        spec = parse(ModelExport, values, source=source)
+    spec = _parse(trained.recipe, merge(trained.recipe.export, changes or {}))
+    if isinstance(spec, ModelExport):
         return export_model(trained, folder, spec, overwrite=overwrite)
-    return export_vae(trained, folder, parse(VaeExport, values, source=source), overwrite=overwrite)
+    return export_vae(trained, folder, spec, overwrite=overwrite)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise `ValueError` for a wrong `[export]` before a run, rather than after it."""
+    if recipe.export:
+        _parse(recipe, recipe.export)
+
+
+def _parse(recipe: Recipe, values: Mapping[str, Any]) -> ModelExport | VaeExport:
+    is_model = any(role.kind == "dit" for role in recipe.roles.values())
+    source = f"[export] of {recipe.run.name}"
+    if is_model:
+        return parse(ModelExport, values, source=source)
+    return parse(VaeExport, values, source=source)
 
 
 def export_vae(
@@ -252,6 +264,8 @@ def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside `folder` that takes its name if nothing was wrong with it."""
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; choose another folder or remove it")
+    if folder.exists() and not (folder / "vae" / "config.json").is_file():
+        raise ValueError(f"{folder} is not an exported model, so it is not replaced; remove it")
     aside = folder.with_name(f".{folder.name}.unproved")
     shutil.rmtree(aside, ignore_errors=True)
     try:

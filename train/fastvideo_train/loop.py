@@ -35,6 +35,7 @@ from fastvideo_train.strategies.single import Strategy
 
 # A resumed run may not change these: its weights would no longer fit, or mean the same.
 FIXED_SECTIONS = ("roles", "method", "data")
+FREE_KEYS = ("data.workers",)  # who renders a batch does not change it
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,12 @@ def _done(
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, source: str) -> None:
     """Refuse changes that a checkpoint cannot follow; log the others."""
     changes = recipes.differences(old, new)
-    fixed = [c for c in changes if c.split(".")[0] in FIXED_SECTIONS or c.startswith("run.seed")]
+    keys = {change: change.partition(":")[0] for change in changes}
+    fixed = [
+        change
+        for change, key in keys.items()
+        if (key.split(".")[0] in FIXED_SECTIONS and key not in FREE_KEYS) or key == "run.seed"
+    ]
     if fixed:
         raise ValueError(
             f"{source} was made by another recipe: {'; '.join(fixed)}; use --fresh to start anew"

@@ -146,9 +146,15 @@ class Optimizer:
         return {"adamw": adamw, "muon": self.muon.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`; raise `ValueError` if it belongs to other parameters."""
+        """Restore `state_dict`; raise `ValueError` if it belongs to other parameters.
+
+        Rates, betas and decays stay those of this recipe, which may have changed since.
+        """
         if self.adamw is not None:
+            own = [{k: v for k, v in g.items() if k != "params"} for g in self.adamw.param_groups]
             self.adamw.load_state_dict(state["adamw"])
+            for group, values in zip(self.adamw.param_groups, own, strict=True):
+                group.update(values)
         self.muon.load_state_dict(state["muon"])
 
 

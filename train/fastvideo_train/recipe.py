@@ -3,8 +3,8 @@
     recipe = load("configs/train/nano/vae.toml", sets=["run.steps=10"], smoke=False)
 
 Torch-free, so that a wrong recipe is refused before anything is loaded. A recipe's `[smoke]` table
-is a second layer, used with `--smoke` only: tiny networks and three steps. A recipe that `extends = "other.toml"`
-states only what differs.
+is a second layer, used with `--smoke` only: tiny networks and three steps. A recipe that
+`extends = "other.toml"`, a path from its own folder, states only what differs.
 """
 
 from __future__ import annotations
@@ -174,11 +174,14 @@ def load(path: str | Path, *, sets: Iterable[str] = (), smoke: bool = False) -> 
 
 def _extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a file on top of the one that it `extends`, a path beside it."""
-    if path in below:
+    real = path.resolve()
+    if real in below:
         raise ValueError(f"recipe {path} extends itself by way of {below[-1]}")
     tree = read_toml(path)
-    base = tree.pop("extends", None)
-    return merge(_extended(path.parent / base, (*below, path)), tree) if base else tree
+    base = tree.pop("extends", "")
+    if not isinstance(base, str):
+        raise ValueError(f"extends {base!r} in {path} must be the path of a recipe")
+    return merge(_extended(path.parent / base, (*below, real)), tree) if base else tree
 
 
 def _shrink(tree: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +189,9 @@ def _shrink(tree: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
     renamed = {
         key
         for key, value in small.items()
-        if isinstance(value, dict) and "name" in value and value["name"] != tree[key].get("name")
+        if isinstance(value, dict)
+        and "name" in value
+        and value["name"] != tree.get(key, {}).get("name")
     }
     return merge({k: v for k, v in tree.items() if k not in renamed}, small)
 

@@ -12,7 +12,7 @@ import typer
 
 from fastvideo import media
 from fastvideo.cli import OK, refusing
-from fastvideo.shapes import parse_size
+from fastvideo.shapes import Compression, PixelShape, parse_size
 from fastvideo.worlds import World, open_world
 
 if TYPE_CHECKING:
@@ -83,9 +83,16 @@ def render(
     with _progress("render") as report:
         for index in range(count):
             clip, path = opened.clip(seed, index, split), output / f"{index:06d}.mp4"
+            metadata = {
+                "caption": clip.caption,
+                "clip": f"{world} {split} seed {seed} index {index}, {size} x {frames}, {fps} fps",
+            }
             if not path.exists():
-                metadata = {"caption": clip.caption}
                 media.write_video(path, [clip.frames_THWC], fps=fps, metadata=metadata)
+            elif (found := media.read_metadata(path).get("clip")) != metadata["clip"]:
+                raise ValueError(
+                    f"{path} holds {found}, not {metadata['clip']}; use another folder"
+                )
             line = {"file": path.name, "caption": clip.caption, "truth": clip.truth}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             report(index + 1, count)
@@ -125,6 +132,8 @@ def encode(
         from fastvideo_train.export import load_vae
 
         net = load_vae(vae, dtype=pick_dtype(dtype, torch.device("cpu")))
+        strides = Compression(net.config.temporal_stride, net.config.spatial_stride, (1, 1, 1))
+        PixelShape(frames, height, width).latent(strides)
     if threads:
         torch.set_num_threads(threads)
     with _progress("encode") as report:

@@ -6,10 +6,10 @@ import fcntl
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -62,16 +62,20 @@ def train(
             _describe(_open(parsed, folder))
             return OK
         _settle(folder, resume)
+        folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder), _stop_signals() as stopped:
         with refusing():
             job = _open(parsed, folder)
-        return _run(job, stopped, max_seconds=60 * max_minutes if max_minutes else math.inf)
+        limit = math.inf if max_minutes is None else 60 * max_minutes
+        return _run(job, stopped, max_seconds=limit)
 
 
 def _open(recipe: Recipe, folder: Path) -> Job:
+    from fastvideo_train.export import check
     from fastvideo_train.loop import Job
     from fastvideo_train.validate import validator
 
+    check(recipe)
     job = Job.open(recipe, folder)
     job.validate = validator(recipe, folder)
     return job
@@ -119,7 +123,6 @@ def _settle(folder: Path, resume: bool | None) -> None:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process trains in; the lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,7 +193,7 @@ def _words(event: Event) -> str:
         return f"step {event.step}: saved {event.path}"
     if isinstance(event, Validated):
         return f"step {event.step}: validated, {_numbers(event.metrics)}"
-    left = time.strftime("%H:%M:%S", time.gmtime(event.seconds_left))
+    left = timedelta(seconds=round(event.seconds_left))
     extra = {k: v for k, v in event.metrics.items() if k not in _SHOWN_ANYWAY}
     speed = f"{event.samples_per_s:.2f} samples/s"
     line = f"step {event.step}: loss {event.loss:.4f}, {speed}, {left} left"

@@ -14,10 +14,12 @@ from fastvideo_train.roles import Role
 
 
 class Config(Strict):
-    """Weights of the losses; without `train_encoder` stored latents stay valid while the decoder learns."""
+    """Weights of the losses, and whether the encoder learns.
+
+    Without `train_encoder` stored latents stay valid while the decoder learns.
+    """
 
     train_encoder: bool = True
-
     l1: float = Field(default=1.0, ge=0)
     l2: float = Field(default=0.5, ge=0)
     gradient: float = Field(default=0.3, ge=0)

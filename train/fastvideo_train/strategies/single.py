@@ -144,6 +144,10 @@ class Strategy:
             one.optimizer.load_state_dict(state[name]["optimizer"])
             if one.ema is not None and state[name]["ema"] is not None:
                 one.ema.load_state_dict(state[name]["ema"])
+            elif (
+                one.ema is not None
+            ):  # switched on by the resumed recipe: starts from these weights
+                one.ema = Ema(one.masters, self.recipe.ema.decay)
 
 
 def _master(param: nn.Parameter) -> Tensor:
