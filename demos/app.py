@@ -23,6 +23,8 @@ EXAMPLES = [
 ]
 MAX_QUEUE = 16
 KEEP_S = 3600
+CLIP_HEIGHT_PX = 480
+LOOK = "accent-color: var(--color-accent)"
 
 
 class Page:
@@ -39,12 +41,16 @@ class Page:
         return self.pipeline
 
     def generate(
-        self, prompt: str, seed: float, steps: float, model: str
+        self, prompt: str, seed: float | None, steps: float, model: str
     ) -> Iterator[tuple[Any, Any, str]]:
         """Yield (clip, recipe, progress); the page cancels between two of them."""
         try:
             pipe = self.use(model)
-            request = GenerateRequest(prompt=prompt, seed=int(seed), num_inference_steps=int(steps))
+            request = GenerateRequest(
+                prompt=prompt,
+                seed=None if seed is None else int(seed),
+                num_inference_steps=int(steps),
+            )
             last = None
             for last in pipe.events(request):
                 if isinstance(last, Progress):
@@ -63,7 +69,7 @@ def bar(progress: Progress) -> str:
     """Draw a stage's progress with the browser's own element."""
     name = progress.stage.replace("_", " ")
     place = f"value='{progress.index}' max='{progress.total}'"
-    return f"{name} {progress.index}/{progress.total} <progress {place}></progress>"
+    return f"{name} {progress.index}/{progress.total} <progress {place} style='{LOOK}'></progress>"
 
 
 def first_reason(error: Exception) -> str:
@@ -91,9 +97,10 @@ def build(pipeline: VideoPipeline) -> gr.Blocks:
                     start = gr.Button("Generate", variant="primary")
                     stop = gr.Button("Stop")
             with gr.Column():
-                clip = gr.Video(label="Clip", autoplay=True, loop=True)
+                clip = gr.Video(label="Clip", autoplay=True, loop=True, height=CLIP_HEIGHT_PX)
                 status = gr.HTML(label="Progress")
-                recipe = gr.JSON(label="Recipe", open=False)
+                with gr.Accordion("Recipe", open=False):
+                    recipe = gr.JSON(show_label=False)
         run = gr.on(
             [start.click, prompt.submit],
             page.generate,

@@ -1,4 +1,4 @@
-"""The wheel holds exactly the three packages and the bundled model, and generates outside the checkout."""
+"""The wheel: exactly three packages and the bundled model; it generates outside the checkout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(ROOT / name, source / name) if _same_disk(folder) else _copy(name, source)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--no-index", "--wheel-dir", str(folder), str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--wheel-dir",
+            str(folder),
+            str(source),
+        ],
         check=True,
     )
     return next(folder.glob("*.whl"))
@@ -56,19 +67,38 @@ def test_wheel_holds_exactly_three_packages_and_the_bundled_model(wheel: Path) -
 def test_installed_wheel_generates_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-        + ["--target", str(target), str(wheel)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(target),
+            str(wheel),
+        ],
         check=True,
     )
     env = {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
     where = [sys.executable, "-c", "import fastvideo, fastvideo_inference as i; print(i.__file__)"]
-    found = subprocess.run(
-        where, cwd=tmp_path, env=env, check=True, capture_output=True, text=True
-    )
+    found = subprocess.run(where, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
     assert Path(found.stdout.strip()).is_relative_to(target)
     subprocess.run(
-        [sys.executable, "-m", "fastvideo", "generate", "a big red ball moving left at night"]
-        + ["--frames", "5", "--steps", "2", "-o", "clip.mp4"],
+        [
+            sys.executable,
+            "-m",
+            "fastvideo",
+            "generate",
+            "a big red ball moving left at night",
+            "--frames",
+            "5",
+            "--steps",
+            "2",
+            "-o",
+            "clip.mp4",
+        ],
         cwd=tmp_path,
         env=env,
         check=True,
