@@ -6,15 +6,14 @@ goes through imageio's PyAV plugin, which keeps the size asked for (its ffmpeg p
 
 from __future__ import annotations
 
-import errno
 import io
-import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastvideo import files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +57,7 @@ def write_video(
     path = check_output(path, overwrite=overwrite)
     if fps <= 0:
         raise ValueError(f"fps {fps} must be greater than 0")
-    with _atomic(path, overwrite=overwrite) as partial:
+    with files.atomic(path, overwrite=overwrite) as partial:
         _encode(partial, _single(frames), fps=fps, metadata=metadata or {})
     return path
 
@@ -71,7 +70,7 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
         raise ValueError(f"output {path} must end in one of: {legal}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already and is not overwritten; choose another name")
-    with _partial(path) as probe:  # asking the folder is surer than reading its permissions
+    with files.sibling(path) as probe:  # asking the folder is surer than reading its permissions
         probe.touch()
     return path
 
@@ -145,16 +144,8 @@ def write_png(path: str | Path, image: Frames, *, overwrite: bool = False) -> Pa
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"image {path} must end in .png")
-    with _atomic(path, overwrite=overwrite) as partial:
+    with files.atomic(path, overwrite=overwrite) as partial:
         Image.fromarray(_checked(image)).save(partial, format="PNG")
-    return path
-
-
-def write_text(path: str | Path, text: str, *, overwrite: bool = False) -> Path:
-    """Write a small text file (a sidecar) that appears whole or not at all."""
-    path = Path(path)
-    with _atomic(path, overwrite=overwrite) as partial:
-        partial.write_text(text, encoding="utf-8")
     return path
 
 
@@ -229,47 +220,6 @@ def _checked(image: Frames) -> Frames:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype.name != "uint8":
         raise ValueError(f"a frame must be H W 3 uint8, not {image.shape} {image.dtype.name}")
     return image
-
-
-@contextmanager
-def _atomic(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary sibling of `path` to write to; it takes the name only if all went well."""
-    with _partial(path) as partial:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        _publish(partial, path, overwrite=overwrite)
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `path`, removed in the end; errors name only `path`."""
-    partial = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.partial{path.suffix}")
-    try:
-        if path.parent.exists() and not path.parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{path.parent} is not a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise type(error)(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
-    if overwrite:
-        partial.replace(path)
-        return
-    try:
-        os.link(partial, path)  # unlike a rename, a link fails if the name was taken meanwhile
-    except FileExistsError:
-        raise
-    except OSError:  # file systems without hard links: claim the name first
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        partial.replace(path)
 
 
 @contextmanager

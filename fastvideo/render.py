@@ -112,11 +112,14 @@ def _with_attention(model: Model, latents: Tensor, name: str) -> Denoiser[Any]:
 
 
 @torch.no_grad()
-def decode(model: Model, latents: Tensor) -> Iterator[Frames]:
-    """Yield the frames of one clip, uint8 (t, H, W, 3), as its normalised latents are decoded."""
+def decode(model: Model, latents: Tensor, *, chunk: int | None = None) -> Iterator[Frames]:
+    """Yield frames of one clip, uint8 (t, H, W, 3), as its normalised latents are decoded.
+
+    `chunk` latent frames at a time: 1 shows the first frame soonest, None is fastest in all.
+    """
     assert len(latents) == 1, "frames of several clips cannot share one stream"
     z = model.vae.denormalize(latents.float())
-    for pixels_BCTHW in model.vae.stream(z):
+    for pixels_BCTHW in model.vae.stream(z, chunk):
         yield to_uint8(pixels_BCTHW[0])
 
 

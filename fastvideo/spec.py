@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from fastvideo.config import Strict, parse
+from fastvideo.files import write_text
 from fastvideo.shapes import Compression, LatentShape, PixelShape
 
 FILE_NAME = "fastvideo.json"
@@ -106,5 +107,4 @@ def write(spec: Spec, folder: str | Path) -> Path:
     """Write `fastvideo.json`, with network dims left to each network's own `config.json`."""
     path = Path(folder) / FILE_NAME
     values = spec.model_dump(mode="json", exclude={k: {"config"} for k in ("dit", "vae", "text")})
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, json.dumps(values, indent=2) + "\n", overwrite=True)

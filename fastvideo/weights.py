@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from fastvideo import files
 
 STEMS = ("diffusion_pytorch_model", "model")
 _PICKLED = (".pt", ".pth", ".bin")
@@ -217,34 +217,12 @@ def save(
             value = value.clone()
         seen.add(value.data_ptr())
         plain[name] = value
-    with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
-    return Path(path)
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and move it over `path`.
-
-    Raises `ValueError` with the system's reason if that fails; nothing is left behind.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        with files.atomic(Path(path), overwrite=True) as new:
+            save_file(plain, new, metadata={"format": "pt", **(metadata or {})})
+            new.chmod(0o644)  # the library leaves files that only their owner can read
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {target}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a UTF-8 text file atomically; raise `ValueError` if it cannot be written."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        raise ValueError(f"cannot write {path}: {error}") from None
     return Path(path)
 
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
 # The library's rooms, strictly downward: a room imports from those above it in this list. Rooms on
 # one line may import each other as long as they make no circle.
 LAYERS = [
-    {"", "__main__", "cli", "config", "env", "log", "registry", "rng", "shapes", "spec"},
+    {"", "__main__", "cli", "config", "env", "files", "log", "registry", "rng", "shapes", "spec"},
     {"attention", "flow", "layers", "media", "parallel", "weights", "worlds"},
     {"metrics", "models", "schedulers"},
     {"causal", "formats", "hub", "measure", "model", "render", "sample"},
@@ -83,6 +83,7 @@ TORCH_FREE = [
     "fastvideo.cli",
     "fastvideo.config",
     "fastvideo.env",
+    "fastvideo.files",
     "fastvideo.formats",
     "fastvideo.hub",
     "fastvideo.log",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo import spec as specs
+from fastvideo.files import write_text
 from fastvideo.formats import PARTS, read_json, refuse_variants
 from fastvideo.shapes import Compression
 from fastvideo.spec import Defaults, Network, Scheduler, Spec
@@ -283,8 +284,7 @@ def _pipeline_kind(folder: Path) -> str:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", overwrite=True)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import __version__, hub, media
+from fastvideo import __version__, files, hub, media
 from fastvideo.metrics.faithfulness import Row, faithfulness
 from fastvideo.worlds import World, attributes, generator_version, open_world
 from fastvideo_inference.recipe import fingerprint
@@ -151,7 +151,7 @@ class Evaluation:
             self.prompts + self.reconstructions,
         )
         results.mkdir(parents=True, exist_ok=True)
-        media.write_text(
+        files.write_text(
             results / "recipe.json", json.dumps(self.recipe(), indent=2) + "\n", overwrite=True
         )
         made = _Records(results / "made.jsonl")
@@ -206,7 +206,7 @@ class Evaluation:
             ssim=fmean(k["ssim"] for k in kept),
             flicker=fmean(flickers) if flickers else None,
         )
-        media.write_text(self.results / "table.json", table.to_json() + "\n", overwrite=True)
+        files.write_text(self.results / "table.json", table.to_json() + "\n", overwrite=True)
         self._sheet(made)
         return table
 

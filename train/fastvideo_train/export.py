@@ -127,13 +127,12 @@ def export_vae(
     """Write `vae/` with fresh statistics of the latents in its config."""
     role = of_kind(run.roles, "vae")
     vae: Any = role.net
+    dtype = DTYPES[spec.dtype]
     clips, world = spec.clips, spec.clips.open()
     frames = (world.clip(clips.seed, i, clips.split).frames_THWC for i in range(clips.count))
-    vae.set_statistics(
-        *statistics(vae, (torch.tensor(f).permute(3, 0, 1, 2)[None] for f in frames))
-    )
+    pixels = (torch.tensor(f).permute(3, 0, 1, 2)[None] for f in frames)
+    vae.set_statistics(*statistics(_rounded(vae, dtype), pixels))
     family = run.recipe.roles[role.name].family
-    dtype = DTYPES[spec.dtype]
     with _proved(Path(folder), overwrite=overwrite) as aside:
         layout.save_part(vae, aside / "vae", part="vae", family=family, dtype=dtype)
         error, rounding = _errors(_vae_forward, vae, load_vae(aside), dtype, ())
@@ -276,6 +275,14 @@ def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _rounded(live: Any, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Any:
+    """Return a float32 copy of a network with the weights that storing it in `dtype` leaves."""
+    rounded = copy.deepcopy(live)
+    cast = weights.cast(rounded.state_dict(), dtype=dtype, keep_float32=keep)
+    rounded.load_state_dict({name: tensor.float() for name, tensor in cast.items()})
+    return rounded
+
+
 def _errors(
     forward: Callable[[Any], Tensor],
     live: nn.Module,
@@ -284,9 +291,7 @@ def _errors(
     keep: tuple[str, ...],
 ) -> tuple[float, float]:
     """Return the largest errors of the stored network: to the live one rounded, and as it is."""
-    rounded = copy.deepcopy(live)
-    cast = weights.cast(rounded.state_dict(), dtype=dtype, keep_float32=keep)
-    rounded.load_state_dict({name: tensor.float() for name, tensor in cast.items()})
+    rounded = _rounded(live, dtype, keep)
     with torch.no_grad():
         got, same, exact = (forward(net).double() for net in (stored, rounded, live))
     size = exact.abs().max().clamp_min(1e-12)

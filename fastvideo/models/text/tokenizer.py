@@ -18,8 +18,8 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from fastvideo.files import write_text
 from fastvideo.log import logger
-from fastvideo.weights import write_text
 
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -100,7 +100,7 @@ class Tokenizer:
         """Write the tokenizer so that `load` and transformers read it."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / _FILE, self._text)
+        write_text(path / _FILE, self._text, overwrite=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": self._pad,
@@ -109,7 +109,7 @@ class Tokenizer:
             "model_max_length": 512,
             "clean_up_tokenization_spaces": False,
         }
-        write_text(path / _CONFIG, json.dumps(config, indent=2) + "\n")
+        write_text(path / _CONFIG, json.dumps(config, indent=2) + "\n", overwrite=True)
         return path
 
     def _cut(self, ids: list[int], max_length: int) -> list[int]:

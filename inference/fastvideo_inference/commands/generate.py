@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from fastvideo import media
+from fastvideo import files
 from fastvideo.cli import FAILED, OK, one_line, refusing
 from fastvideo_inference import naming
 from fastvideo_inference.commands._jobs import Batch, Job, Words, read
@@ -112,5 +112,5 @@ def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> di
     timings = {**load, **video.timings, "save": time.perf_counter() - started}
     timings = {name: round(seconds, 4) for name, seconds in timings.items()}
     beside = {"recipe": video.recipe, "timings_s": timings, "output": job.path.name}
-    media.write_text(naming.sidecar(job.path), json.dumps(beside, indent=2) + "\n")
+    files.write_text(naming.sidecar(job.path), json.dumps(beside, indent=2) + "\n")
     return timings

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvideo import media
+from fastvideo import files, media
 from fastvideo.cli import OK, refusing
 from fastvideo.shapes import Compression, PixelShape, parse_size
 from fastvideo.worlds import World, open_world
@@ -96,7 +96,7 @@ def render(
             line = {"file": path.name, "caption": clip.caption, "truth": clip.truth}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             report(index + 1, count)
-    media.write_text(output / "captions.jsonl", "".join(lines), overwrite=True)
+    files.write_text(output / "captions.jsonl", "".join(lines), overwrite=True)
     print(f"{output}: {count} clips and captions.jsonl")
     return OK
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvideo import rng, weights
+from fastvideo import files, rng, weights
 from fastvideo.worlds import generator_version
 from fastvideo_train.data._manifest import MANIFEST, Manifest, read_manifest
 from fastvideo_train.data.clips import ClipBatches
@@ -228,7 +228,7 @@ def _claim(folder: Path, manifest: Manifest) -> None:
                 f"num_clips {manifest.count} is less than the {have['count']} that {folder} holds"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    weights.write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    files.write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n", overwrite=True)
 
 
 def _finished(folder: Path, manifest: Manifest, shard: int) -> bool:

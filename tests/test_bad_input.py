@@ -1,0 +1,267 @@
+"""Bad input as a user meets it: one line with value, rule and source, an exit code, no half file.
+
+Wrong words on the command line are in fastvideo_inference/test_commands.py; here are wrong folders,
+wrong files, a refusing disk and Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_recipes import CONFIGS
+
+from fastvideo import cli, hub, media
+
+PROMPT = "a red ball moving left"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+@pytest.fixture
+def fail(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a command that must fail; return its exit code and its one line."""
+
+    def run(*words: str) -> tuple[int, str]:
+        code = cli.main(list(words))
+        out = capsys.readouterr()
+        assert out.err.count("\n") == 1, out.err
+        assert out.err.startswith("error: ")
+        return code, out.err.removeprefix("error: ").rstrip()
+
+    return run
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cut(path: Path, keep: int) -> None:
+    """Keep the first bytes of a file, or all but the last if `keep` is negative."""
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+# case: (damage, exit code, what the line must hold)
+FOLDERS: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
+    "no config": (
+        lambda folder: (folder / "transformer/config.json").unlink(),
+        2,
+        ("tiny/transformer/config.json does not exist",),
+    ),
+    "broken spec": (
+        lambda folder: (folder / "fastvideo.json").write_text("{"),
+        2,
+        ("tiny/fastvideo.json is not valid JSON",),
+    ),
+    "unknown key in the spec": (
+        lambda folder: edit(folder / "fastvideo.json", defualts={}),
+        2,
+        ("defualts in ", "tiny/fastvideo.json is unknown; did you mean 'defaults'?"),
+    ),
+    "unknown key in a config": (
+        lambda folder: edit(folder / "transformer/config.json", num_layer=3),
+        1,
+        ("num_layer", "did you mean 'num_layers'?", "tiny"),
+    ),
+    "no tokenizer": (
+        lambda folder: shutil.rmtree(folder / "tokenizer"),
+        1,
+        ("tiny/tokenizer has no tokenizer.json",),
+    ),
+    "no weights": (
+        lambda folder: (folder / WEIGHTS).unlink(),
+        1,
+        ("tiny/transformer holds no weights; looked for diffusion_pytorch_model.safetensors",),
+    ),
+    "truncated data": (
+        lambda folder: cut(folder / WEIGHTS, -100),
+        1,
+        (f"tiny/{WEIGHTS} is truncated: ", "its header needs"),
+    ),
+    "truncated header": (
+        lambda folder: cut(folder / WEIGHTS, 50),
+        1,
+        (f"tiny/{WEIGHTS} is not a whole safetensors file: the header is cut off",),
+    ),
+    "wrong shapes": (
+        lambda folder: edit(folder / "transformer/config.json", ffn_dim=52),
+        1,
+        ("6 mis-shaped: blocks.0.ffn.net.0.proj.weight (64, 48) instead of (52, 48)", "tiny"),
+    ),
+    "missing tensors": (
+        lambda folder: edit(folder / "transformer/config.json", num_layers=3),
+        1,
+        ("27 missing: blocks.2.", " and 19 more", "tiny"),
+    ),
+    "unexpected tensors": (
+        lambda folder: edit(folder / "transformer/config.json", num_layers=1),
+        1,
+        ("27 unexpected: blocks.1.", " and 19 more", "tiny"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_damaged_model_folder_is_told_in_one_line(fail, tiny_copy: Path, case: str):
+    damage, code, texts = FOLDERS[case]
+    damage(tiny_copy)
+    got, line = fail("generate", PROMPT, "--model", str(tiny_copy), "-o", "a.mp4")
+    assert got == code
+    assert all(text in line for text in texts), line
+    assert list(Path().iterdir()) == []
+
+
+def test_a_folder_that_is_no_model_says_what_was_looked_for(fail):
+    Path("empty").mkdir()
+    for words in (["generate", PROMPT, "--model", "empty"], ["inspect", "empty"]):
+        code, line = fail(*words)
+        assert (code, line.partition(";")[0]) == (2, "empty is not a model folder")
+        assert "fastvideo.json, or model_index.json" in line
+
+
+def test_inspect_notices_truncated_weights(fail, tiny_copy: Path):
+    cut(tiny_copy / WEIGHTS, -100)
+    code, line = fail("inspect", str(tiny_copy))
+    assert code == 1
+    assert f"{WEIGHTS} is truncated" in line
+
+
+def test_an_unknown_model_gets_a_suggestion(fail, tiny_folder: Path, monkeypatch):
+    Path("zoo/wan-nano").mkdir(parents=True)
+    monkeypatch.setattr(hub, "ZOO", Path("zoo"))
+    for verb in (["generate", PROMPT, "--model"], ["inspect"], ["eval"]):
+        code, line = fail(*verb, "wan-nan")
+        assert code == 2
+        assert line.startswith("model 'wan-nan' is neither bundled (wan-nano), nor a folder")
+        assert line.endswith("did you mean 'wan-nano'?")
+
+
+def test_a_clip_that_is_not_there_is_called_a_clip(fail):
+    assert fail("inspect", "none.mp4") == (2, "clip none.mp4 does not exist")
+
+
+def test_a_clip_whose_model_has_moved_says_where_the_name_is_from(fail, tiny_copy: Path, capsys):
+    tiny_copy.rename("here")
+    assert cli.main(["generate", PROMPT, "--model", "here", "-o", "a.mp4"]) == 0
+    capsys.readouterr()
+    Path("here").rename("there")
+    code, line = fail("generate", "--from", "a.mp4", "-o", "b.mp4")
+    assert code == 2
+    assert line.startswith("model 'here' is neither bundled")
+    assert line.endswith("(named by the recipe in a.mp4; --model says where it is now)")
+    assert cli.main(["generate", "--from", "a.mp4", "--model", "there", "-o", "b.mp4"]) == 0
+
+
+@pytest.mark.parametrize("keep", [-1000, 2500, 40])
+def test_a_clip_cut_short_is_told_in_one_line(fail, tiny_folder: Path, capsys, keep: int):
+    words = ["--model", str(tiny_folder), "--size", "64x64", "-o", "a.mp4"]
+    assert cli.main(["generate", PROMPT, *words]) == 0
+    capsys.readouterr()
+    cut(Path("a.mp4"), keep)
+    code, line = fail("inspect", "a.mp4")
+    assert code == 1
+    assert line.startswith("a.mp4 is not a video that can be read: ")
+
+
+def test_an_unwritable_output_is_refused_before_any_work(fail, tiny_folder: Path):
+    code, line = fail("generate", PROMPT, "--model", str(tiny_folder), "-o", "/sys/a.mp4")
+    assert code == 2
+    assert line.startswith("/sys/a.mp4: ")  # the system's own reason follows
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk without space."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(
+    fail, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(media, "_PatientFile", type("P", (media._PatientFile, FullDisk), {}))
+    for words in (
+        ["generate", PROMPT, "--model", str(tiny_folder), "-o", "a.mp4"],
+        ["data", "render", "--count", "1", "--size", "64x64", "--frames", "5", "-o", "."],
+    ):
+        code, line = fail(*words)
+        assert code == 1
+        assert line.endswith(".mp4: No space left on device")
+        assert list(Path().iterdir()) == []
+
+
+def test_ctrl_c_while_a_clip_is_written_leaves_no_half_file(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def interrupted(frames: Any) -> Iterator[Any]:
+        yield from [next(single(frames))] * 3
+        raise KeyboardInterrupt
+
+    single = media._single
+    monkeypatch.setattr(media, "_single", interrupted)
+    assert cli.main(["generate", PROMPT, "--model", str(tiny_folder), "-o", "a.mp4"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert list(Path().iterdir()) == []
+
+
+# case: (lines after those of vae.toml, words, what the line must hold)
+RECIPES = {
+    "unknown table": ("[optin]\nlr = 1", (), "optin in bad.toml is unknown; did you mean 'optim'?"),
+    "unknown key": (
+        "[run]\nstep = 1",
+        (),
+        "run.step in bad.toml is unknown; did you mean 'steps'?",
+    ),
+    "no steps": ("[run]\nsteps = 0", (), "run.steps 0 in bad.toml: must be at least 1"),
+    "wrong type": ("[run]\nsteps = 'x'", (), 'run.steps "x" in bad.toml: must be a valid integer'),
+    "unknown data": (
+        "[data]\nname = 'clip'",
+        (),
+        "data.name \"clip\" in bad.toml is unknown; did you mean 'clips'? (known: clips, latents",
+    ),
+    "unknown method": (
+        "[method]\nname = 'vea'",
+        (),
+        "method 'vea' is unknown; did you mean 'vae'?",
+    ),
+    "unknown argument": ("[method.args]\nl11 = 1", (), "l11 in method.args of nano-vae is unknown"),
+    "not TOML": ("= 1", (), "config bad.toml is not valid TOML"),
+    "run folder": ("", ("--run-dir", "bad.toml/run"), "bad.toml/run: "),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_wrong_recipe_is_refused_in_one_line(fail, case: str):
+    lines, words, text = RECIPES[case]
+    Path("bad.toml").write_text(f'extends = "{CONFIGS / "vae.toml"}"\n{lines}\n')
+    code, line = fail("train", "bad.toml", *words)
+    assert code == 2
+    assert text in line
+    assert [path.name for path in Path().iterdir() if path.name != "runs"] == ["bad.toml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--size", "70x64"], "width 70 must be a multiple of 8 for this model; nearest: 64, 72"),
+        (["--frames", "6"], "num_frames 6 must be 4k+1 for this model; nearest: 5, 9"),
+    ],
+)
+def test_sizes_that_a_vae_cannot_encode_are_refused(fail, tiny_folder: Path, words, text: str):
+    given = ["--vae", str(tiny_folder), "--size", "64x64", "--frames", "5", *words]
+    assert fail("data", "encode", "-o", "latents", *given) == (2, text)
+    assert list(Path().iterdir()) == []
