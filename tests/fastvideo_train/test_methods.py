@@ -126,5 +126,7 @@ def test_a_frozen_encoder_keeps_its_weights_while_the_decoder_learns(tmp_path):
     before = {n: p.detach().clone() for n, p in job.roles["vae"].net.named_parameters()}
     for _ in train(job):
         pass
-    changed = {n for n, p in job.roles["vae"].net.named_parameters() if not p.equal(before[n])}
+    after = dict(job.roles["vae"].net.named_parameters())
+    changed = {n for n, p in after.items() if not p.equal(before[n])}
+    assert set(job.strategy.gather("vae")) == set(after), "what is exported is the whole network"
     assert changed and all(n.startswith(("decoder.", "post_quant_conv.")) for n in changed)

@@ -27,6 +27,7 @@ class Role:
     """One network of the run. `family` is its module, `config` its raw dims as in `config.json`.
 
     `net` is a torch module of the family's class; what may be called on it is the family's affair.
+    A learning role is built in float32, so that masters start exact; its strategy casts it.
     """
 
     name: str
@@ -37,6 +38,15 @@ class Role:
     trainable: bool
     dtype: torch.dtype
     is_new: bool
+
+    @property
+    def keep_float32(self) -> tuple[str, ...]:
+        """Parts of names of parameters that never compute in another dtype."""
+        return self.family.KEEP_FLOAT32 if self.kind == "dit" else ()
+
+    def compute_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a parameter computes in."""
+        return torch.float32 if any(part in name for part in self.keep_float32) else self.dtype
 
     def num_params(self) -> int:
         """Return how many numbers the network has."""
@@ -87,17 +97,18 @@ def _build_role(name: str, recipe: Recipe) -> Role:
         if spec.kind != "vae":  # torch's own initialisation serves convolutions well
             net.init_weights()
     dtype = getattr(torch, spec.dtype or recipe.run.dtype)
+    role = Role(name, spec.kind, family, config, net, spec.trainable, dtype, not spec.from_)
     load_into(
         net,
         first_weights(spec, name) if spec.from_ else net.state_dict(),
         source=spec.from_ or "new weights",
-        dtype=dtype,
+        dtype=torch.float32 if spec.trainable else dtype,
         device=recipe.run.device,
-        keep_float32=family.KEEP_FLOAT32 if spec.kind == "dit" else (),
+        keep_float32=role.keep_float32,
         aliases=family.ALIASES if spec.kind == "text" else None,
     )
     net.requires_grad_(spec.trainable).train(spec.trainable)
-    return Role(name, spec.kind, family, config, net, spec.trainable, dtype, not spec.from_)
+    return role
 
 
 def _config(spec: RoleSpec) -> dict[str, Any]:
@@ -112,14 +123,18 @@ def _config(spec: RoleSpec) -> dict[str, Any]:
 
 
 def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
-    """Return the weights behind `from`: a run's average, a model folder's part, or a file's."""
+    """Return the weights behind `from`: a run's average, a file's, or a part of a model."""
     path = Path(spec.from_)
     latest = Checkpoints(path / "checkpoints").latest()
     if latest is not None:
         return _weights_of_run(latest, name)
-    folder = path / SUBFOLDER[spec.kind]
-    checkpoint = Checkpoint(folder if folder.is_dir() else path)
-    return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    part = path / SUBFOLDER[spec.kind]
+    if part.is_dir() or path.is_file():  # also a folder that has this part alone
+        return dict(Checkpoint(part if part.is_dir() else path))
+    from fastvideo import formats, hub
+
+    _, folder = hub.open_spec(spec.from_, weights=True)
+    return dict(formats.find(folder).tensors(folder, spec.kind))
 
 
 def _weights_of_run(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -127,5 +142,5 @@ def _weights_of_run(checkpoint: Path, name: str) -> dict[str, Tensor]:
     if name not in state:
         raise ValueError(f"{checkpoint} trained no role {name!r} (it has: {', '.join(state)})")
     average = state[name]["ema"]
-    weights: dict[str, Tensor] = average["weights"] if average else state[name]["masters"]
-    return weights
+    learned = average["weights"] if average else state[name]["masters"]
+    return {**state[name].get("frozen", {}), **learned}

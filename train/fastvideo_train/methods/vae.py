@@ -37,18 +37,20 @@ class Method:
         self.config = config
 
     def initialise(self, roles: Mapping[str, Role]) -> None:
-        """Start new latents with a small variance: the usual one costs the first steps."""
+        """Start new latents with a small variance, and freeze what the config says."""
         vae = roles["vae"]
         if vae.is_new:
             vae.family.init_for_training(vae.net)
+        if not self.config.train_encoder:
+            for part in (vae.net.encoder, vae.net.quant_conv):
+                part.requires_grad_(False)
 
     def step(self, batch: Batch, roles: Mapping[str, Role], key: StepKey) -> Iterator[Update]:
         """Yield the reconstruction loss. batch["pixels"]: uint8 (B, 3, T, H, W)."""
         vae = roles["vae"]
         device = next(vae.net.parameters()).device
         target = to_unit(batch["pixels"].to(device))  # B 3 T H W, float32 in [-1, 1]
-        with torch.set_grad_enabled(self.config.train_encoder):
-            mean, logvar = vae.net.encode_moments(target.to(vae.dtype))  # B C T' H' W'
+        mean, logvar = vae.net.encode_moments(target.to(vae.dtype))  # B C T' H' W'
         mean, logvar = mean.float(), logvar.float()
         noise = key.noise("vae/posterior", tuple(mean.shape)).to(mean.device)
         z = mean + (0.5 * logvar).exp() * noise

@@ -25,8 +25,15 @@ class _Trained:
 
     def __init__(self, role: Role, recipe: Recipe) -> None:
         params = {n: p for n, p in role.net.named_parameters() if p.requires_grad}
+        self.net: nn.Module = role.net
         self.params: dict[str, nn.Parameter] = params
-        self.masters: dict[str, Tensor] = {n: _master(p) for n, p in params.items()}
+        # What a method froze inside a learning role is saved with it: the role stays whole.
+        self.frozen = {
+            n: p.detach().clone() for n, p in role.net.named_parameters() if n not in params
+        }
+        self.masters: dict[str, Tensor] = {n: _master(p, role, n) for n, p in params.items()}
+        for name, param in role.net.named_parameters():
+            param.data = param.data.to(role.compute_dtype(name))
         self.grads = {n: torch.zeros_like(m) for n, m in self.masters.items()}
         self.copied = [n for n, p in params.items() if self.masters[n] is not p]
         self.optimizer = Optimizer(self.masters, recipe.optim_of(role.name))
@@ -55,6 +62,14 @@ class _Trained:
             torch._foreach_copy_(
                 [self.params[n] for n in self.copied], [self.masters[n] for n in self.copied]
             )
+
+    @torch.no_grad()
+    def restore_frozen(self, weights: Mapping[str, Tensor]) -> None:
+        """Set what a method froze, in the network too."""
+        params = dict(self.net.named_parameters())
+        for name, tensor in weights.items():
+            self.frozen[name].copy_(tensor)
+            params[name].copy_(tensor)
 
     @torch.no_grad()
     def assign(self, weights: Mapping[str, Tensor]) -> None:
@@ -104,7 +119,8 @@ class Strategy:
     def gather(self, role: str, *, averaged: bool = True) -> dict[str, Tensor]:
         """Return a role's whole float32 weights: its average if there is one, else its masters."""
         one = self._trained[role]
-        return dict(one.ema.weights if averaged and one.ema is not None else one.masters)
+        learned = one.ema.weights if averaged and one.ema is not None else one.masters
+        return {**one.frozen, **learned}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -126,6 +142,7 @@ class Strategy:
         return {
             name: {
                 "masters": {n: m.detach() for n, m in one.masters.items()},
+                "frozen": one.frozen,
                 "optimizer": one.optimizer.state_dict(),
                 "ema": one.ema.state_dict() if one.ema is not None else None,
             }
@@ -141,14 +158,14 @@ class Strategy:
             if {n: m.shape for n, m in state[name]["masters"].items()} != mine:
                 raise ValueError(f"{source} holds other networks: role {name!r} has other shapes")
             one.assign(state[name]["masters"])
+            one.restore_frozen(state[name].get("frozen", {}))
             one.optimizer.load_state_dict(state[name]["optimizer"])
             if one.ema is not None and state[name]["ema"] is not None:
                 one.ema.load_state_dict(state[name]["ema"])
-            elif (
-                one.ema is not None
-            ):  # switched on by the resumed recipe: starts from these weights
+            elif one.ema is not None:  # switched on by the resumed recipe: starts from here
                 one.ema = Ema(one.masters, self.recipe.ema.decay)
 
 
-def _master(param: nn.Parameter) -> Tensor:
-    return param if param.dtype == torch.float32 else param.detach().float()
+def _master(param: nn.Parameter, role: Role, name: str) -> Tensor:
+    is_own = role.compute_dtype(name) == torch.float32
+    return param if is_own else param.detach().clone()
