@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,8 @@ def test_every_stage_counts_from_zero_to_its_total_and_ends_in_done(
 
 
 def test_chunks_joined_are_the_frames_of_the_result(pipe: VideoPipeline, monkeypatch):
-    monkeypatch.setattr(pipe.model.vae, "stream", functools.partial(pipe.model.vae.stream, chunk=1))
+    stream = pipe.model.vae.stream
+    monkeypatch.setattr(pipe.model.vae, "stream", lambda z, chunk=None: stream(z, 1))
     events = list(pipe.events(request()))
     chunks = [e for e in events if isinstance(e, Chunk)]
     frames = np.concatenate([c.frames for c in chunks])

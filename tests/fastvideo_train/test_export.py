@@ -175,6 +175,7 @@ def test_a_denoising_run_is_validated_by_what_the_parser_reads(vae_folder, tmp_p
 
 
 def test_no_validate_table_means_no_validation_and_a_wrong_key_is_named(tmp_path):
-    assert validator(tiny("vae"), tmp_path) is None
+    recipe = tiny("vae")
+    assert validator(recipe.model_copy(update={"validation": {}}), tmp_path) is None
     with pytest.raises(ValueError, match=r"cuont .* is unknown; did you mean 'count'"):
         validator(tiny("vae", "validate.cuont=3"), tmp_path)
