@@ -77,7 +77,7 @@ def denoise(
     scheduler = schedulers.create(model.spec.scheduler.name, model.spec.scheduler.args)
     prepare = model.dit.prepare  # what no step changes, once for all steps
     velocity = guide(
-        _with_attention(model, latents, backend),
+        with_attention(model, latents, backend),
         scale=guidance_scale,
         cond=prepare(cond),
         uncond=None if uncond is None or guidance_scale == 1 else prepare(uncond),
@@ -95,7 +95,8 @@ def denoise(
     )
 
 
-def _with_attention(model: Model, latents: Tensor, name: str) -> Denoiser[Any]:
+def with_attention(model: Model, latents: Tensor, name: str = "auto") -> Denoiser[Any]:
+    """Bind the denoiser to the attention that suits latents of this size and the model's pattern."""
     pattern = attention.parse(model.spec.attention.pattern, model.spec.attention.args)
     grid = LatentShape(*latents.shape[2:]).tokens(model.spec.compression.patch)
     layout = attention.plan(pattern, grid, model.device)
