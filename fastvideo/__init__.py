@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvideo_inference.events import Chunk, Done, Preview, Progress
+    from fastvideo_inference.events import Chunk, Done, Progress
     from fastvideo_inference.pipeline import Video, VideoPipeline
     from fastvideo_inference.request import GenerateRequest
 
@@ -18,7 +18,6 @@ __all__ = [
     "Chunk",
     "Done",
     "GenerateRequest",
-    "Preview",
     "Progress",
     "Video",
     "VideoPipeline",
@@ -31,7 +30,6 @@ _PUBLIC = {
     "Chunk": "fastvideo_inference.events:Chunk",
     "Done": "fastvideo_inference.events:Done",
     "GenerateRequest": "fastvideo_inference.request:GenerateRequest",
-    "Preview": "fastvideo_inference.events:Preview",
     "Progress": "fastvideo_inference.events:Progress",
     "Video": "fastvideo_inference.pipeline:Video",
     "VideoPipeline": "fastvideo_inference.pipeline:VideoPipeline",

@@ -1,14 +1,8 @@
-"""The only reader of the environment: three variables, read when asked for."""
+"""The only reader of the environment: two variables, read when asked for."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
-
-
-def cache_dir() -> Path:
-    """Folder for files that can be made again: `FASTVIDEO_CACHE`, else `~/.cache/fastvideo`."""
-    return Path(os.environ.get("FASTVIDEO_CACHE") or Path.home() / ".cache" / "fastvideo")
 
 
 def log_level() -> str:

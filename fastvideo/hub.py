@@ -15,6 +15,7 @@ from fastvideo.log import logger
 from fastvideo.spec import Spec
 
 ZOO = Path(__file__).parent / "zoo"
+DEFAULT_MODEL = "wan-nano"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("*.safetensors", "*.pth")
@@ -44,6 +45,13 @@ def open_spec(name_or_path: str | Path, *, weights: bool = False) -> tuple[Spec,
     return _filled(own, layout.configs(folder), folder), folder
 
 
+def cache_dir() -> Path:
+    """Return the folder where the hub's client keeps what it fetched."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
 def _filled(spec: Spec, configs: dict[str, dict[str, object]], folder: Path) -> Spec:
     networks = {
         part: getattr(spec, part).model_copy(update={"config": config})
@@ -62,7 +70,7 @@ def _locate(name: str, *, weights: bool) -> Path:
     if name in bundled():
         return ZOO / name
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():  # an empty path is the current folder
         return folder
     if folder.is_file():
         raise ValueError(f"model {name!r} is a file; give the folder that holds all of its parts")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvideo import formats, registry, weights
+from fastvideo import cpu, formats, registry, weights
 from fastvideo.formats import PARTS
 from fastvideo.hub import open_spec
 from fastvideo.log import logger
@@ -25,7 +25,10 @@ _SMALL_TEXT_PARAMS = 50_000_000
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle that stages read. Families share functions, not a base class: hence `Any`."""
+    """A bundle that stages read. Families share functions, not a base class: hence `Any`.
+
+    folder: where it was loaded from; None for a model put together in memory.
+    """
 
     spec: Spec
     dit: Any
@@ -34,6 +37,7 @@ class Model:
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+    folder: Path | None = None
 
 
 class Absent:
@@ -83,7 +87,7 @@ def load(
     if "text" in parts:
         words = Tokenizer.load(layout.tokenizer_folder(folder))
         _check_vocabulary(words, spec, folder)
-    return Model(spec, tokenizer=words, device=place, dtype=kind, **loaded)
+    return Model(spec, tokenizer=words, device=place, dtype=kind, folder=folder, **loaded)
 
 
 def build_part(spec: Spec, part: str) -> nn.Module:
@@ -140,12 +144,7 @@ def _check_vocabulary(tokenizer: Tokenizer, spec: Spec, folder: Path) -> None:
 
 def _computes_bfloat16(device: torch.device) -> bool:
     """Tell whether bfloat16 is fast here, not only possible: every CPU can emulate it slowly."""
-    if device.type != "cpu":
-        return device.type == "cuda"
-    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.12
-        return False
-    abilities = torch.cpu.get_capabilities()
-    return any(abilities.get(name) is True for name in ("avx512_bf16", "amx_bf16"))
+    return cpu.has_bfloat16() if device.type == "cpu" else device.type == "cuda"
 
 
 def _load_part(

@@ -96,7 +96,7 @@ def denoise(
 
 
 def with_attention(model: Model, latents: Tensor, name: str = "auto") -> Denoiser[Any]:
-    """Bind the denoiser to the attention that suits latents of this size and the model's pattern."""
+    """Bind the denoiser to an attention for latents of this size and the model's pattern."""
     pattern = attention.parse(model.spec.attention.pattern, model.spec.attention.args)
     grid = LatentShape(*latents.shape[2:]).tokens(model.spec.compression.patch)
     layout = attention.plan(pattern, grid, model.device)

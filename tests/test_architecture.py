@@ -34,7 +34,7 @@ MAY_IMPORT = {
 # one line may import each other as long as they make no circle.
 LAYERS = [
     {"", "__main__", "cli", "config", "env", "files", "log", "registry", "rng", "shapes", "spec"},
-    {"attention", "flow", "layers", "media", "parallel", "weights", "worlds"},
+    {"attention", "cpu", "flow", "layers", "media", "parallel", "weights", "worlds"},
     {"metrics", "models", "schedulers"},
     {"causal", "formats", "hub", "measure", "model", "render", "sample"},
 ]

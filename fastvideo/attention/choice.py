@@ -79,18 +79,6 @@ class Attention:
         return backend.attend(q_BLHD, k_BSHD, v_BSHD, layout)
 
 
-def attend(
-    q_BLHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    *,
-    layout: Layout | None = None,
-    backend: Backend,
-) -> Tensor:
-    """Attend with one backend whatever the layout."""
-    return backend.attend(q_BLHD, k_BSHD, v_BSHD, layout)
-
-
 def reference(
     q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, layout: Layout | None = None
 ) -> Tensor:

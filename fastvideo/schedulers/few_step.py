@@ -26,12 +26,11 @@ class Scheduler:
 
     `renoise=True` predicts the clean clip and noises it afresh to the next sigma (DMD2 2405.14867,
     Self-Forcing 2506.08009, FastWan); `renoise=False` takes the deterministic Euler step.
-    `timesteps` are what the network is told; by default 1000 sigma. The defaults are FastWan's: its
-    training looked sigmas up in a table of 1000 rows, hence 0.756757 for time 757.
+    `timesteps` are what the network is told; None is 1000 sigma.
     """
 
     sigmas: Sequence[float] = (1.0, 0.756757, 0.521739)
-    timesteps: Sequence[float] | None = (1000.0, 757.0, 522.0)
+    timesteps: Sequence[float] | None = None
     renoise: bool = True
 
     def __post_init__(self) -> None:

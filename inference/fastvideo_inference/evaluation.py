@@ -15,14 +15,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import __version__, files, hub, media
+from fastvideo import files, hub, media
 from fastvideo.metrics.faithfulness import Row, faithfulness
 from fastvideo.worlds import World, attributes, generator_version, open_world
-from fastvideo_inference.recipe import fingerprint
+from fastvideo_inference.recipe import fingerprint, versions
 from fastvideo_inference.request import Plan, read_layers
 
 if TYPE_CHECKING:
@@ -123,16 +124,18 @@ class Evaluation:
         return made
 
     def recipe(self) -> dict[str, Any]:
-        """Return what decides one clip's result, of a size that does not grow with the prompts."""
+        """Return what decides one clip's result, of a size that does not grow with the prompts.
+
+        "auto" is resolved, which needs torch; `ValueError` for a device that is not there.
+        """
         return {
-            "fastvideo": __version__,
+            "versions": versions(),
             "weights": fingerprint(self.folder),
             "world": self.world,
             "generator_version": generator_version(self.world),
             "split": SPLIT,
             "request": self.how.model_dump(exclude={"prompt"}),
-            "device": self.device,
-            "dtype": self.dtype,
+            **self._place,
         }
 
     @property
@@ -162,7 +165,7 @@ class Evaluation:
         yield done, total
         if not todo and not again:
             return
-        model = load(self.folder, device=self.device, dtype=self.dtype)
+        model = load(self.folder, **self._place)
         for first in range(0, len(todo), self.batch):
             indices = todo[first : first + self.batch]
             made.add(self._make(model, world, indices))
@@ -213,6 +216,15 @@ class Evaluation:
     def clip_path(self, index: int) -> Path:
         """Return where the clip of a prompt is kept."""
         return self.results / "clips" / f"{index:05d}.mp4"
+
+    @cached_property
+    def _place(self) -> dict[str, str]:
+        """Device and dtype: a resumed run that chose others would mix two kinds of clips."""
+        from fastvideo.model import pick_device, pick_dtype
+
+        device = pick_device(self.device)
+        dtype = str(pick_dtype(self.dtype, device)).removeprefix("torch.")
+        return {"device": str(device), "dtype": dtype}
 
     def _open_world(self) -> World:
         sizes = {"height": self.how.height, "width": self.how.width}

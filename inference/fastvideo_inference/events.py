@@ -1,6 +1,6 @@
-"""What a running stage tells: progress, previews, frames, and at last its result.
+"""What a running stage tells: progress, frames, and at last its result.
 
-Progress bars, previews, streaming and cancellation are what the consumer does with the iterator.
+Progress bars, streaming and cancellation are what the consumer does with the iterator.
 """
 
 from __future__ import annotations
@@ -29,15 +29,6 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Preview:
-    """An early look at the clip: one image, H W 3 uint8, made at step `index` of its stage."""
-
-    stage: str
-    index: int
-    image: npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
 class Chunk:
     """Finished frames, T H W 3 uint8; `start` is the place of the first one in the clip."""
 
@@ -54,4 +45,4 @@ class Done:
     state: State
 
 
-Event: TypeAlias = Progress | Preview | Chunk | Done
+Event: TypeAlias = Progress | Chunk | Done

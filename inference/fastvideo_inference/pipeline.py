@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastvideo import media
+from fastvideo import hub, media
 from fastvideo_inference import recipe, stages
 from fastvideo_inference.events import Chunk, Done, Event
 from fastvideo_inference.recipe import ModelId, Recipe
@@ -62,16 +62,22 @@ class VideoPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path = "wan-nano", device: str = "auto", dtype: str = "auto"
+        cls,
+        name_or_path: str | Path = hub.DEFAULT_MODEL,
+        device: str = "auto",
+        dtype: str = "auto",
     ) -> VideoPipeline:
         """Load a bundled name, folder or hub id; raise `ValueError` naming what does not fit."""
-        from fastvideo import hub, model
+        from fastvideo.model import load
 
-        spec, folder = hub.open_spec(name_or_path, weights=True)
+        model = load(name_or_path, device=device, dtype=dtype)
+        assert model.folder is not None, "a loaded model comes from a folder"
         model_id = ModelId(
-            name_or_path=str(name_or_path), spec=spec.name, fingerprint=recipe.fingerprint(folder)
+            name_or_path=str(name_or_path),
+            spec=model.spec.name,
+            fingerprint=recipe.fingerprint(model.folder),
         )
-        return cls(model.load(name_or_path, device=device, dtype=dtype), model_id)
+        return cls(model, model_id)
 
     def __call__(
         self,

@@ -82,6 +82,21 @@ def test_auto_dtype_follows_what_the_processor_computes(monkeypatch: pytest.Monk
     assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
+@pytest.mark.parametrize("older", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_auto_dtype_is_the_same_under_a_torch_without_capabilities(
+    monkeypatch: pytest.MonkeyPatch, older: str
+):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cpu, older, lambda: True)
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
 def test_decisions_are_logged(tiny_folder: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="fastvideo"):
         load(tiny_folder)

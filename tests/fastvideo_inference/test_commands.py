@@ -13,7 +13,7 @@ import pytest
 from fastvideo_inference import recipe
 from fastvideo_inference.commands import _report, demo
 
-from fastvideo import cli, media
+from fastvideo import cli, hub, media
 
 PROMPT = "a red ball moving left"
 
@@ -152,12 +152,29 @@ def test_one_failed_prompt_does_not_stop_the_batch(generate, monkeypatch: pytest
     assert not Path("0.mp4").exists()
 
 
+def test_the_failure_of_a_single_prompt_is_an_event_and_one_line(
+    generate, monkeypatch: pytest.MonkeyPatch
+):
+    from fastvideo import render
+
+    def fail(model: object, words: list[str]) -> object:
+        raise ValueError("cannot say it")
+
+    monkeypatch.setattr(render, "encode_text", fail)
+    code, out, err = generate(PROMPT, "--json", "-o", "a.mp4")
+    assert (code, err) == (1, ["error: cannot say it"])
+    failed = {"event": "failed", "prompt": PROMPT, "error": "cannot say it"}
+    assert json.loads(out[-1]) == failed
+    assert generate(PROMPT, "-o", "a.mp4") == (1, [], ["error: cannot say it"])
+
+
 REFUSED = {
     "no prompt": ([], "there is no prompt"),
     "empty": ([""], 'prompt "" in the command line: the prompt is empty'),
     "frames": (["x", "--frames", "6"], "num_frames 6 must be 4k+1 for this model; nearest: 5, 9"),
     "size": (["x", "--size", "50x32"], "width 50 must be a multiple of 16"),
     "size text": (["x", "--size", "50"], "--size '50' must look like WIDTHxHEIGHT"),
+    "size empty": (["x", "--size", ""], "--size '' must look like WIDTHxHEIGHT"),
     "steps": (["x", "--steps", "0"], "num_inference_steps 0 in --steps: must be at least 1"),
     "type": (["x", "--steps", "ten"], "Invalid value for '--steps'"),
     "seed": (["x", "--seed", "-3"], "seed -3 in --seed: must be at least -1"),
@@ -173,6 +190,7 @@ REFUSED = {
     "folder": (["x", "-o", "there.mp4/a.mp4"], "there.mp4/a.mp4: there.mp4 is not a folder"),
     "template": (["x", "-o", "{promt}.mp4"], "did you mean 'prompt'"),
     "model": (["x", "--model", "wan-nan"], "model 'wan-nan' is neither bundled"),
+    "model empty": (["x", "--model", ""], "model '' is neither bundled"),
     "dtype": (["x", "--dtype", "float23"], "did you mean 'float32'"),
     "device": (["x", "--device", "gpu"], "--device 'gpu' is unknown"),
     "from": (["--from", "p.txt"], "p.txt is not a video that can be read"),
@@ -306,6 +324,7 @@ def test_doctor_finds_this_machine_able_to_write_clips(capsys):
     assert facts["attention"]["cpu"]["sdpa"] == "usable"
     assert "NVIDIA" in facts["attention"]["cpu"]["flash"]
     assert facts["video"] == "h264 yuv420p, tags read back"
+    assert str(hub.cache_dir()) in facts["disk"]["hub cache"]
 
 
 def test_doctor_reports_what_is_broken_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fastvideo_inference.evaluation import Evaluation, Table, fingerprint
+from fastvideo_inference.recipe import versions
 
 from fastvideo import media, render
 from fastvideo.cli import main
@@ -114,6 +116,20 @@ def test_other_settings_and_other_weights_are_kept_apart(done, tiny_folder, tiny
     path = tiny_copy / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     assert fingerprint(tiny_copy) != fingerprint(tiny_folder)
+
+
+def test_an_automatic_dtype_is_kept_apart_from_another_and_with_itself(
+    tiny_folder, tmp_path, monkeypatch
+):
+    auto, float32, bfloat16 = (
+        plan(tiny_folder, tmp_path, dtype=d) for d in ("auto", "float32", "bfloat16")
+    )
+    assert auto.recipe()["dtype"] in ("float32", "bfloat16")
+    assert auto.results in (float32.results, bfloat16.results)
+    assert float32.results != bfloat16.results
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert plan(tiny_folder, tmp_path).results == float32.results
+    assert auto.recipe()["versions"] == versions()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,16 @@ def pipe(tiny_folder: Path) -> VideoPipeline:
     return VideoPipeline.from_pretrained(tiny_folder, dtype="float32")
 
 
+def test_a_model_is_opened_once_and_its_derived_lines_are_logged_once(
+    tiny_diffusers_folder: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("INFO", logger="fastvideo"):
+        pipe = VideoPipeline.from_pretrained(tiny_diffusers_folder, dtype="float32")
+    assert caplog.text.count("compression: from the dims") == 1
+    assert pipe.model.folder == tiny_diffusers_folder
+    assert pipe.model_id.fingerprint == recipe.fingerprint(tiny_diffusers_folder)
+
+
 def request(**fields: object) -> GenerateRequest:
     return GenerateRequest.model_validate({"prompt": PROMPT, "seed": 3, **fields})
 

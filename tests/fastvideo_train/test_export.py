@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
+from fastvideo_train.bundle import load_vae
 from fastvideo_train.data.latents import encode_pixels, encode_world
-from fastvideo_train.export import TOLERANCE, export, load_run, load_vae
+from fastvideo_train.export import TOLERANCE, TrainClips, export, load_run
 from fastvideo_train.loop import Job
 from fastvideo_train.recipe import LatentsSpec
-from fastvideo_train.validate import validator
+from fastvideo_train.validate import Clips, validator
 from tiny_recipes import finish, tiny
 
 from fastvideo import hub
 from fastvideo import model as models
+from fastvideo.formats import diffusers as layout
 from fastvideo.worlds.shapes import World
 
 CLIPS = {"count": 3, "num_frames": 5, "height": 64, "width": 64}
@@ -136,8 +139,8 @@ def test_a_folder_without_a_checkpoint_is_no_run(tmp_path):
         export(tmp_path, tmp_path / "out")
 
 
-def test_latents_of_other_statistics_than_the_vaes_are_refused(vae_folder, tmp_path):
-    vae = load_vae(vae_folder)
+def test_latents_of_another_vae_are_refused(vae_folder, tmp_path):
+    vae = load_vae(vae_folder, dtype=torch.bfloat16)
     sizes = {"num_frames": 5, "height": 64, "width": 64, "shard_size": 4, "batch": 2}
     encode_world(vae, "shapes", tmp_path / "latents", num_clips=4, seed=0, **sizes)
     data = LatentsSpec(name="latents", folder=str(tmp_path / "latents"))
@@ -150,6 +153,16 @@ def test_latents_of_other_statistics_than_the_vaes_are_refused(vae_folder, tmp_p
     path.write_text(path.read_text().replace('"latents_std": [\n    ', '"latents_std": [\n    9'))
     with pytest.raises(ValueError, match="normalises latents by other statistics"):
         export(tmp_path / "run", tmp_path / "bad", changes={**changes, "vae": str(other)})
+    with torch.no_grad():
+        next(vae.encoder.parameters()).add_(0.5)
+    layout.save_part(vae, other / "vae", part="vae", family="wan", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="encodes by other weights than those of"):
+        export(tmp_path / "run", tmp_path / "bad", changes={**changes, "vae": str(other)})
+    run = recipe.run.model_copy(update={"validate_every": 1})
+    for folder, is_right in ((vae_folder, True), (other, False)):
+        changed = {"run": run, "validation": {**CLIPS, "vae": str(folder)}}
+        with nullcontext() if is_right else pytest.raises(ValueError, match="by other weights"):
+            validator(recipe.model_copy(update=changed), tmp_path)
 
 
 def test_a_vae_run_is_validated_by_its_reconstructions(tmp_path):
@@ -172,6 +185,18 @@ def test_a_denoising_run_is_validated_by_what_the_parser_reads(vae_folder, tmp_p
     assert {"flicker", "right/colour", "right/all"} <= set(numbers)
     assert (tmp_path / "validate" / "step-00000004.png").is_file()
     assert "forward" in job.roles["student"].net.__dict__
+
+
+def test_a_validation_of_single_frames_has_no_flicker(vae_folder, tmp_path):
+    words = [*WORDS, "validate.num_frames=1", f"validate.vae={vae_folder}", "validate.steps=1"]
+    recipe = tiny("flow_matching", *words)
+    numbers = validator(recipe, tmp_path)(Job.open(recipe, tmp_path).roles, step=1)
+    assert "right/colour" in numbers and "flicker" not in numbers
+
+
+def test_a_validation_looks_at_other_clips_than_an_evaluation():
+    assert Clips().seed != 0, "the seed of `fastvideo eval`"
+    assert TrainClips().seed == 0, "another one would change the statistics of a second export"
 
 
 def test_no_validate_table_means_no_validation_and_a_wrong_key_is_named(tmp_path):

@@ -152,6 +152,13 @@ def test_the_fingerprint_sees_the_encoder_and_not_the_decoder(vae):
     assert encoder_hash(other) != encoder_hash(vae)
 
 
+def test_an_encoder_has_one_fingerprint_in_float32_and_in_bfloat16(vae):
+    half, back = Vae(CONFIG).bfloat16(), Vae(CONFIG)
+    half.load_state_dict(vae.state_dict())
+    back.load_state_dict(half.state_dict())
+    assert encoder_hash(half) == encoder_hash(back) == encoder_hash(vae)
+
+
 def test_a_damaged_manifest_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="fastvideo data encode"):
         LatentBatches(tmp_path, seed=0, batch=1)

@@ -152,14 +152,13 @@ def test_no_time_means_no_step(tmp_path):
 
 
 def test_validation_sees_averaged_weights_and_gives_the_own_ones_back(tmp_path):
-    job = Job.open(tiny("vae", "run.steps=2", "run.validate_every=2", "optim.lr=0.1"), tmp_path)
-    seen = {}
+    recipe, seen = tiny("vae", "run.steps=2", "run.validate_every=2", "optim.lr=0.1"), {}
 
     def validate(roles, *, step):
         seen.update({n: p.detach().clone() for n, p in roles["vae"].net.named_parameters()})
         return {"psnr": 20.0}
 
-    job.validate = validate
+    job = Job.open(recipe, tmp_path, validate=validate)
     events = list(train(job))
     assert Validated(2, {"psnr": 20.0}) in events
     average, own = job.strategy.gather("vae"), job.strategy.gather("vae", averaged=False)
@@ -199,6 +198,14 @@ def test_a_run_starts_from_the_average_of_another_run(tmp_path):
     second = Job.open(tiny("vae", f"roles.vae.from={tmp_path / 'first'}"), tmp_path / "second")
     masters = second.strategy.gather("vae", averaged=False)
     assert _equal(masters, first.strategy.gather("vae")), "in float32, not rounded to bfloat16"
+
+
+@pytest.mark.parametrize("first", ["runs/none", "{tmp_path}/none", "{tmp_path.name}/none"])
+def test_a_missing_local_start_is_refused_and_never_asked_of_the_hub(tmp_path, monkeypatch, first):
+    monkeypatch.chdir(tmp_path.parent)
+    source = first.format(tmp_path=tmp_path)
+    with pytest.raises(ValueError, match=rf"roles\.vae\.from {source} does not exist; train it"):
+        Job.open(tiny("vae", f"roles.vae.from={source}"), tmp_path / "run")
 
 
 def test_a_role_starts_from_a_part_of_a_model_folder(tmp_path, tiny_folder):

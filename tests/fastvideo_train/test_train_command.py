@@ -16,7 +16,7 @@ from fastvideo.cli import main
 VAE = str(CONFIGS / "vae.toml")
 
 
-@pytest.mark.parametrize("name", ["vae", "dit-image", "dit-short"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
 def test_a_smoke_run_trains_saves_and_goes_on(name, tmp_path: Path, capsys):
     command = ["train", str(CONFIGS / f"{name}.toml"), "--smoke", "--run-dir", str(tmp_path / "r")]
     assert main(command) == 0
@@ -54,6 +54,20 @@ def test_a_wrong_export_table_is_refused_before_the_run(tmp_path: Path, capsys):
     words = ["--smoke", "--run-dir", str(tmp_path / "r"), "--set", "export.dtyp=float32"]
     assert main(["train", VAE, *words]) == 2
     assert "did you mean 'dtype'" in capsys.readouterr().err
+
+
+def test_a_missing_vae_of_a_validation_is_refused_before_the_run(tmp_path: Path, capsys):
+    words = ["--smoke", "--run-dir", str(tmp_path / "r"), "--set", "validate.vae=nowhere"]
+    command = ["train", str(CONFIGS / "dit-image.toml"), *words, "--dry-run"]
+    assert main(command) == 0, "a run that never validates needs none"
+    assert main([*command, "--set", "run.validate_every=2"]) == 2
+    assert "[validate] vae of nano-dit-image: nowhere" in capsys.readouterr().err
+
+
+def test_a_missing_vae_of_an_export_is_only_a_warning(tmp_path: Path, capsys):
+    words = ["--smoke", "--run-dir", str(tmp_path / "r"), "--set", "export.vae=nowhere"]
+    assert main(["train", str(CONFIGS / "dit.toml"), *words, "--dry-run"]) == 0
+    assert "vae of nano-dit is needed after the run: nowhere" in capsys.readouterr().err
 
 
 def test_a_terminated_run_saves_exits_130_and_keeps_others_out(tmp_path: Path, capsys):

@@ -12,7 +12,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,21 +20,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastvideo import hub, model, render, weights
+from fastvideo import model, render, weights
 from fastvideo import registry as components
 from fastvideo.config import Strict, merge, parse
 from fastvideo.formats import PARTS
 from fastvideo.formats import diffusers as layout
+from fastvideo.log import logger
 from fastvideo.model import Model
-from fastvideo.spec import Defaults, Network, Provenance, Scheduler, Spec
+from fastvideo.spec import Defaults, Provenance, Scheduler
 from fastvideo_train import roles as role_builder
+from fastvideo_train.bundle import bundle, check_latents, load_vae, of_kind, read_vae
 from fastvideo_train.checkpoints import Checkpoints
-from fastvideo_train.data._manifest import read_manifest
 from fastvideo_train.data.latents import statistics
 from fastvideo_train.loop import make_method
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
-from fastvideo_train.validate import Clips, of_kind
+from fastvideo_train.validate import Clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = 1e-5  # of the largest value; the same arithmetic on the same weights
@@ -46,6 +47,7 @@ class TrainClips(Clips):
     """The training clips that statistics come from."""
 
     split: str = "train"
+    seed: int = 0
     count: int = Field(default=64, ge=1)
 
 
@@ -108,9 +110,18 @@ def export(
 
 
 def check(recipe: Recipe) -> None:
-    """Raise `ValueError` for a wrong `[export]` before a run, rather than after it."""
-    if recipe.export:
-        _parse(recipe, recipe.export)
+    """Raise `ValueError` for a wrong `[export]` before a run, rather than after it.
+
+    Its VAE may be made while the run trains, so that a missing one is only logged.
+    """
+    if not recipe.export:
+        return
+    spec = _parse(recipe, recipe.export)
+    if isinstance(spec, ModelExport):
+        try:
+            read_vae(spec.vae)
+        except ValueError as error:
+            logger.warning("[export] vae of %s is needed after the run: %s", recipe.run.name, error)
 
 
 def _parse(recipe: Recipe, values: Mapping[str, Any]) -> ModelExport | VaeExport:
@@ -145,8 +156,17 @@ def export_model(
 ) -> Exported:
     """Write a whole model: the run's denoiser and text encoder, and the VAE of another folder."""
     vae = load_vae(spec.vae)
-    _check_latents(run.recipe, vae, spec.vae)
-    live = bundle(run.recipe, run.roles, vae=vae, scheduler=spec.scheduler, export=spec)
+    check_latents(run.recipe, vae, spec.vae)
+    live = bundle(
+        run.recipe,
+        run.roles,
+        vae=vae,
+        vae_family=read_vae(spec.vae).family,
+        scheduler=spec.scheduler,
+        name=spec.name,
+        defaults=spec.defaults,
+        provenance=spec.provenance,
+    )
     dtype = DTYPES[spec.dtype]
     forwards: dict[str, Callable[[Any], Tensor]] = {
         "text": lambda net: _text_forward(live, net),
@@ -181,46 +201,6 @@ def load_run(folder: str | Path) -> Trained:
     return Trained(recipe, roles, info["step"])
 
 
-def load_vae(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the VAE of a bundled model or of a folder that needs no other part."""
-    name = str(folder)
-    path = hub.ZOO / name if name in hub.bundled() else Path(folder)
-    network = layout.read_network(path, "vae")
-    vae = _empty(network)
-    weights.load_into(vae, layout.tensors(path, "vae"), source=path / "vae", dtype=dtype)
-    return vae.eval().requires_grad_(False)
-
-
-def bundle(
-    recipe: Recipe,
-    roles: Mapping[str, Role],
-    *,
-    vae: Any,
-    scheduler: Scheduler,
-    export: ModelExport | None = None,
-) -> Model:
-    """Put the networks of a run and a VAE together as a model that can render."""
-    dit, text = of_kind(roles, "dit"), of_kind(roles, "text")
-    method: Any = make_method(recipe)
-    told = export.defaults.model_dump(exclude_unset=True) if export else {}
-    trained_on = {
-        "max_text_tokens": method.config.max_text_tokens,
-        "negative_prompt": method.config.negative_prompt,
-    }
-    spec = Spec(
-        name=export.name if export else recipe.run.name,
-        dit=Network(family=recipe.roles[dit.name].family, config=dict(dit.config)),
-        vae=Network(family="wan"),
-        text=Network(family=recipe.roles[text.name].family, config=dict(text.config)),
-        compression=layout.compression(asdict(dit.net.config), asdict(vae.config)),
-        scheduler=scheduler,
-        defaults=Defaults(**{**trained_on, **told}),
-        provenance=export.provenance if export else Provenance(),
-    )
-    first = next(dit.net.parameters())
-    return Model(spec, dit.net, vae, text.net, method.tokenizer, first.device, dit.dtype)
-
-
 def _to_read(recipe: Recipe, folder: str) -> Recipe:
     """Return the recipe with float32 networks whose weights come from the run itself."""
     roles = {
@@ -231,31 +211,6 @@ def _to_read(recipe: Recipe, folder: str) -> Recipe:
     }
     run = recipe.run.model_copy(update={"dtype": "float32", "device": "cpu"})
     return recipe.model_copy(update={"roles": roles, "run": run})
-
-
-def _empty(network: Network) -> Any:
-    package = "fastvideo.models.vae"
-    config = components.load(package, network.family, "Config").parse(network.config)
-    return weights.build(lambda: components.load(package, network.family, "Vae")(config))
-
-
-def _check_latents(recipe: Recipe, vae: Any, folder: str) -> None:
-    """Refuse a VAE other than the one whose latents, or whose statistics, the run learned from."""
-    if recipe.data.name != "latents" or not Path(recipe.data.folder).is_dir():
-        return
-    manifest = read_manifest(recipe.data.folder)
-    near = [
-        torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-5)
-        for a, b in (
-            (manifest.latents_mean, vae.config.latents_mean),
-            (manifest.latents_std, vae.config.latents_std),
-        )
-    ]
-    if not all(near):
-        raise ValueError(
-            f"the VAE of {folder} normalises latents by other statistics than"
-            f" {recipe.data.folder}, which {recipe.run.name} learned from"
-        )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from fastvideo_train.logs import Logs
 from fastvideo_train.methods import Batch, Method, StepKey, Update
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
-from fastvideo_train.strategies.single import Strategy
+from fastvideo_train.strategies import Strategy
 
 # A resumed run may not change these: its weights would no longer fit, or mean the same.
 FIXED_SECTIONS = ("roles", "method", "data")
@@ -76,7 +76,8 @@ class DivergedError(ValueError):
 class Validate(Protocol):
     """Looks at the networks, which compute with averaged weights during the call."""
 
-    def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]: ...
+    def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]:
+        """Return numbers for the log."""
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Job:
     validate: Validate | None = None
 
     @classmethod
-    def open(cls, recipe: Recipe, folder: Path) -> Job:
+    def open(cls, recipe: Recipe, folder: Path, *, validate: Validate | None = None) -> Job:
         """Build the networks; continue from the folder's latest checkpoint if there is one.
 
         Raises `ValueError` for a recipe that method, networks or checkpoint refuse.
@@ -116,6 +117,7 @@ class Job:
             method=method,
             strategy=strategy,
             checkpoints=Checkpoints(folder / "checkpoints", recipe.run.keep),
+            validate=validate,
         )
         job._resume()
         if recipe.run.compile:

@@ -89,6 +89,7 @@ def compile_calls(roles: Mapping[str, Role], wants: Mapping[str, Wants]) -> None
 
 def _build_role(name: str, recipe: Recipe) -> Role:
     spec = recipe.roles[name]
+    _check_exists(spec, name)  # before the config too, which is read from there
     family = registry.module(f"fastvideo.models.{spec.kind}", spec.family)
     config = _config(spec)
     with torch.random.fork_rng(devices=[]):
@@ -111,6 +112,15 @@ def _build_role(name: str, recipe: Recipe) -> Role:
     return role
 
 
+def _check_exists(spec: RoleSpec, name: str) -> None:
+    """Raise `ValueError` for a missing local folder, which would be asked of the hub otherwise."""
+    path = Path(spec.from_)
+    if not spec.from_ or path.exists():
+        return
+    if path.parts[0] == "runs" or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        raise ValueError(f"roles.{name}.from {spec.from_} does not exist; train it first")
+
+
 def _config(spec: RoleSpec) -> dict[str, Any]:
     is_run = (Path(spec.from_) / "checkpoints").is_dir()
     if spec.config or not spec.from_ or is_run:
@@ -123,7 +133,11 @@ def _config(spec: RoleSpec) -> dict[str, Any]:
 
 
 def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
-    """Return the weights behind `from`: a run's average, a file's, or a part of a model."""
+    """Return the weights behind `from`: a run's average, a file's, or a part of a model.
+
+    Raises `ValueError` if there is nothing, or it has no such role or part.
+    """
+    _check_exists(spec, name)
     path = Path(spec.from_)
     latest = Checkpoints(path / "checkpoints").latest()
     if latest is not None:

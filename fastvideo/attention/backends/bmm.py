@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastvideo import cpu
 from fastvideo.attention.choice import Need
 from fastvideo.attention.layout import Layout
 
@@ -35,7 +36,7 @@ def rank(need: Need) -> int:
     half = need.dtype in (torch.bfloat16, torch.float16)
     if need.device.type != "cpu" or need.num_keys is None or not half:
         return 10
-    if torch.cpu._is_amx_tile_supported():
+    if cpu.has_amx():
         return 30 if need.needs_grad and need.num_keys < _AMX_FASTER_BELOW else 10
     return 30
 

@@ -17,7 +17,6 @@ from fastvideo_inference import naming, prompts
 from fastvideo_inference.recipe import Recipe, fingerprint, read_recipe
 from fastvideo_inference.request import Plan, read_layers
 
-DEFAULT_MODEL = "wan-nano"
 # The flag that sets a field of the request, for error texts.
 FLAG_OF = {
     "num_frames": "--frames",
@@ -75,8 +74,7 @@ def read(words: Words) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
     check_place(words.device, words.dtype)
     repeated = read_recipe(words.repeat) if words.repeat else None
-    layers, top = _layers(words, repeated)
-    name = words.model or top.pop("model", None) or DEFAULT_MODEL
+    layers, name = _layers(words, repeated)
     if not isinstance(name, str):
         raise ValueError(f"model {name!r} must be a name or a folder")
     spec, folder = _open(name, words, repeated)
@@ -95,16 +93,14 @@ def _open(name: str, words: Words, repeated: Recipe | None) -> tuple[Spec, Path]
     try:
         return hub.open_spec(name, weights=repeated is not None)
     except ValueError as error:
-        if repeated and not words.model and name == repeated.model.name_or_path:
+        if repeated and words.model is None and name == repeated.model.name_or_path:
             hint = f"named by the recipe in {words.repeat}; --model says where it is now"
             raise ValueError(f"{error} ({hint})") from None
         raise
 
 
-def _layers(
-    words: Words, repeated: Recipe | None
-) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
-    """Return the request layers, lowest first, and what else they set (the model)."""
+def _layers(words: Words, repeated: Recipe | None) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
+    """Return the request layers, lowest first, and the model that they name, unchecked."""
     layers = []
     if repeated:
         given = {"model": repeated.model.name_or_path, **repeated.request.model_dump()}
@@ -114,14 +110,15 @@ def _layers(
     if words.settings:
         layers.append(("--set", assignments(words.settings)))
     flags = {k: v for k, v in words.flags.items() if v is not None}
-    if words.size:
+    if words.model is not None:
+        flags["model"] = words.model
+    if words.size is not None:
         flags["width"], flags["height"] = parse_size(words.size)
     layers.append(("the command line", flags))
-    top: dict[str, Any] = {}
+    model: Any = hub.DEFAULT_MODEL
     for _, values in layers:
-        if "model" in values:
-            top["model"] = values.pop("model")
-    return layers, top
+        model = values.pop("model", model)
+    return layers, model
 
 
 def _rows(words: Words, repeated: Recipe | None) -> list[tuple[str, dict[str, Any]]]:

@@ -24,7 +24,7 @@ class Report(Protocol):
         """A clip is on disk."""
 
     def failed(self, prompt: str, message: str) -> None:
-        """A clip of a batch went wrong; the next one follows."""
+        """A clip went wrong: the next one follows, or the error of an only one is raised."""
 
 
 class JsonReport:
@@ -75,7 +75,8 @@ class TextReport:
         self._say(f"seed {seed}, {sum(timings.values()):.2f} s ({parts})")
 
     def failed(self, prompt: str, message: str) -> None:
-        self._say(f"error: {prompt!r}: {message}")
+        if self._label:  # the error of a single clip is raised, and printed where that ends
+            self._say(f"error: {prompt!r}: {message}")
 
     def _say(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)

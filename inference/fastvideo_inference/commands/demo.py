@@ -11,6 +11,7 @@ from typing import Annotated
 from typer import Option
 
 import fastvideo
+from fastvideo import hub
 from fastvideo.cli import RefusedError
 
 SOURCE = "git clone of the repository, then: pip install -e '.[demo]'"
@@ -19,7 +20,7 @@ SOURCE = "git clone of the repository, then: pip install -e '.[demo]'"
 def demo(
     port: Annotated[int, Option(help="Port to listen on.", min=1, max=65535)] = 7860,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    model: Annotated[str, Option("--model", "-m", help="Name or folder.")] = "wan-nano",
+    model: Annotated[str, Option("--model", "-m", help="Name or folder.")] = hub.DEFAULT_MODEL,
 ) -> int:
     """Open the demo page in a browser (needs a checkout and the extra `demo`)."""
     page = find_page()

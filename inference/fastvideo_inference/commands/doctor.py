@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from typer import Option
 
 import fastvideo
-from fastvideo import env, media
+from fastvideo import hub, media
 
 PACKAGES = (
     ("core", ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "imageio", "av")),
@@ -127,10 +127,10 @@ def video() -> str:
 
 
 def disk() -> dict[str, str]:
-    """Return free space where clips and cached files go."""
+    """Return free space where clips and models from the hub go."""
     places = {
         "here": Path.cwd(),
-        "cache": env.cache_dir(),
+        "hub cache": hub.cache_dir(),
         "temporary": Path(tempfile.gettempdir()),
     }
     return {name: _space(path) for name, path in places.items()}
@@ -138,8 +138,6 @@ def disk() -> dict[str, str]:
 
 def models() -> dict[str, str]:
     """Return the bundled models; each must have a spec that reads."""
-    from fastvideo import hub
-
     return {name: str(hub.open_spec(name)[1]) for name in hub.bundled()}
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from fastvideo import hub
 from fastvideo.cli import OK, refusing
 from fastvideo.shapes import parse_size
 from fastvideo_inference.commands._jobs import check_place
@@ -14,7 +15,7 @@ from fastvideo_inference.evaluation import Evaluation, Table
 
 
 def evaluate(
-    model: Annotated[str, Argument(help="Bundled name, folder or hub id.")] = "wan-nano",
+    model: Annotated[str, Argument(help="Bundled name, folder or hub id.")] = hub.DEFAULT_MODEL,
     prompts: Annotated[int, Option(help="Held-out prompts to make clips of.")] = 256,
     reconstructions: Annotated[
         int | None, Option(help="True clips to pass through the VAE. [64, or all prompts]")
@@ -39,7 +40,7 @@ def evaluate(
     """
     with refusing():
         check_place(device, dtype)
-        width, height = parse_size(size) if size else (None, None)
+        width, height = (None, None) if size is None else parse_size(size)
         plan = Evaluation.plan(
             model,
             output=output,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from fastvideo import files
+from fastvideo import files, hub
 from fastvideo.cli import FAILED, OK, one_line, refusing
 from fastvideo_inference import naming
 from fastvideo_inference.commands._jobs import Batch, Job, Words, read
@@ -25,7 +25,8 @@ def generate(
         Path | None, Option(help="A .txt (a prompt a line) or .jsonl (a request a line).")
     ] = None,
     model: Annotated[
-        str | None, Option("--model", "-m", help="Bundled name, folder or hub id. [wan-nano]")
+        str | None,
+        Option("--model", "-m", help=f"Bundled name, folder or hub id. [{hub.DEFAULT_MODEL}]"),
     ] = None,
     seed: Annotated[int | None, Option(help="-1 or none: drawn, and printed.")] = None,
     steps: Annotated[int | None, Option(help="Denoising steps.")] = None,
@@ -89,9 +90,9 @@ def _run(batch: Batch, report: Report) -> int:
         try:
             timings = _make(pipe, job, report, load_s=load_s if index == 0 else 0.0)
         except (ValueError, OSError, RuntimeError) as error:
+            report.failed(plan.prompt, one_line(error))
             if len(batch.jobs) == 1:
                 raise
-            report.failed(plan.prompt, one_line(error))
             code = FAILED
         else:
             report.saved(str(job.path), seed=plan.seed, timings=timings)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvideo import registry
-from fastvideo.attention import Dense, attend, plan
+from fastvideo.attention import Dense, plan
 from fastvideo.attention.choice import PACKAGE, Need
 from fastvideo.shapes import TokenGrid
 
@@ -42,7 +42,7 @@ def check(backend, layout, q, k, v, g):
     tolerance = TOLERANCE[q.dtype]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     exact = [x.float().requires_grad_() for x in (q, k, v)]
-    out = attend(*leaves, layout=layout, backend=backend)
+    out = backend.attend(*leaves, layout)
     expected = oracle(*exact)
     assert out.shape == expected.shape
     assert out.dtype == q.dtype
@@ -50,7 +50,7 @@ def check(backend, layout, q, k, v, g):
     wanted_grads = torch.autograd.grad(expected, exact, g.float())
     pairs += zip(torch.autograd.grad(out, leaves, g), wanted_grads, strict=True)
     with torch.no_grad():  # backends may take another way when nothing is to be differentiated
-        pairs.append((attend(q, k, v, layout=layout, backend=backend), expected))
+        pairs.append((backend.attend(q, k, v, layout), expected))
     for actual, wanted in pairs:
         assert (actual.float() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
@@ -79,5 +79,5 @@ def test_many_queries_are_served_in_blocks_without_a_seam(name):
     backend = backend_for(name, layout, torch.float32, "cpu", False, 1600, 8)
     q, k, v, _ = draw(1, 1600, 1600, 2, 8, torch.float32, "cpu")
     with torch.no_grad():
-        out = attend(q, k, v, layout=layout, backend=backend)
+        out = backend.attend(q, k, v, layout)
     assert (out - oracle(q, k, v)).abs().max() <= 1e-5

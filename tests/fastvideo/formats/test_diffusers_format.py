@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvideo import hub, spec, weights
+from fastvideo import hub, schedulers, spec, weights
 from fastvideo.formats import diffusers as layout
 from fastvideo.model import Model, load
 
@@ -98,7 +98,10 @@ def test_a_dmd_pipeline_is_derived_as_three_explicit_steps_without_guidance(tiny
     (tiny_copy / spec.FILE_NAME).unlink()
     _edit(tiny_copy / "model_index.json", _class_name="WanDMDPipeline")
     derived, _ = hub.open_spec(tiny_copy)
-    assert derived.scheduler == spec.Scheduler(name="few_step")
+    args = {"sigmas": [1.0, 0.756757, 0.521739], "timesteps": [1000.0, 757.0, 522.0]}
+    assert derived.scheduler == spec.Scheduler(name="few_step", args=args)
+    grid = schedulers.create(derived.scheduler.name, derived.scheduler.args).grid(3)
+    assert grid.timesteps.tolist() == [1000, 757, 522]
     assert (derived.defaults.num_inference_steps, derived.defaults.guidance_scale) == (3, 1.0)
     assert any("assumed for a WanDMDPipeline" in line for line in derived.derived)
 

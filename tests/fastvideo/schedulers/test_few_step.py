@@ -18,8 +18,12 @@ def test_fastwan_is_told_757_and_522_at_sigmas_of_its_table():
 
 
 def test_times_are_1000_sigma_unless_given():
-    grid = Scheduler(sigmas=[1.0, 0.9375, 0.625], timesteps=None).grid(3)
+    grid = Scheduler(sigmas=[1.0, 0.9375, 0.625]).grid(3)
     assert grid.timesteps.tolist() == [1000, 937.5, 625]
+
+
+def test_sigmas_of_another_number_need_no_times():
+    assert Scheduler(sigmas=(1.0, 0.5)).grid(2).timesteps.tolist() == [1000, 500]
 
 
 def test_other_numbers_of_steps_are_refused_with_the_right_one():

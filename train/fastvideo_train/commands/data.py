@@ -128,8 +128,8 @@ def encode(
         import torch  # here, after what can be refused without it
 
         from fastvideo.model import pick_dtype
+        from fastvideo_train.bundle import load_vae
         from fastvideo_train.data.latents import encode_world
-        from fastvideo_train.export import load_vae
 
         net = load_vae(vae, dtype=pick_dtype(dtype, torch.device("cpu")))
         strides = Compression(net.config.temporal_stride, net.config.spatial_stride, (1, 1, 1))

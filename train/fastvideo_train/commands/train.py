@@ -76,9 +76,7 @@ def _open(recipe: Recipe, folder: Path) -> Job:
     from fastvideo_train.validate import validator
 
     check(recipe)
-    job = Job.open(recipe, folder)
-    job.validate = validator(recipe, folder)
-    return job
+    return Job.open(recipe, folder, validate=validator(recipe, folder))
 
 
 def _run(job: Job, stopped: Callable[[], bool], *, max_seconds: float) -> int:

@@ -130,12 +130,16 @@ def statistics(vae: Vae, clips: Iterable[Tensor]) -> tuple[tuple[float, ...], tu
 
 
 def encoder_hash(vae: Vae) -> str:
-    """Return a fingerprint of the weights that decide the latents; the decoder's do not."""
+    """Return a fingerprint of the weights that decide the latents; the decoder's do not.
+
+    Weights count as rounded to bfloat16: stored in it or in float32, an encoder is the same one.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(vae.state_dict().items()):
         if name.startswith(ENCODER_PARTS):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(f"{name} {rounded.dtype} {tuple(rounded.shape)}".encode())
+            digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,108 @@
+"""A run's networks and the VAE of a model folder, put together as a model that can render."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvideo import hub, weights
+from fastvideo import registry as components
+from fastvideo.formats import diffusers as layout
+from fastvideo.model import Model
+from fastvideo.spec import Defaults, Network, Provenance, Scheduler, Spec
+from fastvideo_train.data._manifest import read_manifest
+from fastvideo_train.data.latents import encoder_hash
+from fastvideo_train.loop import make_method
+from fastvideo_train.recipe import Recipe
+from fastvideo_train.roles import Role
+
+
+def of_kind(roles: Mapping[str, Role], kind: str) -> Role:
+    """Return the first role of a kind; `ValueError` if there is none."""
+    found = [role for role in roles.values() if role.kind == kind]
+    if not found:
+        raise ValueError(f"the run has no role of kind {kind!r} (it has: {', '.join(roles)})")
+    return found[0]
+
+
+def read_vae(folder: str | Path) -> Network:
+    """Return family and dims of the VAE of a bundled model or a folder; `ValueError` if none."""
+    return layout.read_network(_place(folder), "vae")
+
+
+def load_vae(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load the VAE of a bundled model or of a folder that needs no other part."""
+    path, network, package = _place(folder), read_vae(folder), "fastvideo.models.vae"
+    config = components.load(package, network.family, "Config").parse(network.config)
+    vae: Any = weights.build(lambda: components.load(package, network.family, "Vae")(config))
+    weights.load_into(vae, layout.tensors(path, "vae"), source=path / "vae", dtype=dtype)
+    return vae.eval().requires_grad_(False)
+
+
+def check_latents(recipe: Recipe, vae: Any, folder: str) -> None:
+    """Refuse a VAE other than the one whose latents, or whose statistics, the run learned from."""
+    if recipe.data.name != "latents" or not Path(recipe.data.folder).is_dir():
+        return
+    manifest, run = read_manifest(recipe.data.folder), recipe.run.name
+    if encoder_hash(vae) != manifest.encoder:
+        raise ValueError(
+            f"the VAE of {folder} encodes by other weights than those of {recipe.data.folder},"
+            f" which {run} learns from; take the VAE that encoded them, or encode them again"
+        )
+    near = [
+        torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-5)
+        for a, b in (
+            (manifest.latents_mean, vae.config.latents_mean),
+            (manifest.latents_std, vae.config.latents_std),
+        )
+    ]
+    if not all(near):
+        raise ValueError(
+            f"the VAE of {folder} normalises latents by other statistics than"
+            f" {recipe.data.folder}, which {run} learns from"
+        )
+
+
+def bundle(
+    recipe: Recipe,
+    roles: Mapping[str, Role],
+    *,
+    vae: Any,
+    vae_family: str,
+    scheduler: Scheduler,
+    name: str = "",
+    defaults: Defaults | None = None,
+    provenance: Provenance | None = None,
+) -> Model:
+    """Put the networks of a run and a VAE together as a model that can render.
+
+    `name` is the run's unless given; `defaults` are laid over what the method trained on.
+    """
+    dit, text = of_kind(roles, "dit"), of_kind(roles, "text")
+    method: Any = make_method(recipe)
+    told = defaults.model_dump(exclude_unset=True) if defaults else {}
+    trained_on = {
+        "max_text_tokens": method.config.max_text_tokens,
+        "negative_prompt": method.config.negative_prompt,
+    }
+    spec = Spec(
+        name=name or recipe.run.name,
+        dit=Network(family=recipe.roles[dit.name].family, config=dict(dit.config)),
+        vae=Network(family=vae_family),
+        text=Network(family=recipe.roles[text.name].family, config=dict(text.config)),
+        compression=layout.compression(asdict(dit.net.config), asdict(vae.config)),
+        scheduler=scheduler,
+        defaults=Defaults(**{**trained_on, **told}),
+        provenance=provenance or Provenance(),
+    )
+    first = next(dit.net.parameters())
+    return Model(spec, dit.net, vae, text.net, method.tokenizer, first.device, dit.dtype)
+
+
+def _place(folder: str | Path) -> Path:
+    name = str(folder)
+    return hub.ZOO / name if name in hub.bundled() else Path(folder)
