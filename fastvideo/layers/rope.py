@@ -19,21 +19,22 @@ def turns(
     *,
     head_dim: int,
     device: torch.device,
-    start_frame: int = 0,
+    frame_T: Tensor | None = None,
     theta: float = 1e4,
 ) -> Tensor:
     """Return (cos, sin) per channel pair: float32 (L, head_dim / 2, 2), tokens in t, h, w order.
 
-    Angles are made in float64: at position 1000 a float32 angle is wrong by 1e-4
-    (RoFormer 2104.09864, eq. 15).
+    `frame_T` places the frames in time; the default counts from 0. Angles are made in float64: at
+    position 1000 a float32 angle is wrong by 1e-4 (RoFormer 2104.09864, eq. 15).
     """
     # Metal has no float64.
     exact = torch.float32 if device.type == "mps" else torch.float64
     counts = (grid.frames, grid.height, grid.width)
     parts = []
     for axis, (count, size) in enumerate(zip(counts, axis_sizes(head_dim), strict=True)):
-        start = start_frame if axis == 0 else 0
-        position = torch.arange(start, start + count, dtype=exact, device=device)
+        position = torch.arange(count, dtype=exact, device=device)
+        if axis == 0 and frame_T is not None:
+            position = frame_T.to(device, exact)
         exponent = torch.arange(0, size, 2, dtype=exact, device=device) / size
         angle = torch.outer(position, theta**-exponent)
         turn = torch.stack((angle.cos(), angle.sin()), dim=-1).float()

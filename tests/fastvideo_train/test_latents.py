@@ -91,6 +91,23 @@ def test_short_clips_are_served_from_the_store_of_long_ones(vae, folder):
         torch.testing.assert_close(z, direct(vae, index, frames=5), rtol=1e-4, atol=1e-4)
 
 
+def test_spread_frames_are_equally_far_apart_and_reach_every_frame(folder):
+    whole = LatentBatches(folder, seed=0, batch=3)
+    spread = LatentBatches(folder, seed=0, batch=3, spread=2)
+    seen = set()
+    for step in range(40):
+        batch, frames = spread.batch(step), spread.batch(step)["frame_T"].tolist()
+        assert torch.equal(batch["latents"], whole.batch(step)["latents"][:, :, frames])
+        seen.add(tuple(frames))
+    assert seen == {(0, 1), (1, 2), (0, 2)}
+    assert whole.batch(0)["frame_T"].tolist() == [0, 1, 2]
+
+
+def test_more_spread_frames_than_there_are_is_refused(folder):
+    with pytest.raises(ValueError, match="spread 4 is more than the 3 latent frames"):
+        LatentBatches(folder, seed=0, batch=1, spread=4)
+
+
 def read(path):
     return Checkpoint(path).tensor("latents").tolist(), read_metadata(path)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastvideo_train.loop import Job, make_method, train
 from fastvideo_train.methods import StepKey
+from fastvideo_train.methods import classify as classify_method
 from fastvideo_train.methods import flow_matching as flow_method
 from fastvideo_train.methods import vae as vae_method
 from tiny_recipes import tiny
@@ -86,7 +87,8 @@ def test_a_share_of_the_prompts_becomes_the_negative_one():
 
 def _batch() -> dict[str, object]:
     latents = torch.randn(2, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    return {"latents": latents, "captions": ["a red ball", "a big blue star at sea"], "ids": []}
+    captions = ["a red ball", "a big blue star at sea"]
+    return {"latents": latents, "frame_T": torch.arange(2), "captions": captions, "ids": []}
 
 
 def test_the_flow_loss_of_a_zero_network_is_the_power_of_the_velocity(tmp_path):
@@ -130,3 +132,36 @@ def test_a_frozen_encoder_keeps_its_weights_while_the_decoder_learns(tmp_path):
     changed = {n for n, p in after.items() if not p.equal(before[n])}
     assert set(job.strategy.gather("vae")) == set(after), "what is exported is the whole network"
     assert changed and all(n.startswith(("decoder.", "post_quant_conv.")) for n in changed)
+
+
+def test_the_loss_of_a_classifier_is_what_it_gets_wrong_and_cannot_redraw(tmp_path):
+    job = Job.open(tiny("classify", "run.dtype=float32"), tmp_path)
+    net = job.roles["classifier"].net
+    method = classify_method.Method(classify_method.Config(sketch=3.0))
+    truth = {"shape": "star", "colour": "red", "scene": "sea", "motion": "up", "size": "big"}
+    targets, judged = net.targets([truth]), net(torch.zeros(1, 3, 5, 32, 32))
+    for name, logits in judged.logits.items():
+        logits.data = 50.0 * torch.nn.functional.one_hot(targets[name], logits.shape[1])
+    loss, parts = method.loss(judged, targets, judged.sketch_BCTHW.detach() + 2.0)
+    assert loss.item() == pytest.approx(3.0 * 4.0) and parts["sketch"].item() == pytest.approx(4.0)
+    assert all(parts[f"right/{name}"] == 1 for name in truth)
+    loss, parts = method.loss(judged, net.targets([{**truth, "size": "small"}]), judged.sketch_BCTHW)
+    assert loss.item() == pytest.approx(50 / 5) and parts["right/size"] == 0
+
+
+def test_a_disturbed_clip_stays_near_and_differs_by_its_own_share():
+    method = classify_method.Method(classify_method.Config(blur=1.0, noise=0.0))
+    x = torch.rand(3, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    blurred = method.disturb(x, KEY)
+    shares = (blurred - x).flatten(1).norm(dim=1) / (x - x.mean()).flatten(1).norm(dim=1)
+    assert len({round(float(s), 4) for s in shares}) == 3 and bool((shares < 1).all())
+    torch.testing.assert_close(method.disturb(torch.ones(1, 3, 2, 8, 8), KEY), torch.ones(1, 3, 2, 8, 8))
+    plain = classify_method.Method(classify_method.Config(blur=0, noise=0))
+    assert torch.equal(plain.disturb(x, KEY), x)
+
+
+def test_a_classifier_of_another_world_is_refused(tmp_path):
+    recipe = tiny("classify", 'roles.classifier.config.attributes.size=["tiny", "huge"]')
+    with pytest.raises(ValueError, match=r"size '(small|big)' is unknown \(known: tiny, huge\)"):
+        for _ in train(Job.open(recipe, tmp_path)):
+            pass

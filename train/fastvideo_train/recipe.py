@@ -86,6 +86,9 @@ class LatentsSpec(Strict):
     name: Literal["latents"]
     folder: str
     frames: int | None = Field(default=None, ge=1, description="only the first frames of each clip")
+    spread: int | None = Field(
+        default=None, ge=1, description="so many latent frames, evenly spaced over any part of it"
+    )
 
 
 class SyntheticSpec(Strict):

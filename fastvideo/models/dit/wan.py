@@ -246,18 +246,26 @@ class WanDiT(nn.Module):
         *,
         attend: Attend = reference,
         layout: Layout | None = None,
+        frame_T: Tensor | None = None,
     ) -> Tensor:
         """Return the velocity (noise - clean), in the shape and dtype of `x_BCTHW`.
 
         `t_BT` is in 0..1000, (B, 1) or one per token frame (B, T). `layout` defaults to dense.
+        `frame_T` says which frames of a longer clip these are; the default is the first T.
         """
         assert cache is None, "this network keeps no cache between calls"
-        tokens = self.embed(x_BCTHW, t_BT, cond, layout=layout)
+        tokens = self.embed(x_BCTHW, t_BT, cond, layout=layout, frame_T=frame_T)
         v_BCTHW = self.head(self.blocks(tokens, attend))
         return v_BCTHW.to(x_BCTHW.dtype)
 
     def embed(
-        self, x_BCTHW: Tensor, t_BT: Tensor, cond: WanConditioning, *, layout: Layout | None = None
+        self,
+        x_BCTHW: Tensor,
+        t_BT: Tensor,
+        cond: WanConditioning,
+        *,
+        layout: Layout | None = None,
+        frame_T: Tensor | None = None,
     ) -> Tokens:
         """Cut latents into tokens in the layout's order; embed their positions, times and text."""
         grid = LatentShape(*x_BCTHW.shape[2:]).tokens(self.config.patch_size)
@@ -267,7 +275,7 @@ class WanDiT(nn.Module):
 
         x_BLC = self.patch_embedding(x_BCTHW.to(self.dtype)).flatten(2).transpose(1, 2)
         head_dim = self.config.attention_head_dim
-        turn_LF2 = turns(grid, head_dim=head_dim, device=x_BLC.device)
+        turn_LF2 = turns(grid, head_dim=head_dim, device=x_BLC.device, frame_T=frame_T)
         frame_L = torch.arange(grid.num_tokens, device=x_BLC.device) // (grid.height * grid.width)
         time_BTC, modulation_BT6C = self.condition_embedder.time(t_BT)
         if not cond.keys_values:

@@ -25,9 +25,9 @@ def test_turns_equal_those_of_diffusers_in_float32(head_dim):
     torch.testing.assert_close(ours[..., 1], sin[0, :, 0, 0::2], atol=2e-7, rtol=0)
 
 
-def test_a_later_start_frame_continues_the_positions():
+def test_frames_of_a_longer_clip_keep_its_positions():
     whole = turns(TokenGrid(6, 2, 3), head_dim=24, device=CPU)
-    tail = turns(TokenGrid(4, 2, 3), head_dim=24, device=CPU, start_frame=2)
+    tail = turns(TokenGrid(4, 2, 3), head_dim=24, device=CPU, frame_T=torch.arange(2, 6))
     assert torch.equal(whole[12:], tail)
 
 

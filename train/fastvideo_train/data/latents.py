@@ -46,9 +46,13 @@ class Vae(Protocol):
 
 
 class LatentBatch(TypedDict):
-    """One batch: normalised float32 latents (B, C, T, H, W), one caption and id per clip."""
+    """One batch: normalised float32 latents (B, C, T, H, W), one caption and id per clip.
+
+    `frame_T` says which latent frames of the clips these are.
+    """
 
     latents: Tensor
+    frame_T: Tensor
     captions: list[str]
     ids: list[str]
 
@@ -157,6 +161,10 @@ class LatentBatches:
     the first frames of each clip: a causal VAE encodes a prefix to a prefix of the latents. Files
     are mapped, not read, so that a folder may be larger than memory. Raises `ValueError` if the
     folder is unfinished, or was encoded by other weights than `encoder` (from `encoder_hash`).
+
+    With `spread`, each batch holds that many latent frames of its clips at an equal distance: of
+    every distance that fits, then of every place, one is as likely as another. A network that is
+    told the frames' numbers sees whole motions at a fraction of the tokens.
     """
 
     def __init__(
@@ -166,6 +174,7 @@ class LatentBatches:
         seed: int,
         batch: int,
         frames: int | None = None,
+        spread: int | None = None,
         encoder: str | None = None,
         start_step: int = 0,
     ) -> None:
@@ -173,6 +182,11 @@ class LatentBatches:
         self.seed, self.size, self.start_step = seed, batch, start_step
         m = self.manifest
         self.latent_frames = m.latent_shape[1] if frames is None else m.latent_frames(frames)
+        self.spread = self.latent_frames if spread is None else spread
+        if self.spread > self.latent_frames:
+            raise ValueError(
+                f"spread {spread} is more than the {self.latent_frames} latent frames of {folder}"
+            )
         if encoder is not None and encoder != m.encoder:
             raise ValueError(
                 f"latents in {folder} are stale: encoded by weights {m.encoder}, but the VAE at"
@@ -191,9 +205,12 @@ class LatentBatches:
     def batch(self, step: int) -> LatentBatch:
         """Return the batch of one step."""
         places = [self._place(step * self.size + item) for item in range(self.size)]
-        raw = torch.stack([s.latents_NCTHW[i, :, : self.latent_frames] for s, i in places]).float()
+        frames = self._frames(step)
+        kept = slice(frames.start, frames.stop, frames.step)
+        raw = torch.stack([s.latents_NCTHW[i, :, kept] for s, i in places]).float()
         return LatentBatch(
             latents=(raw - self._mean) / self._std,
+            frame_T=torch.tensor(frames),
             captions=[s.captions[i] for s, i in places],
             ids=[s.ids[i] for s, i in places],
         )
@@ -205,6 +222,13 @@ class LatentBatches:
             yield self.batch(step)
 
     __iter__ = prefetch
+
+    def _frames(self, step: int) -> range:
+        count, gaps = self.latent_frames, self.spread - 1
+        generator = rng.numpy_generator(self.seed, "data/frames", step)
+        stride = int(generator.integers(1, (count - 1) // gaps + 1)) if gaps else 1
+        first = int(generator.integers(count - gaps * stride))
+        return range(first, first + gaps * stride + 1, stride)
 
     def _place(self, sample: int) -> tuple[_Shard, int]:
         epoch, position = divmod(sample, self.manifest.count)

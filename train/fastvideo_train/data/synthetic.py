@@ -16,6 +16,7 @@ class SyntheticBatch(TypedDict):
     """Standard normal latents (B, C, T, H, W) and captions that have nothing to do with them."""
 
     latents: torch.Tensor
+    frame_T: torch.Tensor
     captions: list[str]
     ids: list[str]
 
@@ -46,6 +47,7 @@ class SyntheticBatches:
         indices = range(step * count, (step + 1) * count)
         return SyntheticBatch(
             latents=rng.noise(self.shape, seed=self.seed, purpose="data/synthetic", step=step),
+            frame_T=torch.arange(self.shape[2]),
             captions=[self._world.clip(self.seed, i).caption for i in indices],
             ids=[f"synthetic/{self.seed}/{i}" for i in indices],
         )

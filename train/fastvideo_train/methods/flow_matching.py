@@ -85,6 +85,7 @@ class Method:
             flow.timestep(sigma_B1),
             student.family.Conditioning(text_BLC.to(student.dtype)),
             attend=self.attend(student, LatentShape(*clean.shape[2:])),
+            frame_T=batch["frame_T"].to(device),
         )
         error_B = (v.float() - flow.velocity(clean, noise)).square().flatten(1).mean(1)
         learning = tuple(name for name in ("student", "text") if roles[name].trainable)

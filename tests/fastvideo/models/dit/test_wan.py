@@ -295,3 +295,17 @@ def test_tokens_carry_their_frame():
     tokens = ours.embed(x, t, WanConditioning(text))
     assert isinstance(tokens, Tokens)
     assert tokens.frame_L.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_frames_of_a_longer_clip_know_how_far_apart_they_stand():
+    net = pair()[1]
+    x, t, text = inputs(shape=(3, 6, 4))
+    cond = WanConditioning(text)
+
+    def velocity(*frames: int) -> torch.Tensor:
+        return net(x, t, cond, frame_T=torch.tensor(frames))
+
+    first = net(x, t, cond)
+    assert torch.equal(velocity(0, 1, 2), first)
+    torch.testing.assert_close(velocity(7, 8, 9), first, atol=1e-5, rtol=1e-4)
+    assert relative(velocity(0, 4, 8), first) > 1e-3
