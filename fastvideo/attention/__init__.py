@@ -15,12 +15,12 @@ from fastvideo.attention.choice import (
     Backend,
     Need,
     choose,
-    reference,
+    plain,
     select,
     table,
 )
-from fastvideo.attention.layout import Layout, plan
-from fastvideo.attention.pattern import Dense, Pattern, parse
+from fastvideo.attention.layout import Layout, Tiles, plan
+from fastvideo.attention.pattern import Dense, Pattern, Sta, Vsa, parse, unparse
 
 __all__ = [
     "Attend",
@@ -30,10 +30,14 @@ __all__ = [
     "Layout",
     "Need",
     "Pattern",
+    "Sta",
+    "Tiles",
+    "Vsa",
     "choose",
     "parse",
+    "plain",
     "plan",
-    "reference",
     "select",
     "table",
+    "unparse",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastvideo import registry
 from fastvideo.attention.layout import Layout
-from fastvideo.attention.pattern import Dense
+from fastvideo.attention.pattern import Dense, Vsa
 from fastvideo.log import logger
 
 PACKAGE = "fastvideo.attention.backends"
@@ -50,17 +51,23 @@ class Backend(Protocol):
     def describe(self, need: Need) -> str:
         """Name the kernel that will run, for the log."""
 
-    def attend(
-        self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: Layout | None
-    ) -> Tensor:
-        """Return softmax(q k / sqrt(D)) v under the layout's pattern, shape (B, L, H, D)."""
+    attend: Callable[..., Tensor]
+    """`attend(q_BLHD, k_BSHD, v_BSHD, layout)`: softmax(q k / sqrt(D)) v under the layout's
+    pattern, (B, L, H, D). Backends that serve VSA also take `gate_BLHD`, the coarse branch's
+    weight."""
 
 
 class Attend(Protocol):
     """What a network calls. Self-attention passes its layout, cross-attention none."""
 
     def __call__(
-        self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, layout: Layout | None = None
+        self,
+        q_BLHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        *,
+        layout: Layout | None = None,
+        gate_BLHD: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -72,17 +79,32 @@ class Attention:
     cross_backend: Backend
 
     def __call__(
-        self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, layout: Layout | None = None
+        self,
+        q_BLHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        *,
+        layout: Layout | None = None,
+        gate_BLHD: Tensor | None = None,
     ) -> Tensor:
         """Attend with the backend for self-attention if there is a layout, else with the other."""
         backend = self.cross_backend if layout is None else self.self_backend
-        return backend.attend(q_BLHD, k_BSHD, v_BSHD, layout)
+        if gate_BLHD is None:
+            return backend.attend(q_BLHD, k_BSHD, v_BSHD, layout)
+        assert layout is not None and isinstance(layout.pattern, Vsa), "only VSA has gates"
+        return backend.attend(q_BLHD, k_BSHD, v_BSHD, layout, gate_BLHD)
 
 
-def reference(
-    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, layout: Layout | None = None
+def plain(
+    q_BLHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    *,
+    layout: Layout | None = None,
+    gate_BLHD: Tensor | None = None,
 ) -> Tensor:
-    """Attend with plain SDPA, the network's default when its caller chose nothing."""
+    """Attend densely with SDPA, the network's default when its caller chose nothing."""
+    assert gate_BLHD is None and (layout is None or layout.pattern == Dense()), "dense only"
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 

@@ -1,26 +1,81 @@
-"""What a pattern needs to know of a size, worked out once per shape: the order of the tokens."""
+"""What a pattern needs to know of a size, worked out once per shape: order, tiles, sight."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fastvideo.attention.pattern import Pattern
+from fastvideo.attention.pattern import Dense, Pattern, Sta, Tile
 from fastvideo.shapes import TokenGrid
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A sequence cut into tiles, which follow one another without padding.
+
+    Tile n holds tokens `starts_N[n]` to `starts_N[n] + sizes_N[n]` of the sequence; those at the
+    far edges of the grid may be smaller than the others.
+    """
+
+    grid: TokenGrid
+    """Tiles on every axis; they are numbered in t, h, w order."""
+    sizes_N: Tensor
+    """int64, tokens of each tile."""
+    starts_N: Tensor
+    tile_L: Tensor
+    """Tile of each token."""
+    num_slots: int
+    """Tokens of a whole tile."""
+    is_uniform: bool
+    """Whether every tile is whole."""
+
+    @property
+    def num(self) -> int:
+        """Number of tiles."""
+        return self.grid.num_tokens
+
+    @cached_property
+    def slots_NS(self) -> Tensor:
+        """Token in each slot of each tile; a slot without a token repeats the tile's first one."""
+        slot_S = torch.arange(self.num_slots, device=self.sizes_N.device)
+        return self.starts_N[:, None] + torch.where(self.is_real_NS, slot_S, 0)
+
+    @cached_property
+    def is_real_NS(self) -> Tensor:
+        """Whether a slot of a tile holds a token."""
+        slot_S = torch.arange(self.num_slots, device=self.sizes_N.device)
+        return slot_S < self.sizes_N[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """Which key tiles each query tile sees: `index[..., :count]`, in rising order.
+
+    `index_BHNK` is int64 of shape (B or 1, H or 1, N, K), `count_BHN` of the shape before K; None
+    means that all K count.
+    """
+
+    index_BHNK: Tensor
+    count_BHN: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """A pattern at one size.
 
-    Token i of the sequence is token `order_L[i]` of the grid; None means t, h, w order.
+    Token i of the sequence is token `order_L[i]` of the grid; None means t, h, w order. Sparse
+    patterns have `tiles`, and `lists` if they see the same whatever the tokens say.
     """
 
     pattern: Pattern
     grid: TokenGrid
     order_L: Tensor | None = None
+    tiles: Tiles | None = None
+    lists: Lists | None = None
 
     def arrange(self, x: Tensor, dim: int) -> Tensor:
         """Put axis `dim` from grid order into this layout's order."""
@@ -28,9 +83,73 @@ class Layout:
 
     def restore(self, x: Tensor, dim: int) -> Tensor:
         """Put axis `dim` from this layout's order back into grid order."""
-        return x if self.order_L is None else x.index_select(dim, self.order_L.argsort())
+        return x if self.inverse_L is None else x.index_select(dim, self.inverse_L)
+
+    @cached_property
+    def inverse_L(self) -> Tensor | None:
+        """Place in the sequence of each token of the grid."""
+        return None if self.order_L is None else self.order_L.argsort()
 
 
 def plan(pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu") -> Layout:
-    """Lay `pattern` out over `grid`, with index tensors on `device`; dense keeps grid order."""
-    return Layout(pattern, grid)
+    """Lay `pattern` out over `grid`, with index tensors on `device`; dense keeps grid order.
+
+    Raises `ValueError` for a window that is larger than the grid.
+    """
+    if isinstance(pattern, Dense):
+        return Layout(pattern, grid)
+    order_L, tiles = _cut(grid, pattern.tile, torch.device(device))
+    lists = _windows(pattern, tiles) if isinstance(pattern, Sta) else None
+    return Layout(pattern, grid, order_L, tiles, lists)
+
+
+def _cut(grid: TokenGrid, tile: Tile, device: torch.device) -> tuple[Tensor, Tiles]:
+    """Order tokens by tile, tiles and the tokens in each by t, h, w."""
+    axes = (grid.frames, grid.height, grid.width)
+    counts = TokenGrid(*(-(-n // size) for n, size in zip(axes, tile, strict=True)))
+    number = torch.zeros(axes, dtype=torch.int64, device=device)
+    for axis, (length, size) in enumerate(zip(axes, tile, strict=True)):
+        per_axis = (counts.frames, counts.height, counts.width)[axis]
+        place = torch.arange(length, device=device) // size
+        number = number * per_axis + place.view([-1 if a == axis else 1 for a in range(3)])
+    sorted_L, order_L = number.flatten().sort(stable=True)
+    sizes_N = torch.bincount(sorted_L, minlength=counts.num_tokens)
+    slots = min(tile[0], axes[0]) * min(tile[1], axes[1]) * min(tile[2], axes[2])
+    return order_L, Tiles(
+        grid=counts,
+        sizes_N=sizes_N,
+        starts_N=sizes_N.cumsum(0) - sizes_N,
+        tile_L=sorted_L,
+        num_slots=slots,
+        is_uniform=bool((sizes_N == slots).all()),
+    )
+
+
+def _windows(pattern: Sta, tiles: Tiles) -> Lists:
+    """List the tiles of every window: |centre - j| <= k // 2, with the centre moved inside."""
+    axes = (tiles.grid.frames, tiles.grid.height, tiles.grid.width)
+    for window in pattern.windows:
+        if any(size > n for size, n in zip(window, axes, strict=True)):
+            nearest = tuple(min(pair) for pair in zip(window, axes, strict=True))
+            raise ValueError(
+                f"sta window {window} is larger than the grid of {axes} tiles (frames, rows,"
+                f" columns); nearest: {nearest}"
+            )
+    seen_HNN = torch.stack([_window(window, axes) for window in pattern.windows])
+    count_HN = seen_HNN.sum(-1)
+    # The tiles that are seen come first, in rising order.
+    index_HNK = (~seen_HNN).int().argsort(dim=-1, stable=True)[..., : int(count_HN.max())]
+    device = tiles.sizes_N.device
+    return Lists(index_HNK[None].to(device), count_HN[None].to(device))
+
+
+def _window(window: Tile, axes: tuple[int, int, int]) -> Tensor:
+    parts = []
+    for size, n in zip(window, axes, strict=True):
+        half, j = size // 2, torch.arange(n)
+        high = max(half, n - 1 - half)
+        centre = j.clamp(min(half, high), high)
+        parts.append((centre[:, None] - j).abs() <= half)
+    t, h, w = parts
+    seen = torch.einsum("ad,be,cf->abcdef", t.float(), h.float(), w.float())
+    return seen.bool().reshape(math.prod(axes), math.prod(axes))

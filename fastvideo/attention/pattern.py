@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastvideo.registry import did_you_mean
+
+Tile = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -14,13 +18,75 @@ class Dense:
     """Every token sees every token."""
 
 
-Pattern = Dense
+@dataclass(frozen=True)
+class Vsa:
+    """Video sparse attention (2505.13389): a query tile sees the key tiles that suit it best.
 
-_PATTERNS: dict[str, type[Pattern]] = {"dense": Dense}
+    How many is said by `sparsity`, the share of tiles that it does not see, or by `top_k`. Beside
+    them it sees the means of all tiles, weighted by a gate. `tile` is frames, rows, columns in
+    tokens.
+    """
+
+    sparsity: float | None = None
+    top_k: int | None = None
+    tile: Tile = (4, 4, 4)
+
+    def __post_init__(self) -> None:
+        """Refuse what selects nothing."""
+        _check_tile(self.tile)
+        if (self.sparsity is None) == (self.top_k is None):
+            raise ValueError("vsa needs either sparsity, such as 0.8, or top_k, such as 16")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            nearest = 0 if self.sparsity < 0 else 0.99
+            raise ValueError(
+                f"vsa sparsity {self.sparsity} must be at least 0 and below 1; nearest: {nearest}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"vsa top_k {self.top_k} must be at least 1; nearest: 1")
+
+    def num_selected(self, num_tiles: int) -> int:
+        """Return how many of `num_tiles` key tiles each query tile sees."""
+        if self.top_k is not None:
+            return min(self.top_k, num_tiles)
+        assert self.sparsity is not None, "checked when made"
+        # In this order and in doubles, as FastVideo computes it: (1 - 0.95) * 1200 makes 61.
+        return max(1, min(math.ceil((1 - self.sparsity) * num_tiles), num_tiles))
+
+
+@dataclass(frozen=True)
+class Sta:
+    """Sliding tile attention (2502.04507): a query tile sees the tiles of a window around it.
+
+    `windows` holds one size for all heads or one for each, in tiles; at a border the window moves
+    inside. An even size acts like the next odd one.
+    """
+
+    windows: tuple[Tile, ...]
+    tile: Tile = (6, 8, 8)
+
+    def __post_init__(self) -> None:
+        """Refuse windows and tiles that hold nothing."""
+        _check_tile(self.tile)
+        if not self.windows:
+            raise ValueError(
+                "sta needs windows: one (frames, rows, columns) in tiles, or one a head"
+            )
+        for window in self.windows:
+            if min(window) < 1:
+                nearest = tuple(max(1, size) for size in window)
+                raise ValueError(
+                    f"sta window {window} must be at least one tile on every axis;"
+                    f" nearest: {nearest}"
+                )
+
+
+Pattern = Dense | Vsa | Sta
+
+_PATTERNS: dict[str, type[Pattern]] = {"dense": Dense, "vsa": Vsa, "sta": Sta}
 
 
 def parse(name: str, args: Mapping[str, Any] | None = None) -> Pattern:
-    """Make a pattern from a spec's name and arguments; `ValueError` names what is unknown."""
+    """Make a pattern from a spec's name and arguments; `ValueError` names what is wrong."""
     if name not in _PATTERNS:
         hint = did_you_mean(name, _PATTERNS)
         raise ValueError(
@@ -35,4 +101,39 @@ def parse(name: str, args: Mapping[str, Any] | None = None) -> Pattern:
             raise ValueError(
                 f"attention pattern {name!r} has no argument {key!r}{hint} (known: {known})"
             )
-    return kind(**(args or {}))
+    values = {key: _read(name, key, value) for key, value in (args or {}).items()}
+    if name == "sta" and "windows" not in values:
+        values["windows"] = ()
+    return kind(**values)
+
+
+def unparse(pattern: Pattern) -> tuple[str, dict[str, Any]]:
+    """Return the name and arguments that `parse` makes this pattern of, as JSON has them."""
+    name = next(n for n, kind in _PATTERNS.items() if isinstance(pattern, kind))
+    fields = dataclasses.asdict(pattern)
+    return name, {key: value for key, value in fields.items() if value is not None}
+
+
+def _read(name: str, key: str, value: Any) -> Any:
+    """Turn JSON's lists into tuples and refuse values of another kind."""
+    if key == "windows":
+        rows = value if isinstance(value, list | tuple) else [value]
+        single = len(rows) == 3 and all(isinstance(x, int) for x in rows)
+        return tuple(_read(name, "window", row) for row in ([rows] if single else rows))
+    if key in ("tile", "window"):
+        numbers = tuple(value) if isinstance(value, list | tuple) else ()
+        if len(numbers) != 3 or not all(type(x) is int for x in numbers):
+            raise ValueError(
+                f"{name} {key} {value!r} must be three whole numbers, such as [4, 4, 4]"
+            )
+        return numbers
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and (not is_number or (key == "top_k" and not isinstance(value, int))):
+        raise ValueError(f"{name} {key} {value!r} must be a {'whole ' * (key == 'top_k')}number")
+    return value
+
+
+def _check_tile(tile: Tile) -> None:
+    if min(tile) < 1:
+        nearest = tuple(max(1, size) for size in tile)
+        raise ValueError(f"tile {tile} must hold a token on every axis; nearest: {nearest}")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvideo.attention import Attend, Dense, Layout, plan, reference
+from fastvideo.attention import Attend, Dense, Layout, plain, plan
 from fastvideo.layers.norm import LayerNorm, RMSNorm, modulated_norm
 from fastvideo.layers.rope import rotate, turns
 from fastvideo.layers.timestep import sinusoid
@@ -244,7 +244,7 @@ class WanDiT(nn.Module):
         cond: WanConditioning,
         cache: None = None,
         *,
-        attend: Attend = reference,
+        attend: Attend = plain,
         layout: Layout | None = None,
         frame_T: Tensor | None = None,
     ) -> Tensor:

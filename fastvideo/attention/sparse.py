@@ -1,0 +1,103 @@
+"""What all block-sparse backends share: means of tiles, the choice among them, and their sum.
+
+A backend of this kind is one function, `fine(q, k, v, tiles, lists)`: exact attention of every
+query over the tokens of the tiles that its tile sees.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastvideo.attention.layout import Layout, Lists, Tiles
+from fastvideo.attention.pattern import Vsa
+
+
+class Fine(Protocol):
+    """Attention of q (B, L, H, D) over the listed tiles of k and v, scale 1 / sqrt(D)."""
+
+    def __call__(
+        self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Lists
+    ) -> Tensor: ...
+
+
+def attend(
+    fine: Fine,
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    layout: Layout,
+    gate_BLHD: Tensor | None = None,
+) -> Tensor:
+    """Attend under the layout's sparse pattern (VSA 2505.13389, section 2.3).
+
+    For VSA, `gate_BLHD` weighs the coarse branch; without one its weight is 1.
+    """
+    tiles = layout.tiles
+    assert tiles is not None, f"{layout.pattern} has no tiles"
+    if layout.lists is not None:
+        assert gate_BLHD is None, f"{layout.pattern} has no coarse branch to weigh"
+        return fine(q_BLHD, k_BLHD, v_BLHD, tiles, layout.lists)
+    assert isinstance(layout.pattern, Vsa), f"nothing says what {layout.pattern} sees"
+    scores_BHNN, coarse_BNHD = coarse(q_BLHD, k_BLHD, v_BLHD, tiles)
+    lists = Lists(select(scores_BHNN, layout.pattern.num_selected(tiles.num)))
+    out_BLHD = fine(q_BLHD, k_BLHD, v_BLHD, tiles, lists)
+    spread_BLHD = coarse_BNHD.to(out_BLHD.dtype).index_select(1, tiles.tile_L)
+    if gate_BLHD is None:
+        return out_BLHD + spread_BLHD
+    return torch.addcmul(out_BLHD, spread_BLHD, gate_BLHD)
+
+
+def coarse(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Return the scores of tiles for tiles (B, H, N, N) and dense attention of their means.
+
+    Means are summed in float32 and rounded to the inputs' dtype; a small tile counts as much as a
+    whole one.
+    """
+    q_BHND, k_BHND, v_BHND = (mean(x, tiles).transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    scores_BHNN = q_BHND @ k_BHND.transpose(-1, -2) * (1 / math.sqrt(q_BLHD.shape[-1]))
+    out_BHND = scores_BHNN.softmax(-1) @ v_BHND
+    return scores_BHNN, out_BHND.transpose(1, 2)
+
+
+def mean(x_BLHD: Tensor, tiles: Tiles) -> Tensor:
+    """Return the mean of each tile, (B, N, H, D)."""
+    wide = torch.promote_types(x_BLHD.dtype, torch.float32)
+    if tiles.is_uniform:
+        return x_BLHD.unflatten(1, (tiles.num, -1)).mean(2, dtype=wide).to(x_BLHD.dtype)
+    batch, _, heads, size = x_BLHD.shape
+    total = torch.zeros(batch, tiles.num, heads, size, dtype=wide, device=x_BLHD.device)
+    total = total.index_add(1, tiles.tile_L, x_BLHD.to(wide))
+    return (total / tiles.sizes_N.view(-1, 1, 1)).to(x_BLHD.dtype)
+
+
+@torch.no_grad()
+def select(scores_BHNN: Tensor, count: int) -> Tensor:
+    """Return the `count` best keys of each query, in rising order, int64 (B, H, N, count).
+
+    Of equal scores the lowest index wins, on every device: a score's bits and its index together
+    make one whole number, and no two of these are equal.
+    """
+    num = scores_BHNN.shape[-1]
+    assert 1 <= count <= num < 1 << 20, f"{count} of {num} tiles"
+    index_N = torch.arange(num, device=scores_BHNN.device)
+    if count == num:
+        return index_N.expand(*scores_BHNN.shape[:-1], num)
+    bits = (scores_BHNN.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    key = (rising << 20) + (num - 1 - index_N)
+    return key.topk(count, dim=-1, sorted=False).indices.sort(-1).values
+
+
+def mask(tiles: Tiles, lists: Lists) -> Tensor:
+    """Return which token sees which, bool (B or 1, H or 1, L, L): for references and tests."""
+    index, count = lists.index_BHNK, lists.count_BHN
+    is_listed = torch.ones_like(index, dtype=torch.bool)
+    if count is not None:
+        is_listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    seen_BHNN = torch.zeros(*index.shape[:-1], tiles.num, dtype=torch.bool, device=index.device)
+    seen_BHNN = seen_BHNN.scatter_reduce(-1, index, is_listed, "amax")
+    return seen_BHNN[..., tiles.tile_L, :][..., tiles.tile_L]
