@@ -74,6 +74,7 @@ def load(
     unknown = sorted(set(parts) - set(PARTS))
     assert not unknown, f"parts {unknown} are none of {PARTS}"
     spec, folder = open_spec(name_or_path, weights=True)
+    _check_gates(spec, folder)
     layout = formats.find(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
@@ -132,6 +133,15 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         hint = registry.did_you_mean(dtype, DTYPES)
         raise ValueError(f"dtype {dtype!r} is unknown{hint} (known: auto, {', '.join(DTYPES)})")
     return DTYPES[dtype]
+
+
+def _check_gates(spec: Spec, folder: Path) -> None:
+    if spec.dit.config.get("gate_compress") and spec.attention.pattern != "vsa":
+        raise ValueError(
+            f"the transformer in {folder} was trained with VSA's gates, which attention pattern"
+            f" {spec.attention.pattern!r} of its fastvideo.json would drop; set it to 'vsa', or ask"
+            " for another pattern clip by clip (--attention dense)"
+        )
 
 
 def _check_vocabulary(tokenizer: Tokenizer, spec: Spec, folder: Path) -> None:

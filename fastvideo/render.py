@@ -64,6 +64,7 @@ def denoise(
     guidance_scale: float = 1.0,
     uncond: Any = None,
     batched: bool = False,
+    pattern: attention.Pattern | None = None,
     backend: str = "auto",
     seed: int | Sequence[int] = 0,
     start: int = 0,
@@ -71,13 +72,14 @@ def denoise(
 ) -> Iterator[Step]:
     """Yield the steps from `latents` to the clip, under the scheduler that the model's spec names.
 
-    The arguments are those of `sample.guide` and `sample.sample`, and `backend` the name of an
-    attention backend; gradients are off only while a step is computed, never in the consumer.
+    The arguments are those of `sample.guide` and `sample.sample`, `pattern` an attention other
+    than the spec's, and `backend` the name of one that computes it. Gradients are off only while a
+    step is computed, never in the consumer.
     """
     scheduler = schedulers.create(model.spec.scheduler.name, model.spec.scheduler.args)
     prepare = model.dit.prepare  # what no step changes, once for all steps
     velocity = guide(
-        with_attention(model, latents, backend),
+        with_attention(model, latents, backend, pattern=pattern),
         scale=guidance_scale,
         cond=prepare(cond),
         uncond=None if uncond is None or guidance_scale == 1 else prepare(uncond),
@@ -95,9 +97,14 @@ def denoise(
     )
 
 
-def with_attention(model: Model, latents: Tensor, name: str = "auto") -> Denoiser[Any]:
-    """Bind the denoiser to an attention for latents of this size and the model's pattern."""
-    pattern = attention.parse(model.spec.attention.pattern, model.spec.attention.args)
+def with_attention(
+    model: Model, latents: Tensor, name: str = "auto", *, pattern: attention.Pattern | None = None
+) -> Denoiser[Any]:
+    """Bind the denoiser to an attention for latents of this size, under the spec's pattern or
+    another.
+    """
+    if pattern is None:
+        pattern = attention.parse(model.spec.attention.pattern, model.spec.attention.args)
     grid = LatentShape(*latents.shape[2:]).tokens(model.spec.compression.patch)
     layout = attention.plan(pattern, grid, model.device)
     attend = attention.select(
@@ -141,6 +148,7 @@ def frames(
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    pattern: attention.Pattern | None = None,
 ) -> list[Frames]:
     """Render one clip (T, H, W, 3) for each prompt; what is not given is the spec's default.
 
@@ -171,6 +179,7 @@ def frames(
         num_steps=total,
         guidance_scale=scale,
         uncond=uncond,
+        pattern=pattern,
         seed=seeds,
     )
     latents = deque(steps, maxlen=1).pop().x

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fastvideo.attention.pattern import Dense, Pattern, Sta, Tile
+from fastvideo.attention.pattern import Dense, Pattern, Sta, Tile, check_fits
 from fastvideo.shapes import TokenGrid
 
 
@@ -32,23 +31,15 @@ class Tiles:
     """Tokens of a whole tile."""
     is_uniform: bool
     """Whether every tile is whole."""
+    slots_NS: Tensor
+    """Token in each slot of each tile; a slot without a token repeats the tile's first one."""
+    is_real_NS: Tensor
+    """Whether a slot of a tile holds a token."""
 
     @property
     def num(self) -> int:
         """Number of tiles."""
         return self.grid.num_tokens
-
-    @cached_property
-    def slots_NS(self) -> Tensor:
-        """Token in each slot of each tile; a slot without a token repeats the tile's first one."""
-        slot_S = torch.arange(self.num_slots, device=self.sizes_N.device)
-        return self.starts_N[:, None] + torch.where(self.is_real_NS, slot_S, 0)
-
-    @cached_property
-    def is_real_NS(self) -> Tensor:
-        """Whether a slot of a tile holds a token."""
-        slot_S = torch.arange(self.num_slots, device=self.sizes_N.device)
-        return slot_S < self.sizes_N[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +74,7 @@ class Layout:
 
     def restore(self, x: Tensor, dim: int) -> Tensor:
         """Put axis `dim` from this layout's order back into grid order."""
-        return x if self.inverse_L is None else x.index_select(dim, self.inverse_L)
-
-    @cached_property
-    def inverse_L(self) -> Tensor | None:
-        """Place in the sequence of each token of the grid."""
-        return None if self.order_L is None else self.order_L.argsort()
+        return x if self.order_L is None else x.index_select(dim, self.order_L.argsort())
 
 
 def plan(pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu") -> Layout:
@@ -98,6 +84,7 @@ def plan(pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu") 
     """
     if isinstance(pattern, Dense):
         return Layout(pattern, grid)
+    check_fits(pattern, grid)
     order_L, tiles = _cut(grid, pattern.tile, torch.device(device))
     lists = _windows(pattern, tiles) if isinstance(pattern, Sta) else None
     return Layout(pattern, grid, order_L, tiles, lists)
@@ -115,26 +102,24 @@ def _cut(grid: TokenGrid, tile: Tile, device: torch.device) -> tuple[Tensor, Til
     sorted_L, order_L = number.flatten().sort(stable=True)
     sizes_N = torch.bincount(sorted_L, minlength=counts.num_tokens)
     slots = min(tile[0], axes[0]) * min(tile[1], axes[1]) * min(tile[2], axes[2])
+    starts_N = sizes_N.cumsum(0) - sizes_N
+    slot_S = torch.arange(slots, device=device)
+    is_real_NS = slot_S < sizes_N[:, None]
     return order_L, Tiles(
         grid=counts,
         sizes_N=sizes_N,
-        starts_N=sizes_N.cumsum(0) - sizes_N,
+        starts_N=starts_N,
         tile_L=sorted_L,
         num_slots=slots,
         is_uniform=bool((sizes_N == slots).all()),
+        slots_NS=starts_N[:, None] + torch.where(is_real_NS, slot_S, 0),
+        is_real_NS=is_real_NS,
     )
 
 
 def _windows(pattern: Sta, tiles: Tiles) -> Lists:
     """List the tiles of every window: |centre - j| <= k // 2, with the centre moved inside."""
     axes = (tiles.grid.frames, tiles.grid.height, tiles.grid.width)
-    for window in pattern.windows:
-        if any(size > n for size, n in zip(window, axes, strict=True)):
-            nearest = tuple(min(pair) for pair in zip(window, axes, strict=True))
-            raise ValueError(
-                f"sta window {window} is larger than the grid of {axes} tiles (frames, rows,"
-                f" columns); nearest: {nearest}"
-            )
     seen_HNN = torch.stack([_window(window, axes) for window in pattern.windows])
     count_HN = seen_HNN.sum(-1)
     # The tiles that are seen come first, in rising order.

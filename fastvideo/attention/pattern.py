@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastvideo.registry import did_you_mean
+from fastvideo.shapes import TokenGrid
 
 Tile = tuple[int, int, int]
 
@@ -112,6 +115,43 @@ def unparse(pattern: Pattern) -> tuple[str, dict[str, Any]]:
     name = next(n for n, kind in _PATTERNS.items() if isinstance(pattern, kind))
     fields = dataclasses.asdict(pattern)
     return name, {key: value for key, value in fields.items() if value is not None}
+
+
+def read(text: str) -> Pattern:
+    """Read `vsa(sparsity=0.8, tile=[4, 4, 4])`, as a person writes it; `ValueError` if wrong."""
+    name, bracket, rest = text.strip().partition("(")
+    if bracket and not rest.endswith(")"):
+        raise ValueError(f"attention pattern {text!r} must look like vsa(sparsity=0.8)")
+    try:
+        args = tomllib.loads("it = {" + rest[:-1] + "}")["it"] if bracket else {}
+    except tomllib.TOMLDecodeError:
+        raise ValueError(f"attention pattern {text!r} must look like vsa(sparsity=0.8)") from None
+    return parse(name.strip(), args)
+
+
+def write(pattern: Pattern) -> str:
+    """Return the text that `read` makes this pattern of."""
+    name, args = unparse(pattern)
+    words = ", ".join(f"{key}={json.dumps(value)}" for key, value in args.items())
+    return f"{name}({words})" if words else name
+
+
+def check_fits(pattern: Pattern, grid: TokenGrid, *, num_heads: int | None = None) -> None:
+    """Raise `ValueError` for windows that are larger than a grid, or not one for each head."""
+    if not isinstance(pattern, Sta):
+        return
+    axes = (grid.frames, grid.height, grid.width)
+    tiles = tuple(-(-n // size) for n, size in zip(axes, pattern.tile, strict=True))
+    for window in pattern.windows:
+        if any(size > n for size, n in zip(window, tiles, strict=True)):
+            nearest = tuple(min(pair) for pair in zip(window, tiles, strict=True))
+            raise ValueError(
+                f"sta window {window} is larger than the grid of {tiles} tiles (frames, rows,"
+                f" columns); nearest: {nearest}"
+            )
+    count = len(pattern.windows)
+    if num_heads is not None and count not in (1, num_heads):
+        raise ValueError(f"sta has {count} windows; give one for all or {num_heads}, one a head")
 
 
 def _read(name: str, key: str, value: Any) -> Any:

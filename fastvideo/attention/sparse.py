@@ -67,7 +67,8 @@ def mean(x_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """Return the mean of each tile, (B, N, H, D)."""
     wide = torch.promote_types(x_BLHD.dtype, torch.float32)
     if tiles.is_uniform:
-        return x_BLHD.unflatten(1, (tiles.num, -1)).mean(2, dtype=wide).to(x_BLHD.dtype)
+        x_BNSHD = x_BLHD.reshape(len(x_BLHD), tiles.num, -1, *x_BLHD.shape[2:])
+        return x_BNSHD.mean(2, dtype=wide).to(x_BLHD.dtype)
     batch, _, heads, size = x_BLHD.shape
     total = torch.zeros(batch, tiles.num, heads, size, dtype=wide, device=x_BLHD.device)
     total = total.index_add(1, tiles.tile_L, x_BLHD.to(wide))
@@ -90,6 +91,24 @@ def select(scores_BHNN: Tensor, count: int) -> Tensor:
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     key = (rising << 20) + (num - 1 - index_N)
     return key.topk(count, dim=-1, sorted=False).indices.sort(-1).values
+
+
+def work(tiles: Tiles, lists: Lists, *, multiple: int = 1) -> tuple[int, int]:
+    """Return the pairs of a query and a key that are multiplied, and those that have to be.
+
+    Of every row of the lists, if a tile's tokens are rounded up to a `multiple`. For logs and
+    benchmarks: it waits for the device.
+    """
+    count, index = lists.count_BHN, lists.index_BHNK
+    place_K = torch.arange(index.shape[-1], device=index.device)
+    pairs = []
+    for step in (multiple, 1):
+        size_N = (tiles.sizes_N + step - 1) // step * step
+        size_BHNK = size_N[index]
+        if count is not None:
+            size_BHNK = size_BHNK.where(place_K < count[..., None], 0)
+        pairs.append(int((size_BHNK.sum(-1) * size_N).sum()))
+    return pairs[0], pairs[1]
 
 
 def mask(tiles: Tiles, lists: Lists) -> Tensor:

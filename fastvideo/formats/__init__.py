@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,11 +50,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def refuse_variants(names: Iterable[str], *, source: str | Path) -> None:
-    """Raise `ValueError` if a tensor's name tells that its network is not a plain Wan."""
+def tensor_names(folder: Path, stem: str) -> list[str]:
+    """Read the names of a part's tensors without torch.
+
+    Empty if no weights are there (yet), or cut short: whoever reads them says what is wrong.
+    """
+    index, single = (folder / f"{stem}.safetensors{end}" for end in (".index.json", ""))
+    if index.is_file():
+        return list(read_json(index).get("weight_map", {}))
+    if not single.is_file():
+        return []
+    with single.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size))
+        except ValueError:
+            return []
+    return [name for name in header if name != "__metadata__"]
+
+
+def refuse_variants(
+    names: Iterable[str], *, source: str | Path, known: Collection[str] = ()
+) -> None:
+    """Raise `ValueError` if a tensor's name tells that its network is not a plain Wan.
+
+    `known` are marks of variants that the caller's layout can describe.
+    """
     for name in names:
         for mark, kind in _VARIANTS.items():
-            if mark in name:
+            if mark in name and mark not in known:
                 raise ValueError(
                     f"{source} holds {name}: {kind}, another architecture than the dense "
                     "text-to-video Wan that this release runs"

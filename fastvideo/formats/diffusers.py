@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo import spec as specs
 from fastvideo.files import write_text
-from fastvideo.formats import PARTS, read_json, refuse_variants
+from fastvideo.formats import PARTS, read_json, refuse_variants, tensor_names
 from fastvideo.shapes import Compression
-from fastvideo.spec import Defaults, Network, Scheduler, Spec
+from fastvideo.spec import Attention, Defaults, Network, Scheduler, Spec
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,8 @@ TOKENIZER = "tokenizer"
 
 # {part: {class name in the part's config: family}}
 _FAMILIES = {
-    "dit": {"WanTransformer3DModel": "wan"},
+    # The second is ours: diffusers would load such a network and drop its gates without a word.
+    "dit": {"WanTransformer3DModel": "wan", "WanVsaTransformer3DModel": "wan"},
     "vae": {"AutoencoderKLWan": "wan"},
     "text": {"UMT5EncoderModel": "umt5"},
 }
@@ -52,6 +53,9 @@ _FASTWAN: dict[str, Any] = {
     "sigmas": [1.0, 0.756757, 0.521739],
     "timesteps": [1000.0, 757.0, 522.0],
 }
+# The 1.3B was trained at this sparsity; the 14B at 0.9, which its files do not tell.
+_FASTWAN_VSA: dict[str, Any] = {"sparsity": 0.8, "tile": [4, 4, 4]}
+_FASTWAN_ATTENTION = "vsa at sparsity 0.8 with tiles of 4x4x4, as its network has VSA's gates"
 
 _EULER_NEUTRAL: dict[str, Any] = {
     "use_dynamic_shifting": False,
@@ -93,7 +97,10 @@ def detect(folder: Path) -> bool:
 
 def configs(folder: Path) -> dict[str, dict[str, Any]]:
     """Read the config of each part: {"dit": {...}, "vae": {...}, "text": {...}}."""
-    return {part: read_json(folder / SUBFOLDERS[part] / "config.json") for part in PARTS}
+    found = {part: read_json(folder / SUBFOLDERS[part] / "config.json") for part in PARTS}
+    if "gate_compress" not in found["dit"] and _has_gates(folder):
+        found["dit"]["gate_compress"] = True
+    return found
 
 
 def derive_spec(folder: Path) -> Spec:
@@ -106,6 +113,7 @@ def derive_spec(folder: Path) -> Spec:
     else:
         scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
         origin = "from scheduler_config.json"
+    has_gates = bool(found["dit"].get("gate_compress"))
     return Spec(
         name=folder.name,
         dit=_network(folder, "dit", found["dit"]),
@@ -113,12 +121,13 @@ def derive_spec(folder: Path) -> Spec:
         text=_network(folder, "text", found["text"]),
         compression=compression(found["dit"], found["vae"]),
         scheduler=scheduler,
+        attention=Attention(pattern="vsa", args=dict(_FASTWAN_VSA)) if has_gates else Attention(),
         defaults=WAN_DEFAULTS.model_copy(update=_FEW_STEPS if is_few_step else {}),
         derived=(
             "networks: from the config.json of transformer, vae and text_encoder",
             "compression: from the dims of vae and transformer",
             f"scheduler: {scheduler.name} {scheduler.args or ''}, {origin}",
-            "attention: dense, assumed",
+            f"attention: {_FASTWAN_ATTENTION if has_gates else 'dense'}, assumed",
             "defaults: size, frames, fps, steps, guidance, negative prompt of Wan2.1, assumed",
         ),
     )
@@ -142,7 +151,7 @@ def tensors(folder: Path, part: str) -> Checkpoint:
     path = folder / SUBFOLDERS[part]
     checkpoint = Checkpoint(path, stem=_STEMS[part])
     if part == "dit":
-        refuse_variants(checkpoint.names(), source=path)
+        refuse_variants(checkpoint.names(), source=path, known=("to_gate_compress",))
     return checkpoint
 
 
@@ -187,8 +196,10 @@ def save_part(
     from fastvideo.weights import cast, save
 
     keep = load("fastvideo.models.dit", family, "KEEP_FLOAT32") if part == "dit" else ()
-    kind = next(name for name, own in _FAMILIES[part].items() if own == family)
     values = dataclasses.asdict(module.config)
+    kind = _class_name(part, family, values)
+    if not values.get("gate_compress"):  # a key that diffusers does not know
+        values.pop("gate_compress", None)
     if part == "vae":  # diffusers computes sizes from these, not from the dims
         strides = compression({}, values)
         values["scale_factor_temporal"] = strides.temporal
@@ -197,6 +208,16 @@ def save_part(
     state = cast(module.state_dict(), dtype=dtype, keep_float32=keep)
     assert not any("_orig_mod" in name for name in state), f"save the {part} that was compiled from"
     save(folder / f"{_STEMS[part]}.safetensors", state)
+
+
+def _class_name(part: str, family: str, dims: Mapping[str, Any]) -> str:
+    plain, *gated = (name for name, own in _FAMILIES[part].items() if own == family)
+    return gated[0] if dims.get("gate_compress") else plain
+
+
+def _has_gates(folder: Path) -> bool:
+    names = tensor_names(folder / SUBFOLDERS["dit"], _STEMS["dit"])
+    return any("to_gate_compress" in name for name in names)
 
 
 def read_network(folder: Path, part: str) -> Network:
@@ -229,10 +250,15 @@ def _index(spec: Spec) -> dict[str, Any]:
         "scheduler": ["diffusers", _scheduler_config(spec)["_class_name"]],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer": _transformer(spec),
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
+
+
+def _transformer(spec: Spec) -> list[str]:
+    name = _class_name("dit", spec.dit.family, spec.dit.config)
+    return ["diffusers" if name == "WanTransformer3DModel" else "fastvideo", name]
 
 
 def _scheduler_config(spec: Spec) -> dict[str, Any]:

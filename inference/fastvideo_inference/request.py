@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from fastvideo import attention as patterns
 from fastvideo.config import Strict, merge, parse
 from fastvideo.spec import Spec
 
@@ -32,6 +33,12 @@ class GenerateRequest(Strict):
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-1, le=MAX_SEED)
+    attention: str | None = Field(default=None, description="such as dense or vsa(sparsity=0.8)")
+
+    @field_validator("attention")
+    @classmethod
+    def _is_a_pattern(cls, text: str | None) -> str | None:
+        return None if text is None else patterns.write(patterns.read(text))
 
     @field_validator("prompt")
     @classmethod
@@ -47,13 +54,20 @@ class GenerateRequest(Strict):
         """
         given = {k: v for k, v in self.model_dump().items() if v is not None}
         values = {**spec.defaults.model_dump(exclude={"max_text_tokens"}), **given}
+        values.setdefault("attention", _own_pattern(spec))
         if given.get("seed", -1) == -1:
             values["seed"] = secrets.randbelow(_DRAWN_SEEDS)
         plan = parse(Plan, values, source=f"the defaults of {spec.name}")
         try:
-            spec.latent_shape(frames=plan.num_frames, height=plan.height, width=plan.width)
+            shape = spec.latent_shape(frames=plan.num_frames, height=plan.height, width=plan.width)
+            patterns.check_fits(
+                patterns.read(plan.attention),
+                shape.tokens(spec.compression.patch),
+                num_heads=spec.dit.config.get("num_attention_heads"),
+            )
         except ValueError as error:
-            field = str(error).split()[0]
+            first = str(error).split()[0]
+            field = first if first in values else "attention"
             default = "the request" if field in given else f"the defaults of {spec.name}"
             where = (origin or {}).get(field, default)
             raise ValueError(f"{error} (from {where})") from None
@@ -71,6 +85,14 @@ class Plan(GenerateRequest):
     num_inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0, allow_inf_nan=False)
     seed: int = Field(ge=0, le=MAX_SEED)
+    attention: str = "dense"  # a recipe that does not say is older than the choice
+
+
+def _own_pattern(spec: Spec) -> str:
+    try:
+        return patterns.write(patterns.parse(spec.attention.pattern, spec.attention.args))
+    except ValueError as error:
+        raise ValueError(f"{error} (from the spec of {spec.name})") from None
 
 
 def read_layers(*layers: tuple[str, Mapping[str, Any]]) -> GenerateRequest:

@@ -9,7 +9,7 @@ from fastvideo_inference import naming, prompts
 from fastvideo_inference.request import GenerateRequest, Plan, read_layers
 
 from fastvideo.shapes import parse_size
-from fastvideo.spec import Defaults, Network, Spec
+from fastvideo.spec import Attention, Defaults, Network, Spec
 
 NETWORK = Network(family="x")
 SPEC = Spec(
@@ -95,6 +95,19 @@ def test_a_wrong_size_tells_who_asked_for_it():
     bad = SPEC.model_copy(update={"defaults": Defaults(num_frames=6)})
     with pytest.raises(ValueError, match=r"\(from the defaults of small\)$"):
         GenerateRequest(prompt="x").resolve(bad)
+
+
+def test_a_request_may_ask_for_another_attention_than_the_model_has():
+    own = SPEC.model_copy(update={"attention": Attention(pattern="vsa", args={"top_k": 3})})
+    assert GenerateRequest(prompt="x").resolve(own).attention == "vsa(top_k=3, tile=[4, 4, 4])"
+    assert GenerateRequest(prompt="x", attention="dense").resolve(own).attention == "dense"
+    with pytest.raises(ValueError, match=r"sparsity 1\.5 must be .* nearest: 0\.99"):
+        GenerateRequest(prompt="x", attention="vsa(sparsity=1.5)")
+    with pytest.raises(ValueError, match=r"must look like vsa\(sparsity=0\.8\)"):
+        GenerateRequest(prompt="x", attention="vsa(sparsity=")
+    wide = GenerateRequest(prompt="x", attention="sta(windows=[[99, 1, 1]])")
+    with pytest.raises(ValueError, match=r"larger than the grid .*\(from --attention\)"):
+        wide.resolve(own, origin={"attention": "--attention"})
 
 
 def test_sizes_are_width_by_height():

@@ -10,11 +10,12 @@ import torch
 from fastvideo_train import logs
 from fastvideo_train.loop import DivergedError, Job, Saved, StepDone, Validated, train
 from fastvideo_train.methods import StepKey, Update
-from tiny_recipes import finish, tiny
+from tiny_recipes import FILES, finish, tiny
 
+from fastvideo import registry
 from fastvideo.weights import Checkpoint
 
-METHODS = ["vae", "flow_matching"]
+METHODS = sorted(FILES)
 
 
 def _equal(a: object, b: object) -> bool:
@@ -25,6 +26,10 @@ def _equal(a: object, b: object) -> bool:
     if isinstance(a, list):
         return isinstance(b, list) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+def test_every_method_has_a_tiny_recipe():
+    assert registry.names("fastvideo_train.methods") == METHODS
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -56,6 +61,7 @@ def test_a_step_depends_on_the_seed(tmp_path):
     ("method", "sets"),
     [
         ("vae", ["run.steps=40", "optim.lr=1e-2"]),
+        ("classify", ["run.steps=60", "run.batch=8", "optim.lr=1e-2"]),
         # nearly pure noise goes in, so that copying it out is most of the way
         ("flow_matching", ["run.steps=60", "optim.lr=5e-3", "method.args.logit_mean=3.0"]),
     ],
@@ -216,3 +222,42 @@ def test_a_role_starts_from_a_part_of_a_model_folder(tmp_path, tiny_folder):
     stored = Checkpoint(tiny_folder / "vae")
     masters = job.strategy.gather("vae")
     assert all(torch.equal(masters[name], stored[name].float()) for name in stored)
+
+
+SPARSE = (
+    "roles.student.config.gate_compress=true",
+    "roles.student.attention.pattern=vsa",
+    "roles.student.attention.args.sparsity=0.5",
+    "roles.student.attention.args.tile=[1, 2, 2]",
+    "roles.student.attention.anneal_every=2",
+    "roles.student.attention.anneal_by=0.25",
+)
+
+
+def test_a_dense_run_goes_on_sparse_with_gates_that_start_at_zero(tmp_path):
+    dense = finish(tiny("flow_matching", "run.steps=2"), tmp_path / "dense")
+    starts = [f"roles.{role}.from={tmp_path / 'dense'}" for role in ("student", "text")]
+    job = Job.open(tiny("flow_matching", *starts, *SPARSE), tmp_path / "sparse")
+    weights = job.strategy.gather("student", averaged=False)
+    gates = {name: w for name, w in weights.items() if "to_gate_compress" in name}
+    rest = {name: w for name, w in weights.items() if name not in gates}
+    assert len(gates) == 4 and not any(w.any() for w in gates.values())
+    assert _equal(rest, dense.strategy.gather("student"))
+    job = finish(tiny("flow_matching", *starts, *SPARSE), tmp_path / "sparse")
+    learned = job.strategy.gather("student", averaged=False)
+    assert all(learned[name].any() for name in gates)
+    # one attention for each sparsity that the six steps passed through
+    assert {pattern.sparsity for pattern, _ in job.roles["student"]._attends} == {0.0, 0.25, 0.5}
+
+
+def test_a_sparse_run_resumes_bit_for_bit(tmp_path):
+    recipe = tiny("flow_matching", *SPARSE)
+    straight = finish(recipe, tmp_path / "straight")
+    finish(recipe, tmp_path / "stopped", until=3)
+    resumed = finish(recipe, tmp_path / "stopped")
+    assert _equal(*(job.strategy.gather("student") for job in (straight, resumed)))
+
+
+def test_gates_under_a_dense_pattern_are_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"roles\.student has the gates .*set roles\.student"):
+        Job.open(tiny("flow_matching", SPARSE[0]), tmp_path)

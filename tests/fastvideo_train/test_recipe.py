@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from fastvideo_train import recipe as recipes
-from fastvideo_train.recipe import Recipe
-from tiny_recipes import CONFIGS
+from fastvideo_train.recipe import AttentionSpec, Recipe
+from tiny_recipes import CONFIGS, tiny
 
 from fastvideo.config import parse
 
@@ -100,3 +100,34 @@ def test_a_recipe_is_read_without_torch():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_sparsity_rises_in_steps_to_its_target():
+    args = {"pattern": "vsa", "args": {"sparsity": 0.5}, "anneal_every": 10, "anneal_by": 0.2}
+    spec = AttentionSpec.model_validate(args)
+    assert [spec.at(step).sparsity for step in (0, 9, 10, 29, 30, 99)] == [
+        0.0,
+        0.0,
+        0.2,
+        0.4,
+        0.5,
+        0.5,
+    ]
+    constant = spec.model_copy(update={"anneal_every": 0})
+    assert constant.at(0).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ({"pattern": "vsa"}, "either sparsity"),
+        ({"pattern": "vsa", "args": {"sparsity": 2}}, "nearest: 0.99"),
+        ({"pattern": "dense", "anneal_every": 5}, "needs a pattern with a sparsity"),
+        ({"patern": "vsa"}, "patern"),
+    ],
+)
+def test_a_wrong_attention_of_a_role_is_refused(attention, message):
+    tree = recipes.dump(tiny("flow_matching"))
+    tree["roles"]["student"]["attention"] = attention
+    with pytest.raises(ValueError, match=message):
+        parse(Recipe, tree, source="test")

@@ -13,7 +13,7 @@ from fastvideo import hub, weights
 from fastvideo import registry as components
 from fastvideo.formats import diffusers as layout
 from fastvideo.model import Model
-from fastvideo.spec import Defaults, Network, Provenance, Scheduler, Spec
+from fastvideo.spec import Attention, Defaults, Network, Provenance, Scheduler, Spec
 from fastvideo_train.data._manifest import read_manifest
 from fastvideo_train.data.latents import encoder_hash
 from fastvideo_train.loop import make_method
@@ -96,6 +96,7 @@ def bundle(
         text=Network(family=recipe.roles[text.name].family, config=dict(text.config)),
         compression=layout.compression(asdict(dit.net.config), asdict(vae.config)),
         scheduler=scheduler,
+        attention=Attention(pattern=dit.attention.pattern, args=dit.attention.args),
         defaults=Defaults(**{**trained_on, **told}),
         provenance=provenance or Provenance(),
     )

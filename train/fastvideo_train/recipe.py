@@ -9,15 +9,17 @@ is a second layer, used with `--smoke` only: tiny networks and three steps. A re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fastvideo import attention as patterns
 from fastvideo.config import Strict, assignments, merge, parse, read_toml
 
-Kind = Literal["dit", "vae", "text"]
+Kind = Literal["dit", "vae", "text", "classifier"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -41,11 +43,42 @@ class Run(Strict):
     keep: int = Field(default=2, ge=1)
 
 
+class AttentionSpec(Strict):
+    """How a denoiser attends: a pattern, who computes it, and how its sparsity is reached.
+
+    With `anneal_every`, the sparsity starts at 0 and rises by `anneal_by` every so many steps until
+    it is that of `args` (VSA 2505.13389, section 2.4); 0 starts there.
+    """
+
+    pattern: str = "dense"
+    args: dict[str, Any] = Field(default_factory=dict)
+    backend: str = "auto"
+    anneal_every: int = Field(default=0, ge=0)
+    anneal_by: float = Field(default=0.03, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _is_a_pattern(self) -> AttentionSpec:
+        pattern = patterns.parse(self.pattern, self.args)
+        rises = isinstance(pattern, patterns.Vsa) and pattern.sparsity is not None
+        if self.anneal_every and not rises:
+            raise ValueError("anneal_every needs a pattern with a sparsity, such as vsa")
+        return self
+
+    def at(self, step: int) -> patterns.Pattern:
+        """Return the pattern of a 0-based step."""
+        pattern = patterns.parse(self.pattern, self.args)
+        if not self.anneal_every or not isinstance(pattern, patterns.Vsa):
+            return pattern
+        assert pattern.sparsity is not None, "checked when made"
+        risen = self.anneal_by * (step // self.anneal_every)
+        return dataclasses.replace(pattern, sparsity=min(risen, pattern.sparsity))
+
+
 class RoleSpec(Strict):
     """A network of the run: its family, dims, first weights and whether it learns.
 
     `from` is a model folder, or a file of weights; empty draws new weights. `dtype` overrides the
-    run's, `optim` overrides single keys of `[optim]`.
+    run's, `optim` overrides single keys of `[optim]`; `attention` is a denoiser's own.
     """
 
     kind: Kind
@@ -55,6 +88,7 @@ class RoleSpec(Strict):
     trainable: bool = True
     dtype: Dtype | None = None
     optim: dict[str, Any] = Field(default_factory=dict)
+    attention: AttentionSpec = AttentionSpec()
 
 
 class MethodSpec(Strict):

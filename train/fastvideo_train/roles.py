@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,14 +12,26 @@ import torch
 from torch import Tensor
 
 from fastvideo import registry, rng
+from fastvideo.attention import Attend, Layout, plan, select
 from fastvideo.registry import did_you_mean
+from fastvideo.shapes import LatentShape
 from fastvideo.weights import Checkpoint, load_into
 from fastvideo_train.checkpoints import Checkpoints
 from fastvideo_train.methods import Wants
-from fastvideo_train.recipe import Kind, Recipe, RoleSpec
+from fastvideo_train.recipe import AttentionSpec, Kind, Recipe, RoleSpec
 
-NETWORK_CLASS: dict[Kind, str] = {"dit": "DiT", "vae": "Vae", "text": "TextEncoder"}
-SUBFOLDER: dict[Kind, str] = {"dit": "transformer", "vae": "vae", "text": "text_encoder"}
+NETWORK_CLASS: dict[Kind, str] = {
+    "dit": "DiT",
+    "vae": "Vae",
+    "text": "TextEncoder",
+    "classifier": "Classifier",
+}
+SUBFOLDER: dict[Kind, str] = {
+    "dit": "transformer",
+    "vae": "vae",
+    "text": "text_encoder",
+    "classifier": "",  # a folder of its own, no part of a model
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,34 @@ class Role:
     trainable: bool
     dtype: torch.dtype
     is_new: bool
+    attention: AttentionSpec = field(default_factory=AttentionSpec)
+    _attends: dict[Any, tuple[Attend, Layout]] = field(default_factory=dict)
+
+    def attend(
+        self, latents: LatentShape, *, num_text_tokens: int, step: int
+    ) -> dict[str, Attend | Layout]:
+        """Return `attend` and `layout` for a call of a denoiser on clips of this size.
+
+        Chosen once for each size and pattern; a sparsity that rises is that of the step.
+        """
+        pattern, config = self.attention.at(step), self.net.config
+        if (pattern, latents) not in self._attends:
+            device = next(self.net.parameters()).device
+            layout = plan(pattern, latents.tokens(config.patch_size), device)
+            self._attends[pattern, latents] = (
+                select(
+                    self.attention.backend,
+                    layout=layout,
+                    num_text_tokens=num_text_tokens,
+                    dtype=self.dtype,
+                    device=device,
+                    needs_grad=self.trainable,
+                    head_dim=config.attention_head_dim,
+                ),
+                layout,
+            )
+        attend, layout = self._attends[pattern, latents]
+        return {"attend": attend, "layout": layout}
 
     @property
     def keep_float32(self) -> tuple[str, ...]:
@@ -95,13 +135,25 @@ def _build_role(name: str, recipe: Recipe) -> Role:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive(recipe.run.seed, f"init/{name}"))
         net: Any = getattr(family, NETWORK_CLASS[spec.kind])(family.Config.parse(config))
-        if spec.kind != "vae":  # torch's own initialisation serves convolutions well
+        if spec.kind in ("dit", "text"):  # torch's own initialisation serves convolutions well
             net.init_weights()
     dtype = getattr(torch, spec.dtype or recipe.run.dtype)
-    role = Role(name, spec.kind, family, config, net, spec.trainable, dtype, not spec.from_)
+    role = Role(
+        name,
+        spec.kind,
+        family,
+        config,
+        net,
+        spec.trainable,
+        dtype,
+        is_new=not spec.from_,
+        attention=spec.attention,
+    )
+    if spec.kind == "dit":
+        _check_gates(role)
     load_into(
         net,
-        first_weights(spec, name) if spec.from_ else net.state_dict(),
+        _completed(first_weights(spec, name), role) if spec.from_ else net.state_dict(),
         source=spec.from_ or "new weights",
         dtype=torch.float32 if spec.trainable else dtype,
         device=recipe.run.device,
@@ -110,6 +162,29 @@ def _build_role(name: str, recipe: Recipe) -> Role:
     )
     net.requires_grad_(spec.trainable).train(spec.trainable)
     return role
+
+
+def _check_gates(role: Role) -> None:
+    """Refuse a pattern under which a network's gates would not count."""
+    if role.config.get("gate_compress") and role.attention.pattern != "vsa":
+        raise ValueError(
+            f"roles.{role.name} has the gates of VSA (gate_compress), which attention pattern"
+            f" {role.attention.pattern!r} would drop; set roles.{role.name}.attention.pattern to"
+            " 'vsa'"
+        )
+
+
+def _completed(weights: dict[str, Tensor], role: Role) -> dict[str, Tensor]:
+    """Add zeros for what a learning network has by birth and its first weights may lack."""
+    born = role.family.BORN_ZERO if role.kind == "dit" and role.trainable else ()
+    return {
+        **{
+            name: torch.zeros(tensor.shape)
+            for name, tensor in role.net.state_dict().items()
+            if any(part in name for part in born)
+        },
+        **weights,
+    }
 
 
 def _check_exists(spec: RoleSpec, name: str) -> None:

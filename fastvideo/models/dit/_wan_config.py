@@ -32,6 +32,8 @@ class WanConfig:
     added_kv_proj_dim: int | None = None
     rope_max_seq_len: int = 1024
     pos_embed_seq_len: int | None = None
+    gate_compress: bool = False
+    """Whether every block has the gate of video sparse attention (VSA)."""
 
     def __post_init__(self) -> None:
         for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvideo.attention import Attend, Dense, Layout, plain, plan
+from fastvideo.attention import Attend, Dense, Layout, Vsa, plain, plan
 from fastvideo.layers.norm import LayerNorm, RMSNorm, modulated_norm
 from fastvideo.layers.rope import rotate, turns
 from fastvideo.layers.timestep import sinusoid
@@ -26,6 +26,8 @@ from fastvideo.shapes import LatentShape, TokenGrid
 
 KEEP_FLOAT32: tuple[str, ...] = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of parameter names that stay float32 when the rest of the network is cast."""
+BORN_ZERO: tuple[str, ...] = ("to_gate_compress",)
+"""Parts of names that a checkpoint may lack when training starts from it: they begin at zero."""
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -166,6 +168,7 @@ class Block(nn.Module):
         self.attn2 = _Attention(c)
         self.ffn = _FeedForward(c)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, c.dim))
+        self.to_gate_compress = nn.Linear(c.dim, c.dim) if c.gate_compress else None
 
     def forward(self, tokens: Tokens, attend: Attend, text: Tensor | KeysValues) -> Tokens:
         """Run one layer; `text` is embedded, (B, S, C), or already this layer's keys and values."""
@@ -176,7 +179,8 @@ class Block(nn.Module):
         h_BLC = modulated_norm(x_BLC, shift=shift_a, scale=scale_a, eps=self.eps)
         q_BLHD = self.attn1.queries(h_BLC, tokens.turn_LF2)
         k_BLHD, v_BLHD = self.attn1.keys_values(h_BLC, tokens.turn_LF2)
-        out_BLHD = attend(q_BLHD, k_BLHD, v_BLHD, layout=tokens.layout)
+        gate_BLHD = self._gate(h_BLC, tokens.layout)
+        out_BLHD = attend(q_BLHD, k_BLHD, v_BLHD, layout=tokens.layout, gate_BLHD=gate_BLHD)
         x_BLC = torch.addcmul(x_BLC, self.attn1.output(out_BLHD), gate_a)
 
         q_BLHD = self.attn2.queries(self.norm2(x_BLC))
@@ -186,6 +190,17 @@ class Block(nn.Module):
         h_BLC = modulated_norm(x_BLC, shift=shift_f, scale=scale_f, eps=self.eps)
         x_BLC = torch.addcmul(x_BLC, self.ffn(h_BLC), gate_f)
         return dataclasses.replace(tokens, x_BLC=x_BLC)
+
+    def _gate(self, h_BLC: Tensor, layout: Layout) -> Tensor | None:
+        """Return the weight of VSA's coarse branch, per token and channel (2505.13389, eq. 6).
+
+        Zero for a network without gates, and none where the pattern has no such branch.
+        """
+        if not isinstance(layout.pattern, Vsa):
+            return None
+        gates = self.to_gate_compress
+        gate_BLC: Tensor = h_BLC.new_zeros(h_BLC.shape) if gates is None else gates(h_BLC)
+        return gate_BLC.view(*h_BLC.shape[:2], self.attn1.heads, -1)
 
 
 class Blocks(nn.ModuleList):
@@ -225,7 +240,9 @@ class WanDiT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv3d):
                 assert module.bias is not None, "every linear map of Wan has a bias"
                 nn.init.zeros_(module.bias)
-                if "text_embedder" in name or "time_embedder" in name:
+                if "to_gate_compress" in name:
+                    nn.init.zeros_(module.weight)
+                elif "text_embedder" in name or "time_embedder" in name:
                     nn.init.normal_(module.weight, std=0.02, generator=generator)
                 else:
                     nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
@@ -250,7 +267,8 @@ class WanDiT(nn.Module):
     ) -> Tensor:
         """Return the velocity (noise - clean), in the shape and dtype of `x_BCTHW`.
 
-        `t_BT` is in 0..1000, (B, 1) or one per token frame (B, T). `layout` defaults to dense.
+        `t_BT` is in 0..1000, (B, 1) or one per token frame (B, T). `layout` defaults to dense,
+        but a network with gates must be told: under a dense layout they would not count.
         `frame_T` says which frames of a longer clip these are; the default is the first T.
         """
         assert cache is None, "this network keeps no cache between calls"
@@ -270,6 +288,7 @@ class WanDiT(nn.Module):
         """Cut latents into tokens in the layout's order; embed their positions, times and text."""
         grid = LatentShape(*x_BCTHW.shape[2:]).tokens(self.config.patch_size)
         self._check(x_BCTHW, t_BT, cond, grid)
+        assert layout or not self.config.gate_compress, "a network with gates is given its layout"
         layout = layout or plan(Dense(), grid, x_BCTHW.device)
         assert layout.grid == grid, f"layout is for {layout.grid}, latents make {grid}"
 

@@ -27,6 +27,7 @@ FLAG_OF = {
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
     "seed": "--seed",
+    "attention": "--attention",
     "prompt": "the prompt",
 }
 

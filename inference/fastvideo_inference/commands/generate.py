@@ -35,6 +35,9 @@ def generate(
     fps: Annotated[int | None, Option(help="Frames per second of the file.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
     negative: Annotated[str | None, Option(help="What the clip should not show.")] = None,
+    attention: Annotated[
+        str | None, Option(help="Another pattern: dense, vsa(sparsity=0.8). [the model's]")
+    ] = None,
     output: Annotated[
         str | None,
         Option("--output", "-o", help=f"File, folder/ or template. [{naming.DEFAULT_TEMPLATE}]"),
@@ -69,6 +72,7 @@ def generate(
             "fps": fps,
             "guidance_scale": guidance,
             "negative_prompt": negative,
+            "attention": attention,
         },
     )
     with refusing():

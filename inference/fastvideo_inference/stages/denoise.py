@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fastvideo import render
+from fastvideo import attention, render
 from fastvideo_inference.events import Done, Event, Progress
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run(model: Model, state: State) -> Iterator[Event]:
             num_steps=plan.num_inference_steps,
             guidance_scale=plan.guidance_scale,
             uncond=state.uncond,
+            pattern=attention.read(plan.attention),
             seed=plan.seed,
             start=state.step,
             state=state.solver,

@@ -141,11 +141,61 @@ def test_what_is_not_a_plain_wan_pipeline_is_refused(
         hub.open_spec(tiny_copy)
 
 
-def test_a_vsa_checkpoint_is_refused_by_name(tiny_copy: Path):
-    path = tiny_copy / "transformer" / "diffusion_pytorch_model.safetensors"
-    gate = {"blocks.0.to_gate_compress.weight": torch.zeros(48, 48)}
-    weights.save(path, {**weights.Checkpoint(path), **gate})
-    with pytest.raises(ValueError, match=r"to_gate_compress\.weight: a video sparse attention"):
+def _add_gates(folder: Path, count: int = 2, rows: int = 48) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    g = torch.Generator().manual_seed(0)
+    sizes = {"weight": (rows, 48), "bias": (rows,)}
+    gates = {
+        f"blocks.{i}.to_gate_compress.{kind}": torch.randn(size, generator=g)
+        for i in range(count)
+        for kind, size in sizes.items()
+    }
+    weights.save(path, {**weights.Checkpoint(path), **gates})
+
+
+def test_a_folder_laid_out_like_fastwan_is_sparse_in_three_steps_without_any_switch(
+    tiny_copy: Path,
+):
+    (tiny_copy / spec.FILE_NAME).unlink()
+    _edit(tiny_copy / "model_index.json", _class_name="WanDMDPipeline")
+    _add_gates(tiny_copy)
+    model = load(tiny_copy, dtype="float32")
+    assert model.spec.attention == spec.Attention(
+        pattern="vsa", args={"sparsity": 0.8, "tile": [4, 4, 4]}
+    )
+    assert model.spec.scheduler.args["timesteps"] == [1000.0, 757.0, 522.0]
+    assert (model.spec.defaults.num_inference_steps, model.spec.defaults.guidance_scale) == (3, 1.0)
+    gate = model.dit.blocks[1].to_gate_compress.weight
+    stored = weights.Checkpoint(tiny_copy / "transformer").tensor(
+        "blocks.1.to_gate_compress.weight"
+    )
+    assert torch.equal(gate, stored)
+    assert any("vsa at sparsity 0.8" in line for line in model.spec.derived)
+
+
+def test_gates_are_never_dropped_in_silence(tiny_copy: Path, tmp_path: Path):
+    """Neither by our own spec, nor by stock diffusers, nor when some or their shapes are wrong."""
+    _add_gates(tiny_copy)
+    with pytest.raises(ValueError, match=r"VSA's gates, which attention pattern 'dense'"):
+        load(tiny_copy)
+    _edit(tiny_copy / spec.FILE_NAME, attention={"pattern": "vsa", "args": {"sparsity": 0.5}})
+    layout.save(load(tiny_copy, dtype="float32"), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "WanVsaTransformer3DModel"
+    assert _same(load(tmp_path / "saved", dtype="float32"), load(tiny_copy, dtype="float32"))
+    diffusers = pytest.importorskip("diffusers")
+    with pytest.raises((ValueError, AttributeError, OSError, ImportError)):
+        diffusers.WanPipeline.from_pretrained(tmp_path / "saved")
+    _add_gates(tiny_copy, count=1)
+    one_less = weights.Checkpoint(tiny_copy / "transformer")
+    weights.save(
+        tiny_copy / "transformer" / "diffusion_pytorch_model.safetensors",
+        {n: one_less.tensor(n).clone() for n in one_less if "blocks.1.to_gate" not in n},
+    )
+    with pytest.raises(ValueError, match=r"blocks\.1\.to_gate_compress"):
+        load(tiny_copy)
+    _add_gates(tiny_copy, rows=40)
+    with pytest.raises(ValueError, match=r"to_gate_compress.*\(40, 48\)"):
         load(tiny_copy)
 
 

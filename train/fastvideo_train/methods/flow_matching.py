@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastvideo import attention, flow, registry
+from fastvideo import flow, registry
 from fastvideo.config import Strict
 from fastvideo.models.text import encode_prompts
 from fastvideo.models.text.tokenizer import Tokenizer, build_word_tokenizer
@@ -24,7 +24,7 @@ from fastvideo_train.roles import Role
 
 
 class Config(Strict):
-    """Times, text and attention.
+    """Times and text.
 
     `max_text_tokens` must be what the exported spec says, as Wan attends to the zero rows after a
     prompt. Dropped prompts become `negative_prompt`, the one that guidance steers away from.
@@ -37,7 +37,6 @@ class Config(Strict):
     shift: float = Field(default=1.0, gt=0, description="above 1 draws noisier times")
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0)
-    attention: str = "auto"
 
 
 class Method:
@@ -50,7 +49,6 @@ class Method:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._attend: dict[tuple[int, ...], attention.Attend] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -84,7 +82,11 @@ class Method:
             x.to(student.dtype),
             flow.timestep(sigma_B1),
             student.family.Conditioning(text_BLC.to(student.dtype)),
-            attend=self.attend(student, LatentShape(*clean.shape[2:])),
+            **student.attend(
+                LatentShape(*clean.shape[2:]),
+                num_text_tokens=self.config.max_text_tokens,
+                step=key.step,
+            ),
             frame_T=batch["frame_T"].to(device),
         )
         error_B = (v.float() - flow.velocity(clean, noise)).square().flatten(1).mean(1)
@@ -113,24 +115,6 @@ class Method:
                 max_tokens=self.config.max_text_tokens,
                 device=str(next(text.net.parameters()).device),
             )
-
-    def attend(self, student: Role, latents: LatentShape) -> attention.Attend:
-        """Return the attention for clips of this size, chosen once per size."""
-        config = student.family.Config.parse(student.config)
-        size = (latents.frames, latents.height, latents.width)
-        if size not in self._attend:
-            device = next(student.net.parameters()).device
-            layout = attention.plan(attention.Dense(), latents.tokens(config.patch_size), device)
-            self._attend[size] = attention.select(
-                self.config.attention,
-                layout=layout,
-                num_text_tokens=self.config.max_text_tokens,
-                dtype=student.dtype,
-                device=device,
-                needs_grad=True,
-                head_dim=config.attention_head_dim,
-            )
-        return self._attend[size]
 
 
 def _by_noise(error_B: Tensor, sigma_B: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from fastvideo.attention import Dense, Layout, choose, plan
+from fastvideo.attention import Attention, Dense, Layout, Vsa, choose, plan, select
 from fastvideo.models.dit.wan import KEEP_FLOAT32, Tokens, WanConditioning, WanConfig, WanDiT
 from fastvideo.shapes import TokenGrid
 
@@ -160,7 +160,8 @@ def test_a_chosen_backend_serves_self_and_cross_attention():
     x, t, text = inputs()
     calls = []
 
-    def attend(q, k, v, *, layout=None):
+    def attend(q, k, v, *, layout=None, gate_BLHD=None):
+        assert gate_BLHD is None, "dense attention has no gates"
         calls.append((k.shape[1], layout is None))
         return backend.attend(q, k, v, layout)
 
@@ -269,9 +270,8 @@ def test_a_config_survives_its_dictionary():
     )
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     assert WanConfig.parse(values) == config
-    assert values.keys() == {
-        k for k in WanTransformer3DModel(**TINY).config if not k.startswith("_")
-    }
+    stock = {k for k in WanTransformer3DModel(**TINY).config if not k.startswith("_")}
+    assert values.keys() == stock | {"gate_compress"}
 
 
 @pytest.mark.parametrize(
@@ -309,3 +309,60 @@ def test_frames_of_a_longer_clip_know_how_far_apart_they_stand():
     assert torch.equal(velocity(0, 1, 2), first)
     torch.testing.assert_close(velocity(7, 8, 9), first, atol=1e-5, rtol=1e-4)
     assert relative(velocity(0, 4, 8), first) > 1e-3
+
+
+def gated(ours: WanDiT, std: float) -> WanDiT:
+    """The same network with gates, whose weights are drawn with this standard deviation."""
+    net = WanDiT(dataclasses.replace(ours.config, gate_compress=True))
+    net.load_state_dict(ours.state_dict(), strict=False)
+    for name, parameter in net.named_parameters():
+        if "to_gate_compress" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return net.eval()
+
+
+def vsa(**changes) -> Layout:
+    return plan(Vsa(**{"tile": (2, 2, 2), **changes}), TokenGrid(3, 3, 2))
+
+
+def test_without_sparsity_and_with_gates_of_zero_vsa_is_dense():
+    _, ours = pair()
+    x, t, text = inputs()
+    cond, attend = WanConditioning(text), reference_attention(vsa(sparsity=0.0))
+    with torch.no_grad():
+        expected = ours(x, t, cond)
+        for net in (ours, gated(ours, std=0.0)):  # no gates, or gates that are born zero
+            actual = net(x, t, cond, attend=attend, layout=vsa(sparsity=0.0))
+            assert relative(actual, expected) <= 1e-5
+
+
+def test_gates_add_the_coarse_branch_and_learn():
+    _, ours = pair()
+    x, t, text = inputs()
+    net, layout = gated(ours, std=0.1), vsa(sparsity=0.5)
+    attend = reference_attention(layout)
+    v = net(x, t, WanConditioning(text), attend=attend, layout=layout)
+    plain_v = gated(ours, std=0.0)(x, t, WanConditioning(text), attend=attend, layout=layout)
+    assert relative(v, plain_v) > 1e-3
+    v.square().mean().backward()
+    for block in net.blocks:
+        assert block.to_gate_compress.weight.grad.abs().max() > 0
+
+
+def test_a_network_with_gates_is_never_run_without_a_layout():
+    net = gated(pair()[1], std=0.0)
+    x, t, text = inputs()
+    with pytest.raises(AssertionError, match="given its layout"):
+        net(x, t, WanConditioning(text))
+
+
+def reference_attention(layout: Layout) -> Attention:
+    return select(
+        "reference",
+        layout=layout,
+        num_text_tokens=9,
+        dtype=torch.float32,
+        device="cpu",
+        needs_grad=True,
+        head_dim=24,
+    )
