@@ -22,8 +22,12 @@ _WEIGHTS = ("*.safetensors", "*.pth")
 
 
 def bundled() -> list[str]:
-    """List the models that come with the package."""
-    return sorted(p.name for p in ZOO.iterdir() if p.is_dir()) if ZOO.is_dir() else []
+    """List the models that come with the package.
+
+    A folder with a `config.json` of its own is a single network: a world's classifier, no model.
+    """
+    folders = [p for p in ZOO.iterdir() if p.is_dir()] if ZOO.is_dir() else []
+    return sorted(p.name for p in folders if not (p / "config.json").is_file())
 
 
 def open_spec(name_or_path: str | Path, *, weights: bool = False) -> tuple[Spec, Path]:

@@ -2,6 +2,7 @@
 
 reconstructed(vae, world, clip)           how much of a true clip its VAE keeps
 rendered(model, world, clips, seeds=...)  how much of its prompt a made clip shows
+Judge(folder)(frames)                     features to compare clips by, and labels
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from fastvideo.metrics.flicker import flicker
 from fastvideo.metrics.psnr import psnr
 from fastvideo.metrics.ssim import ssim
 from fastvideo.model import Model
+from fastvideo.models import classifier
 from fastvideo.worlds import Clip, World
 
 Frames = npt.NDArray[np.uint8]
@@ -48,6 +51,25 @@ class Rendered:
     parse: Truth
     flicker: float
     frames: Frames
+
+
+class Judge:
+    """A world's classifier, loaded from its folder.
+
+    It looks at one clip at a time, in float32 on the CPU, and its features are rounded to six
+    decimals: the same clip has the same features wherever it was made, and after JSON.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.net: Any = classifier.read(folder)
+
+    @torch.no_grad()
+    def __call__(self, frames_THWC: Frames) -> tuple[list[float], Truth]:
+        """Return features (F) and the likeliest value of each attribute."""
+        pixels_CTHW = torch.from_numpy(frames_THWC).permute(3, 0, 1, 2)
+        judged = self.net(pixels_CTHW[None])
+        (labels,) = self.net.labels(judged)
+        return [round(x, 6) for x in judged.features_BF[0].tolist()], labels
 
 
 @torch.no_grad()
@@ -79,11 +101,16 @@ def rendered(
             prompt=clip.caption,
             truth=clip.truth,
             parse=world.parse(frames),
-            flicker=flicker(frames) if len(frames) > 2 else math.nan,
+            flicker=unrest(frames),
             frames=frames,
         )
         for clip, frames in zip(clips, made, strict=True)
     ]
+
+
+def unrest(frames_THWC: Frames) -> float:
+    """Return the flicker of a clip; NaN for one or two frames, which have none."""
+    return flicker(frames_THWC) if len(frames_THWC) > 2 else math.nan
 
 
 def rows(

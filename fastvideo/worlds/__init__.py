@@ -1,7 +1,8 @@
 """Programs that make captioned clips with exact truth, and read that truth back out of frames.
 
 A world module exports `World`, `ATTRIBUTES` (the legal values of each attribute) and
-`GENERATOR_VERSION`, raised whenever the frames or captions of any clip change.
+`GENERATOR_VERSION`, raised whenever the frames or captions of any clip change. It may export
+`CLASSIFIER`, the folder of its trained classifier: a name in the package's zoo, or a path.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class World(Protocol):
     """Clips of one size, each decided by (seed, index, split), and their parser."""
 
     def clip(self, seed: int, index: int, split: str = "train") -> Clip: ...
+    def render(self, truth: Mapping[str, str], generator: np.random.Generator) -> Frames: ...
     def parse(self, frames_THWC: Frames) -> dict[str, str]: ...
 
 
@@ -55,6 +57,12 @@ def generator_version(name: str) -> int:
     """Return the version of a world's frames and captions."""
     version: int = _module(name).GENERATOR_VERSION
     return version
+
+
+def classifier(name: str) -> str | None:
+    """Return where the classifier of a world's clips is kept; None if it has none."""
+    folder: str | None = getattr(_module(name), "CLASSIFIER", None)
+    return folder
 
 
 def _module(name: str) -> ModuleType:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTRIBUTES",
+    "CLASSIFIER",
     "GENERATOR_VERSION",
     "SPLITS",
     "Clip",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 GENERATOR_VERSION = 1  # raise it when the frames or captions of any (seed, index) change
+CLASSIFIER = "shapes-classifier"
 SPLITS = ("train", "heldout")
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": tuple(text.SHAPES),

@@ -13,55 +13,46 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import files, hub, media
-from fastvideo.metrics.faithfulness import Row, faithfulness
-from fastvideo.worlds import World, attributes, generator_version, open_world
+from fastvideo import files, hub, media, rng
+from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
+from fastvideo_inference import scores
 from fastvideo_inference.recipe import fingerprint, versions
 from fastvideo_inference.request import Plan, read_layers
+from fastvideo_inference.scores import Record, Records, Table
 
 if TYPE_CHECKING:
+    from fastvideo.measure import Judge, Rendered
     from fastvideo.model import Model
 
-Record = dict[str, Any]
 SPLIT = "heldout"
+SEED, REFERENCE_SEED = 0, 2  # of the world's clips; training's validation looks at seed 1
+TAKE_STRIDE = 1_000_000  # take r of prompt i starts from noise of seed + i + r * TAKE_STRIDE
 
 
 @dataclass(frozen=True)
-class Line:
-    """One attribute of the table: made clips, the two ceilings, and guessing."""
+class _Part:
+    """Clips to make: how many, at most how many at once, where their results go, and by what."""
 
-    attribute: str
-    rate: float
-    low: float
-    high: float
-    n: int
-    vae: float
-    truth: float
-    chance: float
+    records: Records
+    count: int
+    batch: int
+    make: Callable[[_Tools, list[int]], list[Record]]
 
 
 @dataclass(frozen=True)
-class Table:
-    """What an evaluation found. PSNR in dB and SSIM are the VAE's; flicker in grey levels."""
+class _Tools:
+    """What is loaded once, when anything is missing."""
 
-    model: str
-    recipe: Mapping[str, Any]
-    lines: tuple[Line, ...]
-    num_reconstructions: int
-    psnr: float
-    ssim: float
-    flicker: float | None
-
-    def to_json(self) -> str:
-        """Return the table as JSON; the same evaluation gives the same text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False)
+    model: Model
+    world: World
+    judge: Judge | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +65,8 @@ class Evaluation:
     output: Path
     prompts: int
     reconstructions: int
+    repeats: int
+    diverse: int
     world: str
     device: str
     dtype: str
@@ -86,7 +79,9 @@ class Evaluation:
         *,
         output: str | Path,
         prompts: int = 256,
-        reconstructions: int = 64,
+        reconstructions: int | None = None,
+        repeats: int = 4,
+        diverse: int | None = None,
         world: str = "shapes",
         device: str = "auto",
         dtype: str = "auto",
@@ -95,15 +90,21 @@ class Evaluation:
     ) -> Evaluation:
         """Check everything that can be checked without torch; `ValueError` if anything is wrong.
 
-        `request` holds fields of `GenerateRequest`; None is the model's default, the seed's is 0.
+        The first `diverse` prompts (16, or all) are made `repeats` times; 0 or 1 measures no
+        diversity. `reconstructions` is 64, or all prompts. `request` holds fields of
+        `GenerateRequest`; None is the model's default, the seed's is 0.
         """
-        for name, value in (("prompts", prompts), ("batch", batch)):
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
-        if not 1 <= reconstructions <= prompts:
-            raise ValueError(
-                f"reconstructions {reconstructions} must be from 1 to {prompts}, the prompts"
-            )
+        if batch < 1:
+            raise ValueError(f"batch {batch} must be at least 1")
+        if repeats < 0:
+            raise ValueError(f"repeats {repeats} must be at least 0")
+        if not 1 <= prompts <= TAKE_STRIDE:
+            raise ValueError(f"prompts {prompts} must be at least 1 and at most {TAKE_STRIDE}")
+        reconstructions = min(64, prompts) if reconstructions is None else reconstructions
+        diverse = min(16, prompts) if diverse is None else diverse
+        for name, value in (("reconstructions", reconstructions), ("diverse", diverse)):
+            if not 1 <= value <= prompts:
+                raise ValueError(f"{name} {value} must be from 1 to {prompts}, the prompts")
         spec, folder = hub.open_spec(model, weights=True)
         given = {"seed": 0} | {k: v for k, v in request.items() if v is not None}
         given["prompt"] = "held-out prompts of a world"
@@ -115,6 +116,8 @@ class Evaluation:
             output=Path(output),
             prompts=prompts,
             reconstructions=reconstructions,
+            repeats=repeats,
+            diverse=diverse,
             world=world,
             device=device,
             dtype=dtype,
@@ -133,6 +136,7 @@ class Evaluation:
             "weights": fingerprint(self.folder),
             "world": self.world,
             "generator_version": generator_version(self.world),
+            "classifier": self._judge_identity(),
             "split": SPLIT,
             "request": self.how.model_dump(exclude={"prompt"}),
             **self._place,
@@ -146,76 +150,55 @@ class Evaluation:
 
     def run(self) -> Iterator[tuple[int, int]]:
         """Make what is missing; yield (clips done, clips in all) after every batch."""
-        from fastvideo.model import load  # torch comes in here
-
-        results, world, total = (
-            self.results,
-            self._open_world(),
-            self.prompts + self.reconstructions,
-        )
+        results = self.results
         results.mkdir(parents=True, exist_ok=True)
         files.write_text(
             results / "recipe.json", json.dumps(self.recipe(), indent=2) + "\n", overwrite=True
         )
-        made = _Records(results / "made.jsonl")
-        kept = _Records(results / "reconstructed.jsonl")
-        todo = [i for i in range(self.prompts) if i not in made]
-        again = [i for i in range(self.reconstructions) if i not in kept]
-        done = total - len(todo) - len(again)
+        parts = self._parts()
+        total = sum(part.count for part in parts)
+        todo = [
+            (part, *lack) for part in parts for lack in part.records.missing(part.count, part.batch)
+        ]
+        done = total - sum(lacking for _, _, lacking in todo)
         yield done, total
-        if not todo and not again:
+        if not todo:
             return
-        model = load(self.folder, **self._place)
-        for first in range(0, len(todo), self.batch):
-            indices = todo[first : first + self.batch]
-            made.add(self._make(model, world, indices))
-            done += len(indices)
-            yield done, total
-        for index in again:
-            kept.add([self._reconstruct(model, world, index)])
-            done += 1
+        tools = self._load()
+        for part, indices, lacking in todo:
+            part.records.add(part.make(tools, indices))
+            done += lacking
             yield done, total
 
     def report(self) -> Table:
         """Read the results back and write `table.json` and `sheet.png`."""
-        made = _Records(self.results / "made.jsonl").first(self.prompts)
-        kept = _Records(self.results / "reconstructed.jsonl").first(self.reconstructions)
-        legal = attributes(self.world)
-        rates = {
-            "made": _rows(made, "parse", legal),
-            "truth": _rows(made, "seen", legal),
-            "vae": _rows(kept, "parse", legal),
-        }
-        lines = [
-            Line(
-                attribute=row.attribute,
-                rate=row.rate,
-                low=row.interval[0],
-                high=row.interval[1],
-                n=row.n,
-                vae=vae.rate,
-                truth=truth.rate,
-                chance=row.chance,
-            )
-            for row, vae, truth in zip(*(rates[k] for k in ("made", "vae", "truth")), strict=True)
-        ]
-        flickers = [m["flicker"] for m in made if m["flicker"] is not None]
+        parts = self._parts()
+        made, kept, *again = (part.records.first(part.count) for part in parts)
+        legal, name = attributes(self.world), classifier(self.world)
         table = Table(
             model=self.model,
             recipe=self.recipe(),
-            lines=tuple(lines),
+            lines=scores.lines(made, kept, legal),
             num_reconstructions=len(kept),
             psnr=fmean(k["psnr"] for k in kept),
             ssim=fmean(k["ssim"] for k in kept),
-            flicker=fmean(flickers) if flickers else None,
+            flicker=scores.mean(made, "flicker"),
+            flicker_truth=scores.mean(made, "flicker_truth"),
+            features=scores.features(made, kept, again, classifier=name, legal=legal)
+            if name
+            else None,
         )
         files.write_text(self.results / "table.json", table.to_json() + "\n", overwrite=True)
         self._sheet(made)
         return table
 
-    def clip_path(self, index: int) -> Path:
-        """Return where the clip of a prompt is kept."""
-        return self.results / "clips" / f"{index:05d}.mp4"
+    def clip_path(self, index: int, take: int = 0) -> Path:
+        """Return where the clip of a prompt, or a later take of it, is kept."""
+        return self.results / "clips" / (f"{index:05d}" + (f"-{take}" if take else "") + ".mp4")
+
+    def clip_seed(self, index: int, take: int = 0) -> int:
+        """Return the seed of a clip's noise."""
+        return self.how.seed + index + take * TAKE_STRIDE
 
     @cached_property
     def _place(self) -> dict[str, str]:
@@ -230,15 +213,56 @@ class Evaluation:
         sizes = {"height": self.how.height, "width": self.how.width}
         return open_world(self.world, **sizes, num_frames=self.how.num_frames, fps=self.how.fps)
 
-    def _make(self, model: Model, world: World, indices: Sequence[int]) -> list[Record]:
+    @property
+    def _judge_folder(self) -> Path | None:
+        name = classifier(self.world)
+        return hub.ZOO / name if name else None
+
+    def _judge_identity(self) -> dict[str, Any] | None:
+        """Return what decides the features: weights, and the version of the code that runs them."""
+        if self._judge_folder is None:
+            return None
+        from fastvideo.models.classifier import family
+
+        version = family(self._judge_folder).VERSION
+        return {"weights": fingerprint(self._judge_folder), "version": version}
+
+    def _parts(self) -> list[_Part]:
+        """List made clips, reconstructions, and the later takes of the first prompts."""
+        folder = self.results
+        takes = range(1, self.repeats) if self._judge_folder else ()
+        return [
+            _Part(Records(folder / "made.jsonl"), self.prompts, self.batch, self._make),
+            _Part(
+                Records(folder / "reconstructed.jsonl"), self.reconstructions, 1, self._reconstruct
+            ),
+            *(
+                _Part(
+                    Records(folder / f"take-{take}.jsonl"),
+                    self.diverse,
+                    self.batch,
+                    partial(self._retake, take),
+                )
+                for take in takes
+            ),
+        ]
+
+    def _load(self) -> _Tools:
+        from fastvideo.measure import Judge  # torch comes in here
+        from fastvideo.model import load
+
+        judge = Judge(self._judge_folder) if self._judge_folder else None
+        return _Tools(load(self.folder, **self._place), self._open_world(), judge)
+
+    def _render(self, tools: _Tools, indices: Sequence[int], take: int) -> list[Rendered]:
         from fastvideo import measure
 
-        how, clips = self.how, [world.clip(0, i, SPLIT) for i in indices]
+        how = self.how
         made = measure.rendered(
-            model,
-            world,
-            clips,
-            seeds=[how.seed + i for i in indices],
+            tools.model,
+            tools.world,
+            [tools.world.clip(SEED, i, SPLIT) for i in indices],
+            seeds=[self.clip_seed(i, take) for i in indices],
             num_steps=how.num_inference_steps,
             guidance_scale=how.guidance_scale,
             negative_prompt=how.negative_prompt,
@@ -246,29 +270,64 @@ class Evaluation:
             height=how.height,
             width=how.width,
         )
-        records = []
-        for index, clip, one in zip(indices, clips, made, strict=True):
-            tags = {"prompt": one.prompt, "seed": str(how.seed + index)}
-            path = self.clip_path(index)
+        for index, one in zip(indices, made, strict=True):
+            tags = {"prompt": one.prompt, "seed": str(self.clip_seed(index, take))}
+            path = self.clip_path(index, take)
             media.write_video(path, [one.frames], fps=how.fps, metadata=tags, overwrite=True)
-            seen = world.parse(clip.frames_THWC)
-            record = {"index": index, "prompt": one.prompt, "truth": one.truth, "seen": seen}
-            flicker = None if math.isnan(one.flicker) else one.flicker
-            records.append(record | {"parse": one.parse, "flicker": flicker})
+        return made
+
+    def _make(self, tools: _Tools, indices: Sequence[int]) -> list[Record]:
+        from fastvideo.measure import unrest
+
+        records = []
+        for index, one in zip(indices, self._render(tools, indices, 0), strict=True):
+            true = tools.world.clip(SEED, index, SPLIT).frames_THWC
+            record: Record = {
+                "index": index,
+                "prompt": one.prompt,
+                "truth": one.truth,
+                "seen": tools.world.parse(true),
+                "parse": one.parse,
+                "flicker": _number(one.flicker),
+                "flicker_truth": _number(unrest(true)),
+            }
+            if tools.judge:
+                other = tools.world.clip(REFERENCE_SEED, index, SPLIT).frames_THWC
+                record["features"], _ = tools.judge(one.frames)
+                record["truth_features"], record["labels"] = tools.judge(true)
+                record["reference_features"], _ = tools.judge(other)
+            records.append(record)
         return records
 
-    def _reconstruct(self, model: Model, world: World, index: int) -> Record:
+    def _retake(self, take: int, tools: _Tools, indices: Sequence[int]) -> list[Record]:
+        """Make prompts again from other noise; the world draws their truth again too."""
+        assert tools.judge is not None, "takes are made for their features"
+        records = []
+        for index, one in zip(indices, self._render(tools, indices, take), strict=True):
+            draw = rng.numpy_generator(SEED, f"evaluation/{SPLIT}/take {take}", index)
+            features, _ = tools.judge(one.frames)
+            true, _ = tools.judge(tools.world.render(one.truth, draw))
+            records.append({"index": index, "features": features, "truth_features": true})
+        return records
+
+    def _reconstruct(self, tools: _Tools, indices: Sequence[int]) -> list[Record]:
         from fastvideo import measure
 
-        one = measure.reconstructed(model.vae, world, world.clip(0, index, SPLIT))
-        psnr = min(one.psnr, 100.0)  # JSON has no infinity
-        return {
-            "index": index,
-            "truth": one.truth,
-            "parse": one.parse,
-            "psnr": psnr,
-            "ssim": one.ssim,
-        }
+        records = []
+        for index in indices:
+            clip = tools.world.clip(SEED, index, SPLIT)
+            one = measure.reconstructed(tools.model.vae, tools.world, clip)
+            record: Record = {
+                "index": index,
+                "truth": one.truth,
+                "parse": one.parse,
+                "psnr": min(one.psnr, 100.0),  # JSON has no infinity
+                "ssim": one.ssim,
+            }
+            if tools.judge:
+                record["features"], record["labels"] = tools.judge(one.frames)
+            records.append(record)
+        return records
 
     def _sheet(self, made: Sequence[Record], count: int = 16) -> None:
         shown = made[:count]
@@ -282,35 +341,5 @@ class Evaluation:
         media.write_png(self.results / "sheet.png", sheet, overwrite=True)
 
 
-class _Records:
-    """Results by index, one JSON line each; a line that a kill cut short does not count."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lines: dict[int, Record] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                record: Record = json.loads(line)
-            except ValueError:
-                continue
-            self._lines[record["index"]] = record
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._lines
-
-    def add(self, records: Sequence[Record]) -> None:
-        """Append results; whatever was cut short before ends with its own line."""
-        torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + text)
-        self._lines |= {record["index"]: record for record in records}
-
-    def first(self, count: int) -> list[Record]:
-        """Return the results of indices 0 to count - 1."""
-        assert all(i in self._lines for i in range(count)), "run() has made all of them"
-        return [self._lines[i] for i in range(count)]
-
-
-def _rows(records: Sequence[Record], key: str, legal: Mapping[str, Sequence[str]]) -> list[Row]:
-    return faithfulness([r["truth"] for r in records], [r[key] for r in records], legal=legal)
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON has no NaN

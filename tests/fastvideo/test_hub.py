@@ -26,6 +26,9 @@ def test_a_bundled_name_a_folder_and_a_text_path_open_the_same_spec(zoo: Path, t
     found = [hub.open_spec(n)[0] for n in ("wan-test", tiny_folder, str(tiny_folder))]
     assert found[0] == found[1] == found[2]
     assert hub.bundled() == ["wan-test"]
+    (zoo / "a-classifier").mkdir()
+    (zoo / "a-classifier" / "config.json").write_text("{}")
+    assert hub.bundled() == ["wan-test"], "a single network is no model"
 
 
 def test_a_spec_carries_the_dims_of_its_networks_and_nothing_is_derived(tiny_folder: Path):

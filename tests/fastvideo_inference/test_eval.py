@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastvideo_inference.evaluation import Evaluation, Table, fingerprint
-from fastvideo_inference.recipe import versions
+from fastvideo_inference.evaluation import REFERENCE_SEED, TAKE_STRIDE, Evaluation
+from fastvideo_inference.recipe import fingerprint, versions
+from fastvideo_inference.scores import Records, Table
 
-from fastvideo import media, render
+from fastvideo import hub, media, render
 from fastvideo.cli import main
+from fastvideo.measure import Judge
+from fastvideo.metrics.diversity import diversity
 from fastvideo.metrics.faithfulness import wilson
-from fastvideo.worlds.shapes import ATTRIBUTES, World
+from fastvideo.worlds import shapes
+from fastvideo.worlds.shapes import ATTRIBUTES, CLASSIFIER, World
 
-FEW = {"prompts": 5, "reconstructions": 3, "batch": 2, "num_inference_steps": 1}
+FEW = {
+    "prompts": 5,
+    "reconstructions": 3,
+    "repeats": 2,
+    "diverse": 3,
+    "batch": 2,
+    "num_inference_steps": 1,
+}
+ALL = 5 + 3 + 3
 
 
 def plan(model: Path, output: Path, **changes: object) -> Evaluation:
@@ -84,33 +99,141 @@ def blocks(frames: np.ndarray) -> np.ndarray:
 def test_a_finished_evaluation_gives_its_table_again_and_makes_nothing(done):
     evaluation, table = done
     before = {p: p.stat().st_mtime_ns for p in evaluation.results.glob("clips/*")}
-    assert len(before) == 5
-    assert list(evaluation.run()) == [(8, 8)]
+    assert len(before) == 5 + 3
+    assert list(evaluation.run()) == [(ALL, ALL)]
     assert evaluation.report().to_json() == table.to_json()
     assert {p: p.stat().st_mtime_ns for p in evaluation.results.glob("clips/*")} == before
     assert json.loads((evaluation.results / "table.json").read_text())["model"] == "tiny"
     assert (evaluation.results / "sheet.png").is_file()
 
 
-def test_a_killed_evaluation_goes_on_and_gives_the_same_table(done, tiny_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("batches", "done_then", "file", "torn"),
+    [
+        (1, 2, "made.jsonl", '{"index": 2, "prom'),
+        (7, 10, "take-1.jsonl", '{"index": 2, "features": [0.1, 0'),
+    ],
+)
+def test_a_killed_evaluation_goes_on_and_gives_the_same_table(
+    done, tiny_folder, tmp_path, batches, done_then, file, torn
+):
     evaluation = plan(tiny_folder, tmp_path)
     running = evaluation.run()
-    assert [next(running), next(running)] == [(0, 8), (2, 8)]
+    assert next(running) == (0, ALL)
+    assert [next(running) for _ in range(batches)][-1] == (done_then, ALL)
     running.close()
-    with (evaluation.results / "made.jsonl").open("a") as file:
-        file.write('{"index": 2, "prom')  # what a kill leaves
+    with (evaluation.results / file).open("a") as lines:
+        lines.write(torn)  # what a kill leaves
     again = plan(tiny_folder, tmp_path)
-    assert next(again.run()) == (2, 8)
+    assert next(again.run()) == (done_then, ALL)
     table = finish(again)
     assert table.to_json() == done[1].to_json()
-    assert list(again.run()) == [(8, 8)]
+    assert list(again.run()) == [(ALL, ALL)]
+    for name in ("made", "reconstructed", "take-1"):
+        whole, here = (Records(e.results / f"{name}.jsonl") for e in (done[0], again))
+        assert whole.first(3) == here.first(3)
+
+
+@pytest.mark.full
+def test_a_process_killed_among_the_later_takes_gives_the_same_table(done, tiny_folder, tmp_path):
+    words = ["eval", str(tiny_folder), "--prompts", "5", "--reconstructions", "3", "--steps", "1"]
+    words += ["--diverse", "3", "--repeats", "2", "--batch", "2", "-o", str(tmp_path)]
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastvideo", *words], env=path, stdout=subprocess.DEVNULL
+    )
+    results = plan(tiny_folder, tmp_path).results
+    while process.poll() is None and not (results / "take-1.jsonl").is_file():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    made, total = next(plan(tiny_folder, tmp_path).run())
+    assert 8 <= made < total == ALL
+    assert finish(plan(tiny_folder, tmp_path)).to_json() == done[1].to_json()
+
+
+def test_a_batch_that_a_kill_split_is_made_again_as_it_was(tmp_path):
+    records = Records(tmp_path / "r.jsonl")
+    records.add([{"index": i} for i in (0, 1, 2)])
+    assert list(Records(records.path).missing(6, 2)) == [([2, 3], 1), ([4, 5], 2)]
+    assert list(Records(records.path).missing(5, 4)) == [([0, 1, 2, 3], 1), ([4], 1)]
+
+
+def test_diversity_is_of_the_clips_of_one_prompt_beside_the_worlds_own(done, tiny_folder):
+    from fastvideo.model import load
+
+    evaluation, table = done
+    how, judge = evaluation.how, Judge(hub.ZOO / CLASSIFIER)
+    world = World(height=how.height, width=how.width, num_frames=how.num_frames, fps=how.fps)
+    spread = table.features.spread
+    assert (spread.prompts, spread.repeats) == (3, 2) and spread.made > 0 < spread.truth
+    files = (evaluation.results / f"{name}.jsonl" for name in ("made", "take-1"))
+    takes = [Records(file).first(3) for file in files]
+    for key, value in (("features", spread.made), ("truth_features", spread.truth)):
+        assert value == diversity([[take[i][key] for take in takes] for i in range(3)])
+    seeds = {int(media.read_metadata(p)["seed"]) for p in evaluation.results.glob("clips/*")}
+    assert seeds == {0, 1, 2, 3, 4} | {i + TAKE_STRIDE for i in range(3)}
+    clip = world.clip(0, 1, "heldout")
+    pair = render.frames(
+        load(tiny_folder), [world.clip(0, 0, "heldout").caption, clip.caption],
+        seed=[TAKE_STRIDE, TAKE_STRIDE + 1], num_steps=1,
+    )  # fmt: skip
+    assert takes[1][1]["features"] == judge(pair[1])[0]
+    assert takes[0][1]["truth_features"] == judge(clip.frames_THWC)[0]
+    assert takes[1][1]["truth_features"] != takes[0][1]["truth_features"]
+
+
+def test_the_reference_is_made_of_other_true_clips(done):
+    evaluation, table = done
+    how, judge = evaluation.how, Judge(hub.ZOO / CLASSIFIER)
+    world = World(height=how.height, width=how.width, num_frames=how.num_frames, fps=how.fps)
+    made = Records(evaluation.results / "made.jsonl").first(5)
+    other = world.clip(REFERENCE_SEED, 4, "heldout")
+    assert made[4]["reference_features"] == judge(other.frames_THWC)[0]
+    assert made[4]["labels"] == judge(world.clip(0, 4, "heldout").frames_THWC)[1]
+    assert table.features.made is None, "5 clips are too few for a covariance"
+    assert set(table.features.classifier.truth) == {*ATTRIBUTES, "all"}
+
+
+def test_without_repeats_there_is_no_diversity_and_the_other_results_are_kept(done, tiny_folder):
+    evaluation, table = done
+    for off in (0, 1):
+        short = plan(tiny_folder, evaluation.output, repeats=off)
+        assert list(short.run()) == [(8, 8)]
+        again = short.report()
+        assert again.features.spread is None and again.lines == table.lines
+    evaluation.report()
+
+
+def test_a_world_without_a_classifier_has_no_feature_numbers(
+    tiny_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(shapes, "CLASSIFIER", None)
+    evaluation = plan(tiny_folder, tmp_path, prompts=2, reconstructions=1, diverse=None)
+    table = finish(evaluation)
+    assert table.features is None and evaluation.recipe()["classifier"] is None
+    assert json.loads(table.to_json())["features"] is None
+    words = ["eval", str(tiny_folder), "--prompts", "2", "--reconstructions", "1", "--steps", "1"]
+    assert main([*words, "-o", str(tmp_path)]) == 0
+    assert "no feature numbers: the world has no classifier" in capsys.readouterr().out
+
+
+def test_another_classifier_is_another_recipe(done, monkeypatch, tmp_path):
+    evaluation, _ = done
+    folder = shutil.copytree(hub.ZOO / CLASSIFIER, tmp_path / "c")
+    monkeypatch.setattr(shapes, "CLASSIFIER", str(folder))
+    assert evaluation.results == plan(evaluation.folder, evaluation.output).results
+    path = folder / "model.safetensors"
+    before = evaluation.results
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert evaluation.results != before
 
 
 def test_other_settings_and_other_weights_are_kept_apart(done, tiny_folder, tiny_copy, tmp_path):
     evaluation, _ = done
     same = plan(tiny_folder, evaluation.output, prompts=4, batch=1)
     assert same.results == evaluation.results
-    assert next(same.run()) == (7, 7)
+    assert next(same.run()) == (ALL - 1, ALL - 1)
     assert plan(tiny_folder, evaluation.output, seed=1).results != evaluation.results
     assert fingerprint(tiny_copy) == fingerprint(tiny_folder)
     path = tiny_copy / "vae" / "diffusion_pytorch_model.safetensors"
@@ -137,6 +260,9 @@ def test_an_automatic_dtype_is_kept_apart_from_another_and_with_itself(
     [
         (["--prompts", "0"], "prompts 0 must be at least 1"),
         (["--prompts", "4", "--reconstructions", "9"], "reconstructions 9 must be from 1 to 4"),
+        (["--prompts", "4", "--diverse", "5"], "diverse 5 must be from 1 to 4"),
+        (["--repeats", "-1"], "repeats -1 must be at least 0"),
+        (["--prompts", "2000000"], "prompts 2000000 must be at least 1 and at most 1000000"),
         (["--frames", "8"], "num_frames 8 must be 4k+1"),
         (["--size", "33x48"], "width 33 must be a multiple of 16"),
         (["--size", "big"], "must look like WIDTHxHEIGHT"),
@@ -153,10 +279,14 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tiny_folder, capsys, wor
 def test_the_command_prints_the_table_or_its_json(done, tiny_folder, capsys):
     evaluation, table = done
     words = ["eval", str(tiny_folder), "--prompts", "5", "--reconstructions", "3", "--steps", "1"]
-    words += ["-o", str(evaluation.output)]
+    words += ["-o", str(evaluation.output), "--diverse", "3", "--repeats", "2"]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "made (n=5)" in text and "VAE on 3 held-out clips" in text and "sheet.png" in text
+    assert "diversity, 2 clips of each of 3 prompts: made" in text and ", truth " in text
+    assert "made not measured, too few clips" in text
+    assert "shapes-classifier is right on true clips: shape" in text
+    assert "flicker: made" in text and "fvd" not in text.lower()
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(table.to_json())
 

@@ -16,6 +16,7 @@ from tiny_recipes import finish, tiny
 from fastvideo import hub
 from fastvideo import model as models
 from fastvideo.formats import diffusers as layout
+from fastvideo.models.classifier import read
 from fastvideo.worlds.shapes import World
 
 CLIPS = {"count": 3, "num_frames": 5, "height": 64, "width": 64}
@@ -204,3 +205,20 @@ def test_no_validate_table_means_no_validation_and_a_wrong_key_is_named(tmp_path
     assert validator(recipe.model_copy(update={"validation": {}}), tmp_path) is None
     with pytest.raises(ValueError, match=r"cuont .* is unknown; did you mean 'count'"):
         validator(tiny("vae", "validate.cuont=3"), tmp_path)
+
+
+def test_a_classifier_is_exported_to_a_folder_of_its_own_and_validated_by_name(tmp_path):
+    recipe = tiny("classify", *WORDS)
+    job = finish(recipe, tmp_path / "run")
+    done = export(tmp_path / "run", tmp_path / "out")
+    assert done.error <= TOLERANCE < done.rounding < 0.1
+    live, stored = load_run(tmp_path / "run").roles["classifier"].net, read(tmp_path / "out")
+    assert stored.config == live.config
+    assert all(
+        torch.equal(t, live.state_dict()[n].bfloat16()) for n, t in stored.state_dict().items()
+    )
+    export(tmp_path / "run", tmp_path / "out", overwrite=True)
+    numbers = validator(recipe, tmp_path)(job.roles, step=1)
+    assert 0 <= numbers["right/shape"] <= 1 and "right/all" in numbers
+    with pytest.raises(ValueError, match=r"dtyp .* is unknown"):
+        export(tmp_path / "run", tmp_path / "other", changes={"dtyp": "float32"})

@@ -145,7 +145,8 @@ def test_the_loss_of_a_classifier_is_what_it_gets_wrong_and_cannot_redraw(tmp_pa
     loss, parts = method.loss(judged, targets, judged.sketch_BCTHW.detach() + 2.0)
     assert loss.item() == pytest.approx(3.0 * 4.0) and parts["sketch"].item() == pytest.approx(4.0)
     assert all(parts[f"right/{name}"] == 1 for name in truth)
-    loss, parts = method.loss(judged, net.targets([{**truth, "size": "small"}]), judged.sketch_BCTHW)
+    targets = net.targets([{**truth, "size": "small"}])
+    loss, parts = method.loss(judged, targets, judged.sketch_BCTHW)
     assert loss.item() == pytest.approx(50 / 5) and parts["right/size"] == 0
 
 
@@ -155,7 +156,8 @@ def test_a_disturbed_clip_stays_near_and_differs_by_its_own_share():
     blurred = method.disturb(x, KEY)
     shares = (blurred - x).flatten(1).norm(dim=1) / (x - x.mean()).flatten(1).norm(dim=1)
     assert len({round(float(s), 4) for s in shares}) == 3 and bool((shares < 1).all())
-    torch.testing.assert_close(method.disturb(torch.ones(1, 3, 2, 8, 8), KEY), torch.ones(1, 3, 2, 8, 8))
+    flat = torch.ones(1, 3, 2, 8, 8)
+    torch.testing.assert_close(method.disturb(flat, KEY), flat)
     plain = classify_method.Method(classify_method.Config(blur=0, noise=0))
     assert torch.equal(plain.disturb(x, KEY), x)
 

@@ -12,11 +12,12 @@ from fastvideo.config import assignments, merge, parse
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "train" / "nano"
+FILES = {"vae": "vae.toml", "flow_matching": "dit-image.toml", "classify": "classifier.toml"}
 
 
 def tiny(method: str, *sets: str) -> Recipe:
     """The smoke form of a bundled recipe: six steps, constant rate, every number logged."""
-    file = {"vae": "vae.toml", "flow_matching": "dit-image.toml"}[method]
+    file = FILES[method]
     base = recipes.load(CONFIGS / file, smoke=True)
     quick = ["run.steps=6", "run.save_every_s=1e9", "run.threads=0", "optim.warmup=2"]
     tree = merge(recipes.dump(base), assignments([*quick, *sets]))

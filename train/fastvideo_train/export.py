@@ -27,6 +27,7 @@ from fastvideo.formats import PARTS
 from fastvideo.formats import diffusers as layout
 from fastvideo.log import logger
 from fastvideo.model import Model
+from fastvideo.models import classifier
 from fastvideo.spec import Defaults, Provenance, Scheduler
 from fastvideo_train import roles as role_builder
 from fastvideo_train.bundle import bundle, check_latents, load_vae, of_kind, read_vae
@@ -38,6 +39,7 @@ from fastvideo_train.roles import Role
 from fastvideo_train.validate import Clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MARKS = ("vae/config.json", "config.json")  # what an exported folder has, and may be replaced
 TOLERANCE = 1e-5  # of the largest value; the same arithmetic on the same weights
 
 Dtype = Literal["float32", "bfloat16"]
@@ -56,6 +58,12 @@ class VaeExport(Strict):
 
     dtype: Dtype = "bfloat16"
     clips: TrainClips = TrainClips()
+
+
+class ClassifierExport(Strict):
+    """`[export]` of a run that trains a classifier."""
+
+    dtype: Dtype = "bfloat16"
 
 
 class ModelExport(Strict):
@@ -99,13 +107,16 @@ def export(
 ) -> Exported:
     """Export a run by the `[export]` of its recipe, with `changes` on top.
 
-    A run with a denoiser gives a whole model folder, one that trains a VAE gives its `vae/`.
+    A run with a denoiser gives a whole model folder, one that trains a VAE gives its `vae/`, and a
+    classifier a folder of its own.
     Raises `ValueError` if the run, the table or the folder will not do.
     """
     trained = load_run(run)
     spec = _parse(trained.recipe, merge(trained.recipe.export, changes or {}))
     if isinstance(spec, ModelExport):
         return export_model(trained, folder, spec, overwrite=overwrite)
+    if isinstance(spec, ClassifierExport):
+        return export_classifier(trained, folder, spec, overwrite=overwrite)
     return export_vae(trained, folder, spec, overwrite=overwrite)
 
 
@@ -124,11 +135,13 @@ def check(recipe: Recipe) -> None:
             logger.warning("[export] vae of %s is needed after the run: %s", recipe.run.name, error)
 
 
-def _parse(recipe: Recipe, values: Mapping[str, Any]) -> ModelExport | VaeExport:
-    is_model = any(role.kind == "dit" for role in recipe.roles.values())
+def _parse(recipe: Recipe, values: Mapping[str, Any]) -> ModelExport | VaeExport | ClassifierExport:
+    kinds = {role.kind for role in recipe.roles.values()}
     source = f"[export] of {recipe.run.name}"
-    if is_model:
+    if "dit" in kinds:
         return parse(ModelExport, values, source=source)
+    if "classifier" in kinds:
+        return parse(ClassifierExport, values, source=source)
     return parse(VaeExport, values, source=source)
 
 
@@ -148,6 +161,19 @@ def export_vae(
         layout.save_part(vae, aside / "vae", part="vae", family=family, dtype=dtype)
         error, rounding = _errors(_vae_forward, vae, load_vae(aside), dtype, ())
         _judge(error, folder, "vae")
+    return Exported(Path(folder), error, rounding)
+
+
+def export_classifier(
+    run: Trained, folder: str | Path, spec: ClassifierExport, *, overwrite: bool = False
+) -> Exported:
+    """Write a classifier's config and weights."""
+    role, dtype = of_kind(run.roles, "classifier"), DTYPES[spec.dtype]
+    family = run.recipe.roles[role.name].family
+    with _proved(Path(folder), overwrite=overwrite) as aside:
+        classifier.write(role.net, aside, family=family, dtype=dtype)
+        error, rounding = _errors(_judge_forward, role.net, classifier.read(aside), dtype, ())
+        _judge(error, folder, "classifier")
     return Exported(Path(folder), error, rounding)
 
 
@@ -218,7 +244,7 @@ def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside `folder` that takes its name if nothing was wrong with it."""
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; choose another folder or remove it")
-    if folder.exists() and not (folder / "vae" / "config.json").is_file():
+    if folder.exists() and not any((folder / mark).is_file() for mark in _MARKS):
         raise ValueError(f"{folder} is not an exported model, so it is not replaced; remove it")
     aside = folder.with_name(f".{folder.name}.unproved")
     shutil.rmtree(aside, ignore_errors=True)
@@ -277,6 +303,13 @@ def _dit_forward(live: Model, net: nn.Module) -> Tensor:
     cond = render.encode_text(live, ["a prompt to compare"])
     v: Tensor = net(noise, torch.full((1, 1), 500.0), cond)
     return v
+
+
+def _judge_forward(net: Any) -> Tensor:
+    count, side = net.config.frames, net.config.side
+    ramp = torch.linspace(-1, 1, 3 * count * side * side)
+    features: Tensor = net(ramp.reshape(1, 3, count, side, side)).features_BF
+    return features
 
 
 def _vae_forward(net: Any) -> Tensor:

@@ -3,7 +3,8 @@
 job = Job.open(recipe, folder, validate=validator(recipe, folder))   # None without [validate]
 
 A run of method `vae` reconstructs held-out clips; a run with a denoiser renders held-out prompts
-with the VAE of `[validate] vae`. Both write a contact sheet to `validate/` in the run's folder.
+with the VAE of `[validate] vae`; both write a contact sheet to `validate/` in the run's folder. A
+classifier names what is in held-out clips.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import Field
 from fastvideo import measure, media, worlds
 from fastvideo.config import Strict, parse
 from fastvideo.measure import Frames, Reconstructed, Rendered
-from fastvideo.metrics.faithfulness import rates
+from fastvideo.metrics.faithfulness import faithfulness, rates
 from fastvideo.model import Model
 from fastvideo.spec import Scheduler
 from fastvideo_train.bundle import bundle, check_latents, load_vae, of_kind, read_vae
@@ -80,7 +81,29 @@ def validator(recipe: Recipe, folder: Path) -> Validate | None:
     source = f"[validate] of {recipe.run.name}"
     if any(role.kind == "dit" for role in recipe.roles.values()):
         return _Rendering(parse(Prompts, recipe.validation, source=source), recipe, folder)
-    return _Reconstruction(parse(Clips, recipe.validation, source=source), folder)
+    clips = parse(Clips, recipe.validation, source=source)
+    if any(role.kind == "classifier" for role in recipe.roles.values()):
+        return _Naming(clips)
+    return _Reconstruction(clips, folder)
+
+
+class _Naming:
+    def __init__(self, clips: Clips) -> None:
+        self.clips = clips
+
+    def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]:
+        c, world = self.clips, self.clips.open()
+        net = of_kind(roles, "classifier").net
+        device = next(net.parameters()).device
+        truths, named = [], []
+        with _eager(roles):
+            for i in range(c.count):
+                clip = world.clip(c.seed, i, c.split)
+                pixels = torch.from_numpy(clip.frames_THWC).permute(3, 0, 1, 2)[None]
+                truths.append(clip.truth)
+                named += net.labels(net(pixels.to(device)))
+        found = rates(faithfulness(truths, named, legal=worlds.attributes(c.world)))
+        return {f"right/{attribute}": rate for attribute, rate in found.items()}
 
 
 class _Reconstruction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -11,7 +11,10 @@ from fastvideo import hub
 from fastvideo.cli import OK, refusing
 from fastvideo.shapes import parse_size
 from fastvideo_inference.commands._jobs import check_place
-from fastvideo_inference.evaluation import Evaluation, Table
+from fastvideo_inference.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from fastvideo_inference.scores import Distance, Features, Table
 
 
 def evaluate(
@@ -19,6 +22,12 @@ def evaluate(
     prompts: Annotated[int, Option(help="Held-out prompts to make clips of.")] = 256,
     reconstructions: Annotated[
         int | None, Option(help="True clips to pass through the VAE. [64, or all prompts]")
+    ] = None,
+    repeats: Annotated[
+        int, Option(help="Clips of each diverse prompt, from different noise; 0 or 1 for none.")
+    ] = 4,
+    diverse: Annotated[
+        int | None, Option(help="Prompts to measure diversity on. [16, or all prompts]")
     ] = None,
     steps: Annotated[int | None, Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
@@ -45,7 +54,9 @@ def evaluate(
             model,
             output=output,
             prompts=prompts,
-            reconstructions=min(64, prompts) if reconstructions is None else reconstructions,
+            reconstructions=reconstructions,
+            repeats=repeats,
+            diverse=diverse,
             world=world,
             device=device,
             dtype=dtype,
@@ -86,6 +97,33 @@ def _text(table: Table) -> str:
         for line in table.lines
     ]
     vae = f"VAE on {table.num_reconstructions} held-out clips: {table.psnr:.2f} dB"
-    last = f"{vae}, SSIM {table.ssim:.4f}"
-    unrest = "" if table.flicker is None else f"; flicker of made clips {table.flicker:.2f}"
-    return "\n".join([table.model, head, *rows, last + unrest])
+    unrest = [f"{x:.2f}" for x in (table.flicker, table.flicker_truth) if x is not None]
+    flicker = [f"flicker: made {unrest[0]}, truth {unrest[1]}"] if unrest else []
+    ends = [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_features(table.features)]
+    return "\n".join([table.model, head, *rows, *ends])
+
+
+def _features(found: Features | None) -> list[str]:
+    if found is None:
+        return ["no feature numbers: the world has no classifier"]
+    lines = [
+        f"feature distance to true clips: {_distance('made', found.made)}"
+        f"; {_distance('VAE', found.vae)}",
+    ]
+    if found.spread:
+        s = found.spread
+        times = f"{s.repeats} clips of each of {s.prompts} prompts"
+        lines.append(f"diversity, {times}: made {s.made:.3f}, truth {s.truth:.3f}")
+    for where, right in (
+        ("on true clips", found.classifier.truth),
+        ("after the VAE", found.classifier.vae),
+    ):
+        rates = ", ".join(f"{key} {rate:.3f}" for key, rate in right.items())
+        lines.append(f"{found.classifier.name} is right {where}: {rates}")
+    return lines
+
+
+def _distance(what: str, d: Distance | None) -> str:
+    if d is None:
+        return f"{what} not measured, too few clips"
+    return f"{what} {d.value:.3f} (n={d.n}, floor {d.floor:.3f})"

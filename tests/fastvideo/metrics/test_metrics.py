@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from fastvideo import registry
+from fastvideo.metrics.diversity import diversity
 from fastvideo.metrics.faithfulness import faithfulness, rates, wilson
 from fastvideo.metrics.flicker import flicker
+from fastvideo.metrics.frechet import frechet
 from fastvideo.metrics.psnr import psnr
 from fastvideo.metrics.ssim import SIGMA, WINDOW, ssim
 from fastvideo.worlds.shapes import ATTRIBUTES, World
@@ -28,12 +30,19 @@ def read_right(strength: float) -> float:
     return sum(rates(faithfulness([CLIP.truth] * 3, parses, legal=ATTRIBUTES)).values())
 
 
+def features(count: int = 40, seed: int = 0):
+    return np.random.default_rng(seed).normal(0, 1, (count, 3))
+
+
 # metric: (its value at a strength of noise, whether more is better)
 UNDER_NOISE = {
     "psnr": (lambda s: psnr(noisy(s), CLEAN), True),
     "ssim": (lambda s: ssim(noisy(s), CLEAN), True),
     "flicker": (lambda s: flicker(noisy(s)), False),
     "faithfulness": (read_right, True),
+    "frechet": (lambda s: frechet(features() + s * features(seed=1), features()), False),
+    # noise that drowns what differs: each clip keeps less of what is its own
+    "diversity": (lambda s: diversity([features() / (1 + s)]), True),
 }
 
 
@@ -131,3 +140,45 @@ def test_wilsons_interval_has_its_published_values_and_stays_within_bounds():
     assert wilson(10, 100) == pytest.approx((0.0552, 0.1744), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert wilson(20, 20) == (pytest.approx(0.8389, abs=1e-4), 1.0)
+
+
+def test_the_frechet_distance_of_a_set_to_itself_is_zero_and_a_shift_adds_its_square():
+    x = features()
+    assert frechet(x, x) == pytest.approx(0, abs=1e-12)
+    assert frechet(x, x + np.array([1.0, 2.0, -2.0])) == pytest.approx(9)
+    assert frechet(x, x[::-1]) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_frechet_distance_of_gaussians_is_its_closed_form():
+    x = features(50)
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T  # exactly white
+    turn, _ = np.linalg.qr(features(3, seed=2))
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([3.0, 1.0, 0.0])
+    assert frechet(x * a, x * b) == pytest.approx(((a - b) ** 2).sum())
+    assert frechet(x * a @ turn, x * b @ turn) == pytest.approx(((a - b) ** 2).sum())
+    one, two = x * a, x * b @ turn  # covariances that do not commute, by roots of matrices
+    c, d = np.cov(one.T), np.cov(two.T)
+    values, vectors = np.linalg.eigh(c)
+    root = vectors * np.sqrt(values) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ d @ root).clip(0)).sum()
+    assert frechet(one, two) == pytest.approx(np.trace(c) + np.trace(d) - 2 * shared)
+    assert frechet(one, two) == pytest.approx(frechet(two, one))
+
+
+def test_too_few_samples_for_a_covariance_are_refused():
+    assert frechet(features(4), features(9)) >= 0
+    with pytest.raises(ValueError, match=r"3 samples of 3 features are too few.*4 are the least"):
+        frechet(features(9), features(3))
+    with pytest.raises(ValueError, match="shapes"):
+        frechet(features(9), features(9)[:, :2])
+
+
+def test_diversity_is_the_mean_distance_within_groups_alone():
+    triangle = [[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]
+    assert diversity([triangle]) == pytest.approx(4)
+    collapsed = [[9.0, 9.0]] * 3
+    assert diversity([collapsed]) == 0 and diversity([triangle, collapsed]) == pytest.approx(2)
+    for wrong in ([], [[[1.0, 2.0]]], [[1.0, 2.0]]):
+        with pytest.raises(ValueError, match=r"diversity needs|no two features"):
+            diversity(wrong)

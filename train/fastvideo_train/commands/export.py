@@ -20,7 +20,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old folder.")] = False,
 ) -> int:
-    """Export a run: a whole model, or the vae/ of a run that trains a VAE."""
+    """Export a run: a whole model, the vae/ of a run that trains a VAE, or a classifier."""
     with refusing():
         changes = assignments(sets or ())
         if not run.is_dir():
