@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import files, hub, media, rng
+from fastvideo import attention, files, hub, media, rng
 from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
 from fastvideo_inference import scores
 from fastvideo_inference.recipe import fingerprint, versions
@@ -269,6 +269,7 @@ class Evaluation:
             num_frames=how.num_frames,
             height=how.height,
             width=how.width,
+            pattern=attention.read(how.attention),
         )
         for index, one in zip(indices, made, strict=True):
             tags = {"prompt": one.prompt, "seed": str(self.clip_seed(index, take))}

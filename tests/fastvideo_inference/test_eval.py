@@ -229,12 +229,23 @@ def test_another_classifier_is_another_recipe(done, monkeypatch, tmp_path):
     assert evaluation.results != before
 
 
+def test_another_attention_makes_other_clips(done, tiny_folder, tmp_path):
+    evaluation, _ = done
+    one = {"prompts": 1, "reconstructions": 1, "repeats": 0, "diverse": 1}
+    sparse = plan(tiny_folder, tmp_path, attention="vsa(top_k=1, tile=[1, 1, 1])", **one)
+    finish(sparse)
+    clips = [media.read_video(e.clip_path(0))[0] for e in (sparse, evaluation)]
+    assert not np.array_equal(*clips)
+
+
 def test_other_settings_and_other_weights_are_kept_apart(done, tiny_folder, tiny_copy, tmp_path):
     evaluation, _ = done
     same = plan(tiny_folder, evaluation.output, prompts=4, batch=1)
     assert same.results == evaluation.results
     assert next(same.run()) == (ALL - 1, ALL - 1)
     assert plan(tiny_folder, evaluation.output, seed=1).results != evaluation.results
+    sparse = plan(tiny_folder, evaluation.output, attention="vsa(top_k=1, tile=[1, 1, 1])")
+    assert sparse.results != evaluation.results
     assert fingerprint(tiny_copy) == fingerprint(tiny_folder)
     path = tiny_copy / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")

@@ -33,6 +33,9 @@ def evaluate(
     guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")] = None,
     frames: Annotated[int | None, Option(help="Number of frames, 4k+1.")] = None,
+    attention: Annotated[
+        str | None, Option(help="Another pattern: dense, vsa(sparsity=0.8). [the model's]")
+    ] = None,
     seed: Annotated[int, Option(min=0, help="Clip i starts from noise of seed + i.")] = 0,
     world: Annotated[str, Option(help="The world that knows the truth.")] = "shapes",
     batch: Annotated[int, Option(help="Clips made at once.")] = 4,
@@ -62,6 +65,7 @@ def evaluate(
             dtype=dtype,
             batch=batch,
             num_inference_steps=steps,
+            attention=attention,
             guidance_scale=guidance,
             width=width,
             height=height,
