@@ -149,6 +149,42 @@ def write_png(path: str | Path, image: Frames, *, overwrite: bool = False) -> Pa
     return path
 
 
+def mosaic(clips: Sequence[Frames], *, num_columns: int = 4, gap: int = 4) -> Frames:
+    """Lay clips of one size (each T H W 3) side by side, to be watched at once; return T H W 3."""
+    import numpy as np
+
+    if len({clip.shape for clip in clips}) != 1:
+        raise ValueError(f"a mosaic needs clips of one size, not {[c.shape for c in clips]}")
+    padded = [np.pad(c, ((0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255) for c in clips]
+    padded += [np.full_like(padded[0], 255)] * (-len(clips) % num_columns)
+    rows = [padded[i : i + num_columns] for i in range(0, len(padded), num_columns)]
+    return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
+
+
+def write_webp(
+    path: str | Path, frames: Frames, *, fps: float, quality: int = 60, overwrite: bool = False
+) -> Path:
+    """Write frames (T H W 3 uint8) as an animation for web pages, repeated for ever."""
+    from PIL import Image
+
+    path = Path(path)
+    if path.suffix.lower() != ".webp":
+        raise ValueError(f"animation {path} must end in .webp")
+    first, *rest = (Image.fromarray(_checked(frame)) for frame in frames)
+    with files.atomic(path, overwrite=overwrite) as partial:
+        first.save(
+            partial,
+            format="WEBP",
+            save_all=True,
+            append_images=rest,
+            duration=round(1000 / fps),
+            loop=0,
+            quality=quality,
+            method=6,
+        )
+    return path
+
+
 class _PatientFile(io.FileIO):
     """A file that keeps its first error for later; the muxer would lose it and fail to close."""
 

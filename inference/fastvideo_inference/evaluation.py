@@ -171,7 +171,7 @@ class Evaluation:
             yield done, total
 
     def report(self) -> Table:
-        """Read the results back and write `table.json` and `sheet.png`."""
+        """Read the results back and write `table.json`, `sheet.png` and `clips.webp`."""
         parts = self._parts()
         made, kept, *again = (part.records.first(part.count) for part in parts)
         legal, name = attributes(self.world), classifier(self.world)
@@ -340,6 +340,8 @@ class Evaluation:
         ]
         sheet = media.contact_sheet(clips, labels=labels)
         media.write_png(self.results / "sheet.png", sheet, overwrite=True)
+        moving = media.mosaic(clips[:8])
+        media.write_webp(self.results / "clips.webp", moving, fps=self.how.fps, overwrite=True)
 
 
 def _number(value: float) -> float | None:

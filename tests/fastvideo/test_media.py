@@ -200,3 +200,26 @@ def test_a_png_comes_back_exactly_and_is_not_overwritten(tmp_path: Path):
     with pytest.raises(FileExistsError):
         media.write_png(path, clip()[1])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_mosaic_plays_clips_side_by_side_as_an_animation(tmp_path: Path):
+    from PIL import Image
+
+    dark, light = clip(3) * 0, clip(3) * 0 + 200
+    frames = media.mosaic([dark, light, light], num_columns=2, gap=2)
+    assert frames.shape == (3, 2 * 36, 2 * 92, 3)
+    assert (frames[:, 10, 10] == 0).all()
+    assert (frames[:, 10, 92 + 10] == 200).all()
+    assert (frames[:, 36 + 10, 92 + 10] == 255).all()
+    with pytest.raises(ValueError, match="clips of one size"):
+        media.mosaic([clip(3), clip(2)])
+    moving = np.stack([np.full((16, 16, 3), level, np.uint8) for level in (10, 120, 240)])
+    path = media.write_webp(tmp_path / "a.webp", moving, fps=10, quality=90)
+    with Image.open(path) as stored:
+        assert (stored.n_frames, stored.info["loop"]) == (3, 0)
+        for index, level in enumerate((10, 120, 240)):
+            stored.seek(index)
+            assert abs(int(np.asarray(stored.convert("RGB")).mean()) - level) < 4
+            assert stored.info["duration"] == 100
+    with pytest.raises(ValueError, match=r"must end in \.webp"):
+        media.write_webp(tmp_path / "a.gif", moving, fps=10)

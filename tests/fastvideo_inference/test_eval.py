@@ -105,6 +105,7 @@ def test_a_finished_evaluation_gives_its_table_again_and_makes_nothing(done):
     assert {p: p.stat().st_mtime_ns for p in evaluation.results.glob("clips/*")} == before
     assert json.loads((evaluation.results / "table.json").read_text())["model"] == "tiny"
     assert (evaluation.results / "sheet.png").is_file()
+    assert (evaluation.results / "clips.webp").is_file()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def evaluate(
     table = plan.report()
     print(table.to_json() if as_json else _text(table))
     if not as_json:
-        print(f"clips, table.json and sheet.png: {plan.results}")
+        print(f"clips, table.json, sheet.png and clips.webp: {plan.results}")
     return OK
 
 
