@@ -7,6 +7,7 @@ goes through imageio's PyAV plugin, which keeps the size asked for (its ffmpeg p
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -170,14 +171,17 @@ def write_webp(
     path = Path(path)
     if path.suffix.lower() != ".webp":
         raise ValueError(f"animation {path} must end in .webp")
+    if not len(frames):
+        raise ValueError(f"animation {path} needs at least one frame")
     first, *rest = (Image.fromarray(_checked(frame)) for frame in frames)
+    ends_ms = [round(1000 * i / fps) for i in range(len(frames) + 1)]  # whole ms, without drift
     with files.atomic(path, overwrite=overwrite) as partial:
         first.save(
             partial,
             format="WEBP",
             save_all=True,
             append_images=rest,
-            duration=round(1000 / fps),
+            duration=[end - start for start, end in itertools.pairwise(ends_ms)],
             loop=0,
             quality=quality,
             method=6,

@@ -62,11 +62,12 @@ def tensor_names(folder: Path, stem: str) -> list[str]:
         return []
     with single.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(size))
-        except ValueError:
-            return []
-    return [name for name in header if name != "__metadata__"]
+        text = file.read(size) if 8 + size <= single.stat().st_size else b""
+    try:
+        header = json.loads(text)
+    except ValueError:
+        return []
+    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
 
 
 def refuse_variants(

@@ -6,7 +6,8 @@ rows = faithfulness(truths, parses, legal=world.ATTRIBUTES)   # one row per attr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Truth = Mapping[str, str]
@@ -16,7 +17,7 @@ ALL = "all"  # every attribute of a clip right at once
 
 @dataclass(frozen=True)
 class Row:
-    """One attribute: right in `right` of `n` clips, by guessing in a share of `chance`."""
+    """One attribute: right in `right` of `n` clips, by one constant guess in a share of `chance`."""
 
     attribute: str
     right: int
@@ -39,7 +40,7 @@ def faithfulness(
 ) -> list[Row]:
     """Compare parses with truths, clip by clip; a row for each attribute of `legal`, then `all`.
 
-    legal: the values that each attribute may take; guessing one of them evenly is `chance`.
+    legal: the values that each attribute may take; always naming the commonest one is `chance`.
     A value that the parser could not read counts as wrong. Raises `ValueError` without clips.
     """
     if not truths or len(truths) != len(parses):
@@ -49,11 +50,22 @@ def faithfulness(
         for truth, parse in zip(truths, parses, strict=True)
     ]
     rows = [
-        Row(name, sum(mark[name] for mark in marks), len(marks), 1 / len(values))
-        for name, values in legal.items()
+        Row(
+            name,
+            sum(mark[name] for mark in marks),
+            len(marks),
+            _commonest(truth[name] for truth in truths),
+        )
+        for name in legal
     ]
-    whole = math.prod(row.chance for row in rows)
+    whole = _commonest(tuple(truth[name] for name in legal) for truth in truths)
     return [*rows, Row(ALL, sum(all(mark.values()) for mark in marks), len(marks), whole)]
+
+
+def _commonest(values: Iterable[Hashable]) -> float:
+    """Return the share of the value that occurs most often."""
+    counts = Counter(values)
+    return max(counts.values()) / counts.total()
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

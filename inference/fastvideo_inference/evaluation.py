@@ -4,8 +4,9 @@ plan = Evaluation.plan("wan-nano", prompts=256, output="eval")   # torch-free, r
 for done, total in plan.run(): ...                               # goes on where a kill left it
 table = plan.report()
 
-The folder keeps every clip and one line of results for each, under the hash of all that decides
-them; the same command after a kill makes only what is missing.
+The folder keeps every clip and one line of results for each, under the hash of weights, request,
+world, classifier, versions and device; the same command after a kill makes only what is missing.
+Code that was edited without a new version is not in the hash: use another folder then.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from fastvideo.model import Model
 
 SPLIT = "heldout"
-SEED, REFERENCE_SEED = 0, 2  # of the world's clips; training's validation looks at seed 1
+SEED = 0  # of the world's clips; training's validation looks at seed 1
 TAKE_STRIDE = 1_000_000  # take r of prompt i starts from noise of seed + i + r * TAKE_STRIDE
 
 
@@ -126,6 +127,7 @@ class Evaluation:
         made._open_world()
         return made
 
+    @cached_property
     def recipe(self) -> dict[str, Any]:
         """Return what decides one clip's result, of a size that does not grow with the prompts.
 
@@ -142,10 +144,10 @@ class Evaluation:
             **self._place,
         }
 
-    @property
+    @cached_property
     def results(self) -> Path:
         """Folder of the clips and results of this recipe."""
-        text = json.dumps(self.recipe(), sort_keys=True)
+        text = json.dumps(self.recipe, sort_keys=True)
         return self.output / hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     def run(self) -> Iterator[tuple[int, int]]:
@@ -153,7 +155,7 @@ class Evaluation:
         results = self.results
         results.mkdir(parents=True, exist_ok=True)
         files.write_text(
-            results / "recipe.json", json.dumps(self.recipe(), indent=2) + "\n", overwrite=True
+            results / "recipe.json", json.dumps(self.recipe, indent=2) + "\n", overwrite=True
         )
         parts = self._parts()
         total = sum(part.count for part in parts)
@@ -171,20 +173,26 @@ class Evaluation:
             yield done, total
 
     def report(self) -> Table:
-        """Read the results back and write `table.json`, `sheet.png` and `clips.webp`."""
+        """Read the results back and write `table.json`, `sheet.png` and `clips.webp`.
+
+        Raises `ValueError` if the model's weights were replaced in the meantime.
+        """
+        if fingerprint(self.folder) != self.recipe["weights"]:
+            raise ValueError(f"{self.folder} was replaced while it was evaluated; evaluate again")
         parts = self._parts()
         made, kept, *again = (part.records.first(part.count) for part in parts)
         legal, name = attributes(self.world), classifier(self.world)
         table = Table(
             model=self.model,
-            recipe=self.recipe(),
-            lines=scores.lines(made, kept, legal),
+            recipe=self.recipe,
+            combinations=len({tuple(sorted(m["truth"].items())) for m in made}),
+            lines=scores.lines(made, kept=kept, legal=legal),
             num_reconstructions=len(kept),
             psnr=fmean(k["psnr"] for k in kept),
             ssim=fmean(k["ssim"] for k in kept),
             flicker=scores.mean(made, "flicker"),
             flicker_truth=scores.mean(made, "flicker_truth"),
-            features=scores.features(made, kept, again, classifier=name, legal=legal)
+            features=scores.features(made, kept=kept, again=again, classifier=name, legal=legal)
             if name
             else None,
         )
@@ -293,10 +301,9 @@ class Evaluation:
                 "flicker_truth": _number(unrest(true)),
             }
             if tools.judge:
-                other = tools.world.clip(REFERENCE_SEED, index, SPLIT).frames_THWC
                 record["features"], _ = tools.judge(one.frames)
                 record["truth_features"], record["labels"] = tools.judge(true)
-                record["reference_features"], _ = tools.judge(other)
+                record["reference_features"] = self._drawn_anew(tools, one.truth, index, 0)
             records.append(record)
         return records
 
@@ -305,11 +312,19 @@ class Evaluation:
         assert tools.judge is not None, "takes are made for their features"
         records = []
         for index, one in zip(indices, self._render(tools, indices, take), strict=True):
-            draw = rng.numpy_generator(SEED, f"evaluation/{SPLIT}/take {take}", index)
             features, _ = tools.judge(one.frames)
-            true, _ = tools.judge(tools.world.render(one.truth, draw))
+            true = self._drawn_anew(tools, one.truth, index, take)
             records.append({"index": index, "features": features, "truth_features": true})
         return records
+
+    def _drawn_anew(
+        self, tools: _Tools, truth: dict[str, str], index: int, take: int
+    ) -> list[float]:
+        """Return the features of another true clip of the same prompt."""
+        assert tools.judge is not None, "features need a classifier"
+        draw = rng.numpy_generator(SEED, f"evaluation/{SPLIT}/take {take}", index)
+        features, _ = tools.judge(tools.world.render(truth, draw))
+        return features
 
     def _reconstruct(self, tools: _Tools, indices: Sequence[int]) -> list[Record]:
         from fastvideo import measure

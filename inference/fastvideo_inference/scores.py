@@ -33,9 +33,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Distance:
-    """Fréchet distance of n clips from true ones; `floor` is that of n other true clips.
+    """Fréchet distance of n clips from n true ones of the same prompts, drawn anew.
 
-    In the features of the world's own classifier, of which no other number is made.
+    `floor` is that of the n true clips themselves. In the features of the world's own classifier.
     """
 
     n: int
@@ -81,6 +81,8 @@ class Table:
 
     model: str
     recipe: Mapping[str, Any]
+    combinations: int
+    """Different truths among the prompts; clips of one are not independent, as intervals assume."""
     lines: tuple[Line, ...]
     num_reconstructions: int
     psnr: float
@@ -132,7 +134,7 @@ class Records:
         return [self._lines[i] for i in range(count)]
 
 
-def lines(made: Sequence[Record], kept: Sequence[Record], legal: Legal) -> tuple[Line, ...]:
+def lines(made: Sequence[Record], *, kept: Sequence[Record], legal: Legal) -> tuple[Line, ...]:
     """Compare what the parser read in made, reconstructed and true clips with the truth."""
     found = (rows(made, "parse", legal), rows(kept, "parse", legal), rows(made, "seen", legal))
     return tuple(
@@ -152,9 +154,9 @@ def lines(made: Sequence[Record], kept: Sequence[Record], legal: Legal) -> tuple
 
 def features(
     made: Sequence[Record],
+    *,
     kept: Sequence[Record],
     again: Sequence[Sequence[Record]],
-    *,
     classifier: str,
     legal: Legal,
 ) -> Features:
@@ -165,8 +167,8 @@ def features(
             truth=rates(rows(made, "labels", legal)),
             vae=rates(rows(kept, "labels", legal)),
         ),
-        made=_distance(made, made, "features"),
-        vae=_distance(kept, made, "features"),
+        made=_distance(made, made),
+        vae=_distance(kept, made),
         spread=_spread(made, again) if again else None,
     )
 
@@ -182,13 +184,14 @@ def rows(records: Sequence[Record], key: str, legal: Legal) -> list[Row]:
     return faithfulness([r["truth"] for r in records], [r[key] for r in records], legal=legal)
 
 
-def _distance(records: Sequence[Record], made: Sequence[Record], key: str) -> Distance | None:
+def _distance(records: Sequence[Record], made: Sequence[Record]) -> Distance | None:
     count = len(records)
     if count <= len(made[0]["reference_features"]):
         return None
-    reference = [m["reference_features"] for m in made]
+    # The same prompts on both sides: else the luck of which were drawn outweighs all else.
+    reference = [m["reference_features"] for m in made[:count]]
     truth = [m["truth_features"] for m in made[:count]]
-    value = frechet([r[key] for r in records], reference)
+    value = frechet([r["features"] for r in records], reference)
     return Distance(count, value, frechet(truth, reference))
 
 

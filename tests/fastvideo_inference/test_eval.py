@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastvideo_inference.evaluation import REFERENCE_SEED, TAKE_STRIDE, Evaluation
+from fastvideo_inference.evaluation import TAKE_STRIDE, Evaluation
 from fastvideo_inference.recipe import fingerprint, versions
 from fastvideo_inference.scores import Records, Table
 
-from fastvideo import hub, media, render
+from fastvideo import hub, media, render, rng
 from fastvideo.cli import main
 from fastvideo.measure import Judge
 from fastvideo.metrics.diversity import diversity
@@ -60,7 +60,10 @@ def test_the_table_has_every_attribute_beside_its_ceilings_and_chance(done):
         assert line.n == 5 and (line.low, line.high) == wilson(right, 5)
         assert 0 <= line.vae <= 1 and line.low <= line.rate <= line.high
     shape = table.lines[0]
-    assert shape.chance == 1 / len(ATTRIBUTES["shape"])
+    truths = [World().clip(0, i, "heldout").truth for i in range(5)]
+    shapes_of = [truth["shape"] for truth in truths]
+    assert shape.chance == max(shapes_of.count(one) for one in shapes_of) / 5
+    assert table.combinations == len({tuple(truth.items()) for truth in truths})
     assert 3 < table.psnr < 30 and -1 < table.ssim < 1 and table.num_reconstructions == 3
 
 
@@ -184,13 +187,15 @@ def test_diversity_is_of_the_clips_of_one_prompt_beside_the_worlds_own(done, tin
     assert takes[1][1]["truth_features"] != takes[0][1]["truth_features"]
 
 
-def test_the_reference_is_made_of_other_true_clips(done):
+def test_the_reference_is_made_of_other_true_clips_of_the_same_prompts(done):
     evaluation, table = done
     how, judge = evaluation.how, Judge(hub.ZOO / CLASSIFIER)
     world = World(height=how.height, width=how.width, num_frames=how.num_frames, fps=how.fps)
     made = Records(evaluation.results / "made.jsonl").first(5)
-    other = world.clip(REFERENCE_SEED, 4, "heldout")
-    assert made[4]["reference_features"] == judge(other.frames_THWC)[0]
+    clip = world.clip(0, 4, "heldout")
+    anew = world.render(clip.truth, rng.numpy_generator(0, "evaluation/heldout/take 0", 4))
+    assert not np.array_equal(anew, clip.frames_THWC)
+    assert made[4]["reference_features"] == judge(anew)[0]
     assert made[4]["labels"] == judge(world.clip(0, 4, "heldout").frames_THWC)[1]
     assert table.features.made is None, "5 clips are too few for a covariance"
     assert set(table.features.classifier.truth) == {*ATTRIBUTES, "all"}
@@ -212,7 +217,7 @@ def test_a_world_without_a_classifier_has_no_feature_numbers(
     monkeypatch.setattr(shapes, "CLASSIFIER", None)
     evaluation = plan(tiny_folder, tmp_path, prompts=2, reconstructions=1, diverse=None)
     table = finish(evaluation)
-    assert table.features is None and evaluation.recipe()["classifier"] is None
+    assert table.features is None and evaluation.recipe["classifier"] is None
     assert json.loads(table.to_json())["features"] is None
     words = ["eval", str(tiny_folder), "--prompts", "2", "--reconstructions", "1", "--steps", "1"]
     assert main([*words, "-o", str(tmp_path)]) == 0
@@ -225,9 +230,18 @@ def test_another_classifier_is_another_recipe(done, monkeypatch, tmp_path):
     monkeypatch.setattr(shapes, "CLASSIFIER", str(folder))
     assert evaluation.results == plan(evaluation.folder, evaluation.output).results
     path = folder / "model.safetensors"
-    before = evaluation.results
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    assert evaluation.results != before
+    assert evaluation.results != plan(evaluation.folder, evaluation.output).results
+
+
+def test_a_model_replaced_while_it_is_evaluated_gives_no_table(done, tiny_copy, tmp_path):
+    evaluation = plan(tiny_copy, tmp_path, prompts=1, reconstructions=1, repeats=0, diverse=1)
+    for _ in evaluation.run():
+        pass
+    path = tiny_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="was replaced while it was evaluated"):
+        evaluation.report()
 
 
 def test_another_attention_makes_other_clips(done, tiny_folder, tmp_path):
@@ -259,12 +273,12 @@ def test_an_automatic_dtype_is_kept_apart_from_another_and_with_itself(
     auto, float32, bfloat16 = (
         plan(tiny_folder, tmp_path, dtype=d) for d in ("auto", "float32", "bfloat16")
     )
-    assert auto.recipe()["dtype"] in ("float32", "bfloat16")
+    assert auto.recipe["dtype"] in ("float32", "bfloat16")
     assert auto.results in (float32.results, bfloat16.results)
     assert float32.results != bfloat16.results
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert plan(tiny_folder, tmp_path).results == float32.results
-    assert auto.recipe()["versions"] == versions()
+    assert auto.recipe["versions"] == versions()
 
 
 @pytest.mark.parametrize(

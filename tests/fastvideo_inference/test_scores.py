@@ -21,7 +21,7 @@ def records(count: int, *, shift: float = 0.0) -> list[dict[str, object]]:
 
 
 def found(made, kept, again=()):
-    return features(made, kept, again, classifier="c", legal=LEGAL)
+    return features(made, kept=kept, again=again, classifier="c", legal=LEGAL)
 
 
 def test_a_distance_stands_beside_that_of_as_many_true_clips():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,24 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkey
         store.save(2, _state(2.0), {"step": 2})
     assert store.latest() == before
     assert torch.equal(store.read_state(before)["w"], _state(1.0)["w"])
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_file_system_that_takes_no_more_leaves_the_previous_checkpoint_whole(tmp_path: Path):
+    """A real refusal of the system in the midst of the file, as a full disk gives it."""
+    store = Checkpoints(tmp_path)
+    before = store.save(1, _state(1.0), {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="step-00000001 is still whole"):
+            store.save(2, {"w": {"x": torch.zeros(100_000)}}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert store.latest() == before
+    assert store.read_state(before).keys() == _state(1.0).keys()
     assert not list(tmp_path.glob(".step-*"))
 
 

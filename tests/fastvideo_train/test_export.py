@@ -118,6 +118,8 @@ def test_an_old_folder_is_replaced_only_when_told(vae_run, vae_folder):
     assert (vae_folder / "vae" / "config.json").read_text() == before
     precious = vae_folder.with_name("precious")
     precious.mkdir()
+    (precious / "config.json").write_text("{}")
+    (precious / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not an exported model, so it is not replaced"):
         export(vae_run, precious, changes={"clips": CLIPS}, overwrite=True)
 

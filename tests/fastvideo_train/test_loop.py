@@ -182,6 +182,18 @@ def test_a_resumed_run_may_last_longer_but_not_be_another(tmp_path):
         Job.open(tiny("vae", "roles.vae.config.base_dim=16"), tmp_path)
 
 
+def test_a_checkpoint_older_than_a_key_of_the_recipe_goes_on(tmp_path):
+    recipe = tiny("flow_matching", "run.steps=2")
+    finish(recipe, tmp_path, until=1)
+    (info,) = tmp_path.glob("checkpoints/step-*/info.json")
+    values = json.loads(info.read_text())
+    for role in values["recipe"]["roles"].values():
+        del role["attention"]
+    del values["recipe"]["run"]["log_every"]
+    info.write_text(json.dumps(values))
+    assert Job.open(recipe, tmp_path).step == 1
+
+
 def test_a_resumed_run_obeys_what_its_recipe_changed(tmp_path):
     finish(tiny("vae", "run.steps=1", "ema.decay=0", "data.workers=0"), tmp_path)
     words = ("run.steps=2", "ema.decay=0.9", "optim.betas=[0.5, 0.6]", "data.workers=1")

@@ -70,7 +70,8 @@ def test_a_missing_vae_of_an_export_is_only_a_warning(tmp_path: Path, capsys):
     assert "vae of nano-dit is needed after the run: nowhere" in capsys.readouterr().err
 
 
-def test_a_terminated_run_saves_exits_130_and_keeps_others_out(tmp_path: Path, capsys):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_exits_130_and_keeps_others_out(tmp_path: Path, capsys, how):
     words = ["--smoke", "--run-dir", str(tmp_path / "r"), "--set", "run.steps=100000"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     running = subprocess.Popen(
@@ -88,7 +89,7 @@ def test_a_terminated_run_saves_exits_130_and_keeps_others_out(tmp_path: Path, c
                 break
         assert main(["train", VAE, *words]) == 2
         assert "another process trains" in capsys.readouterr().err
-        running.send_signal(signal.SIGTERM)
+        running.send_signal(how)
         rest = running.stdout.read()
         assert running.wait(60) == 130
     finally:

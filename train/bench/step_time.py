@@ -100,8 +100,8 @@ def prepare(variant: Variant, frames: int, batch: int, threads: int) -> Callable
     run = {"batch": batch, "threads": threads, "steps": 1_000_000}
     tree = merge(tree | {"data": data, "validate": {}}, {"run": run})
     plan = parse(recipe.Recipe, merge(tree, dict(variant.keys)), source=RECIPE)
-    with active(variant):
-        job = loop.Job.open(plan, Path(tempfile.mkdtemp()))
+    with active(variant), tempfile.TemporaryDirectory() as folder:
+        job = loop.Job.open(plan, Path(folder))
     student = job.roles["student"]
     net = variant.network(student.net)
     if net is not student.net:
@@ -158,7 +158,10 @@ class Peer(nn.Module):
 
 
 def one_product(net: Any) -> Any:
-    """Let each self-attention make queries, keys and values with one matrix product."""
+    """Let each self-attention make queries, keys and values with one matrix product.
+
+    The weights stay three parameters, as checkpoints and Muon have them, and are joined each step.
+    """
     for block in net.blocks:
         attn = block.attn1
         attn.queries, attn.keys_values = _joined(attn)
@@ -200,7 +203,7 @@ VARIANTS: dict[str, Variant] = {
     "sdpa": Variant(
         "PyTorch's attention", {"roles": {"student": {"attention": {"backend": "sdpa"}}}}
     ),
-    "one qkv": Variant("one product for queries, keys, values", network=one_product),
+    "one qkv": Variant("q, k, v in one product, weights joined each step", network=one_product),
     "unstacked": Variant("Muon matrix by matrix", patch=(optim, "Muon", Unstacked)),
     "adamw": Variant("AdamW alone", {"optim": {"muon": None}}),
     "long text": Variant("128 text tokens, not 32", {"method": {"args": {"max_text_tokens": 128}}}),

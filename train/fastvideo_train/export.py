@@ -39,7 +39,6 @@ from fastvideo_train.roles import Role
 from fastvideo_train.validate import Clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_MARKS = ("vae/config.json", "config.json")  # what an exported folder has, and may be replaced
 TOLERANCE = 1e-5  # of the largest value; the same arithmetic on the same weights
 
 Dtype = Literal["float32", "bfloat16"]
@@ -244,7 +243,7 @@ def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside `folder` that takes its name if nothing was wrong with it."""
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; choose another folder or remove it")
-    if folder.exists() and not any((folder / mark).is_file() for mark in _MARKS):
+    if folder.exists() and not _is_export(folder):
         raise ValueError(f"{folder} is not an exported model, so it is not replaced; remove it")
     aside = folder.with_name(f".{folder.name}.unproved")
     shutil.rmtree(aside, ignore_errors=True)
@@ -254,6 +253,11 @@ def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_export(folder: Path) -> bool:
+    """Tell whether a folder is one of ours, which may be replaced: a model, or a classifier."""
+    return (folder / "vae" / "config.json").is_file() or classifier.is_here(folder)
 
 
 def _rounded(live: Any, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Any:

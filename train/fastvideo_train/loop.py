@@ -140,7 +140,7 @@ class Job:
         if path is None:
             return
         info = self.checkpoints.read_info(path)
-        _check_same(info["recipe"], recipes.dump(self.recipe), source=str(path))
+        _check_same(_filled(info["recipe"], path), recipes.dump(self.recipe), source=str(path))
         self.strategy.load_state_dict(self.checkpoints.read_state(path), source=str(path))
         self.step, self.trained_s = info["step"], info["trained_s"]
         logger.info("resumed %s at step %d", path, self.step)
@@ -246,6 +246,11 @@ def _done(
     is_logged = job.step % run.log_every == 0 or job.step in (1, run.steps)
     shown = {**metrics, "samples_per_s": rate, "elapsed_s": job.trained_s} if is_logged else {}
     return StepDone(job.step, run.steps, loss, rate, per_step * (run.steps - job.step), shown)
+
+
+def _filled(old: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a checkpoint's recipe with the keys that it is older than, at their defaults."""
+    return recipes.dump(parse(recipes.Recipe, old, source=str(path)))
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, source: str) -> None:

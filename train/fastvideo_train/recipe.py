@@ -90,6 +90,12 @@ class RoleSpec(Strict):
     optim: dict[str, Any] = Field(default_factory=dict)
     attention: AttentionSpec = AttentionSpec()
 
+    @model_validator(mode="after")
+    def _only_denoisers_attend(self) -> RoleSpec:
+        if self.kind != "dit" and self.attention != AttentionSpec():
+            raise ValueError(f"attention belongs to roles of kind 'dit', not {self.kind!r}")
+        return self
+
 
 class MethodSpec(Strict):
     """A method (a file under `methods/`) and its own config, checked by that file."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastvideo import registry, rng
 from fastvideo.attention import Attend, Layout, plan, select
+from fastvideo.log import logger
 from fastvideo.registry import did_you_mean
 from fastvideo.shapes import LatentShape
 from fastvideo.weights import Checkpoint, load_into
@@ -60,7 +61,8 @@ class Role:
 
         Chosen once for each size and pattern; a sparsity that rises is that of the step.
         """
-        pattern, config = self.attention.at(step), self.net.config
+        pattern = self.attention.at(step)
+        config = self.family.Config.parse(self.config)
         if (pattern, latents) not in self._attends:
             device = next(self.net.parameters()).device
             layout = plan(pattern, latents.tokens(config.patch_size), device)
@@ -177,14 +179,15 @@ def _check_gates(role: Role) -> None:
 def _completed(weights: dict[str, Tensor], role: Role) -> dict[str, Tensor]:
     """Add zeros for what a learning network has by birth and its first weights may lack."""
     born = role.family.BORN_ZERO if role.kind == "dit" and role.trainable else ()
-    return {
-        **{
-            name: torch.zeros(tensor.shape)
-            for name, tensor in role.net.state_dict().items()
-            if any(part in name for part in born)
-        },
-        **weights,
+    zeros = {
+        name: torch.zeros(tensor.shape)
+        for name, tensor in role.net.state_dict().items()
+        if any(part in name for part in born)
     }
+    if not zeros or any(name in weights for name in zeros):  # some but not all is a damaged file
+        return weights
+    logger.info("%s starts with %d tensors at zero: %s", role.name, len(zeros), ", ".join(born))
+    return {**zeros, **weights}
 
 
 def _check_exists(spec: RoleSpec, name: str) -> None:

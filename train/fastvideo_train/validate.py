@@ -36,8 +36,9 @@ _CALLS = {"forward", "encode_moments", "decode"}  # what `roles.compile_calls` m
 class Clips(Strict):
     """The clips that a validation looks at: `count` of them, never trained on.
 
-    Seed 1, because `fastvideo eval` measures with seed 0: what chose between recipes, checkpoints
-    and settings must not be what judges the result.
+    Seed 1, because `fastvideo eval` measures with seed 0: clips that chose between recipes,
+    checkpoints and settings must not be those that judge the result. Captions and backgrounds
+    differ; the held-out combinations of attributes are few, and the same.
     """
 
     world: str = "shapes"

@@ -46,6 +46,12 @@ def read(folder: str | Path) -> Any:
     return net.eval().requires_grad_(False)
 
 
+def is_here(folder: Path) -> bool:
+    """Tell whether a folder holds a classifier, perhaps with its card, and nothing else."""
+    found = {path.name for path in folder.iterdir()}
+    return {CONFIG, WEIGHTS} <= found <= {CONFIG, WEIGHTS, "README.md"}
+
+
 def family(folder: str | Path) -> ModuleType:
     """Return the family's module of a classifier's folder; `ValueError` if it names none."""
     return registry.module(__name__, str(_config(folder).get("family")))

@@ -72,7 +72,7 @@ class Judged:
 
 
 class ClipClassifier(nn.Module):
-    """See the module; about 0.3 M parameters at the default dims."""
+    """See the module; about 0.4 M parameters at the default dims."""
 
     def __init__(self, config: ClipsConfig) -> None:
         super().__init__()

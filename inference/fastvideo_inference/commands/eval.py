@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,6 +81,9 @@ def evaluate(
     return OK
 
 
+_SAY_EVERY_S = 60.0  # without a terminal
+
+
 def _run(plan: Evaluation) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -88,23 +92,29 @@ def _run(plan: Evaluation) -> None:
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("eval")
+        due = time.monotonic()
         for done, total in plan.run():
             progress.update(task, completed=done, total=total)
+            if not console.is_terminal and (time.monotonic() >= due or done == total):
+                console.print(f"eval: {done} of {total} clips", highlight=False)
+                due = time.monotonic() + _SAY_EVERY_S
 
 
 def _text(table: Table) -> str:
     n = table.lines[0].n
-    head = f"{'':<10}{f'made (n={n})':>14}{'95 % interval':>18}{'VAE':>8}{'truth':>8}{'chance':>8}"
+    vae_n = f"VAE ({table.num_reconstructions})"
+    head = f"{'':<10}{f'made (n={n})':>14}{'95 % interval':>18}{vae_n:>10}{'truth':>8}{'chance':>8}"
     rows = [
         f"{line.attribute:<10}{line.rate:>14.3f}{f'{line.low:.3f} - {line.high:.3f}':>18}"
-        f"{line.vae:>8.3f}{line.truth:>8.3f}{line.chance:>8.3f}"
+        f"{line.vae:>10.3f}{line.truth:>8.3f}{line.chance:>8.3f}"
         for line in table.lines
     ]
     vae = f"VAE on {table.num_reconstructions} held-out clips: {table.psnr:.2f} dB"
     unrest = [f"{x:.2f}" for x in (table.flicker, table.flicker_truth) if x is not None]
     flicker = [f"flicker: made {unrest[0]}, truth {unrest[1]}"] if unrest else []
     ends = [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_features(table.features)]
-    return "\n".join([table.model, head, *rows, *ends])
+    title = f"{table.model}: {n} prompts of {table.combinations} held-out combinations"
+    return "\n".join([title, head, *rows, *ends])
 
 
 def _features(found: Features | None) -> list[str]:

@@ -199,6 +199,16 @@ def test_gates_are_never_dropped_in_silence(tiny_copy: Path, tmp_path: Path):
         load(tiny_copy)
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"\xff" * 64])
+def test_a_file_that_holds_no_weights_does_not_hinder_reading_the_spec(tiny_copy: Path, content):
+    (tiny_copy / spec.FILE_NAME).unlink()
+    (tiny_copy / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    derived, _ = hub.open_spec(tiny_copy)
+    assert derived.attention == spec.Attention()
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors"):
+        load(tiny_copy)
+
+
 def test_saving_never_overwrites_unless_told(tiny_folder: Path, tiny_copy: Path):
     model = load(tiny_folder, dtype="float32")
     (tiny_copy / "note.txt").write_text("mine")

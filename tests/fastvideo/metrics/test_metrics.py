@@ -127,9 +127,9 @@ def test_faithfulness_counts_each_attribute_and_all_of_them_together():
     parses = [{"a": "x", "b": "p"}, {"a": "y", "b": "unknown"}, {"a": "y"}]
     rows = faithfulness(truths, parses, legal=legal)
     assert [(r.attribute, r.right, r.n, r.chance) for r in rows] == [
-        ("a", 2, 3, 0.5),
-        ("b", 1, 3, 0.25),
-        ("all", 1, 3, 0.125),
+        ("a", 2, 3, 2 / 3),
+        ("b", 1, 3, 1 / 3),
+        ("all", 1, 3, 1 / 3),
     ]
     assert rates(rows)["a"] == pytest.approx(2 / 3) and rows[0].interval == wilson(2, 3)
     with pytest.raises(ValueError, match="2 parses for 3 truths"):

@@ -164,7 +164,7 @@ class LatentBatches:
 
     With `spread`, each batch holds that many latent frames of its clips at an equal distance: of
     every distance that fits, then of every place, one is as likely as another. A network that is
-    told the frames' numbers sees whole motions at a fraction of the tokens.
+    told the frames' distances sees whole motions at a fraction of the tokens.
     """
 
     def __init__(
