@@ -17,7 +17,7 @@ ALL = "all"  # every attribute of a clip right at once
 
 @dataclass(frozen=True)
 class Row:
-    """One attribute: right in `right` of `n` clips, by one constant guess in a share of `chance`."""
+    """One attribute: right in `right` of `n` clips, by a constant guess in a share of `chance`."""
 
     attribute: str
     right: int
