@@ -7,6 +7,7 @@ query over the tokens of the tiles that its tile sees.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -31,10 +32,12 @@ def attend(
     v_BLHD: Tensor,
     layout: Layout,
     gate_BLHD: Tensor | None = None,
+    means: Callable[[Tensor, Tiles], Tensor] | None = None,
 ) -> Tensor:
     """Attend under the layout's sparse pattern (VSA 2505.13389, section 2.3).
 
-    For VSA, `gate_BLHD` weighs the coarse branch; without one its weight is 1.
+    For VSA, `gate_BLHD` weighs the coarse branch; without one its weight is 1. `means` is a
+    backend's own way to do what `mean` does.
     """
     tiles = layout.tiles
     assert tiles is not None, f"{layout.pattern} has no tiles"
@@ -42,7 +45,7 @@ def attend(
         assert gate_BLHD is None, f"{layout.pattern} has no coarse branch to weigh"
         return fine(q_BLHD, k_BLHD, v_BLHD, tiles, layout.lists)
     assert isinstance(layout.pattern, Vsa), f"nothing says what {layout.pattern} sees"
-    scores_BHNN, coarse_BNHD = coarse(q_BLHD, k_BLHD, v_BLHD, tiles)
+    scores_BHNN, coarse_BNHD = coarse(q_BLHD, k_BLHD, v_BLHD, tiles, means or mean)
     lists = Lists(select(scores_BHNN, layout.pattern.num_selected(tiles.num)))
     out_BLHD = fine(q_BLHD, k_BLHD, v_BLHD, tiles, lists)
     spread_BLHD = coarse_BNHD.to(out_BLHD.dtype).index_select(1, tiles.tile_L)
@@ -51,13 +54,19 @@ def attend(
     return torch.addcmul(out_BLHD, spread_BLHD, gate_BLHD)
 
 
-def coarse(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def coarse(
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    tiles: Tiles,
+    means: Callable[[Tensor, Tiles], Tensor],
+) -> tuple[Tensor, Tensor]:
     """Return the scores of tiles for tiles (B, H, N, N) and dense attention of their means.
 
     Means are summed in float32 and rounded to the inputs' dtype; a small tile counts as much as a
     whole one.
     """
-    q_BHND, k_BHND, v_BHND = (mean(x, tiles).transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    q_BHND, k_BHND, v_BHND = (means(x, tiles).transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
     scores_BHNN = q_BHND @ k_BHND.transpose(-1, -2) * (1 / math.sqrt(q_BLHD.shape[-1]))
     out_BHND = scores_BHNN.softmax(-1) @ v_BHND
     return scores_BHNN, out_BHND.transpose(1, 2)

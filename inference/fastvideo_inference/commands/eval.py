@@ -74,10 +74,8 @@ def evaluate(
             seed=seed,
         )
     _run(plan)
-    table = plan.report()
-    print(table.to_json() if as_json else _text(table))
-    if not as_json:
-        print(f"clips, table.json, sheet.png and clips.webp: {plan.results}")
+    table, where = plan.report(), f"clips, table.json, sheet.png and clips.webp: {plan.results}"
+    print(table.to_json() if as_json else f"{_text(table)}\n{where}")
     return OK
 
 
