@@ -154,12 +154,15 @@ def select(
     needs_grad: bool,
     head_dim: int,
 ) -> Attention:
-    """Choose for a network's self-attention under `layout` and its cross-attention to the text."""
+    """Choose for a network's self-attention under `layout` and its cross-attention to the text.
+
+    Cross-attention is dense: where the pattern is not, `name` means self-attention alone.
+    """
     pick = functools.partial(
-        choose, name, dtype=dtype, device=device, needs_grad=needs_grad, head_dim=head_dim
+        choose, dtype=dtype, device=device, needs_grad=needs_grad, head_dim=head_dim
     )
-    inner, cross = pick(layout=layout), pick(layout=None, num_keys=num_text_tokens)
-    return Attention(inner, cross)
+    cross = name if layout.pattern == Dense() else "auto"
+    return Attention(pick(name, layout=layout), pick(cross, layout=None, num_keys=num_text_tokens))
 
 
 def table(

@@ -114,3 +114,14 @@ def test_weights_are_drawn_never_zero_and_float32_where_the_family_keeps_it(case
     kinds = {n: p.dtype for n, p in net.named_parameters()}
     assert kinds["scale_shift_table"] == torch.float32
     assert kinds["blocks.0.to_gate_compress.weight"] == torch.bfloat16
+
+
+def test_a_compiler_that_changes_the_result_is_found_out(cases: ModuleType):
+    def doubling(graph: Any, _: Any) -> Any:
+        return lambda *inputs: [2 * x for x in graph(*inputs)]
+
+    net, x = cases.umt5.GatedMlp(cases.umt5.Config(d_model=4, d_ff=8)), torch.randn(2, 4)
+    args = SimpleNamespace(device="cpu", compiler=doubling, profile="")
+    with torch.no_grad():
+        record = cases.checked(lambda: net(x), [net], SimpleNamespace(mode="compile"), args)
+    assert record["error"] == pytest.approx(1)

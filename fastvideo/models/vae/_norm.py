@@ -27,6 +27,9 @@ class RmsNorm(nn.Module):
 
     def with_silu(self, x_BCTHW: Tensor, *, room: int) -> Tensor:
         """Return SiLU of the normed x, behind `room` frames of zeros."""
+        if torch.compiler.is_compiling():
+            # Writing into part of a fresh tensor breaks the graph, and its strides come out wrong.
+            return F.pad(F.silu(self(x_BCTHW)), (0, 0, 0, 0, room, 0))
         out: Tensor = _NormSilu.apply(  # type: ignore[no-untyped-call]
             x_BCTHW, self.gamma.view(-1, 1, 1, 1), room
         )

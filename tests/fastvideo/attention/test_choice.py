@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvideo import registry
-from fastvideo.attention import Dense, choose, parse, plan, select, table
+from fastvideo.attention import Dense, Vsa, choose, parse, plan, select, table
 from fastvideo.attention.choice import PACKAGE
 from fastvideo.shapes import TokenGrid
 
@@ -90,3 +90,18 @@ def test_a_pattern_is_parsed_by_name_and_refuses_what_it_does_not_know():
         parse("dens", {})
     with pytest.raises(ValueError, match="no argument 'tile'"):
         parse("dense", {"tile": 4})
+
+
+def test_a_backend_that_is_named_for_a_sparse_pattern_leaves_cross_attention_to_another():
+    layout = plan(Vsa(sparsity=0.5), TokenGrid(4, 8, 8))
+    attend = select(
+        "gather",
+        layout=layout,
+        num_text_tokens=32,
+        dtype=torch.bfloat16,
+        device="cpu",
+        needs_grad=False,
+        head_dim=96,
+    )
+    assert name_of(attend.self_backend) == "gather"
+    assert name_of(attend.cross_backend) == "bmm"

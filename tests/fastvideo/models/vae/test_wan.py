@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from fastvideo.models.vae._norm import RmsNorm
 from fastvideo.models.vae.wan import Config, Vae, WanVae, WanVaeConfig, init_for_training
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
@@ -306,3 +307,16 @@ def test_a_network_can_be_built_without_memory() -> None:
     with torch.device("meta"):
         vae = WanVae(WanVaeConfig())
     assert sum(p.numel() for p in vae.parameters()) == 126_892_531  # the published Wan2.1 VAE
+
+
+def test_a_compiled_norm_equals_the_eager_one_at_every_size():
+    norm = RmsNorm(6)
+    torch.nn.init.normal_(norm.gamma)
+
+    def f(x: Tensor) -> Tensor:
+        return norm.with_silu(x, room=2)
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for frames in (1, 4, 3):
+        x = torch.randn(1, 6, frames, 4, 5).to(memory_format=torch.channels_last_3d)
+        torch.testing.assert_close(compiled(x), f(x))
