@@ -26,8 +26,7 @@ VIDEO_SUFFIXES = (".mp4",)
 # Without use_metadata_tags the muxer drops every key that it does not know, without a word.
 MOVFLAGS = {"movflags": "use_metadata_tags+faststart"}
 # 17 is visually lossless for x264; the default 23 smears flat colours at small sizes.
-# With several threads, about one file in sixty differed from the others of the same frames.
-X264 = {"crf": "17", "preset": "medium", "threads": "1"}
+X264 = {"crf": "17", "preset": "medium"}
 
 
 @dataclass(frozen=True)
