@@ -69,10 +69,18 @@ def test_without_an_output_a_new_name_is_found_each_time(generate):
     assert names[1] == names[0].replace("-4.mp4", "-4-2.mp4")
 
 
-def test_from_repeats_a_clip_to_identical_frames(generate):
+def test_from_repeats_a_clip_to_identical_frames(generate, monkeypatch):
+    made, write = [], media.write_video
+
+    def spy(path, frames, **how):
+        made.append(np.concatenate([np.atleast_1d(part) for part in frames]))
+        return write(path, [made[-1]], **how)
+
+    monkeypatch.setattr(media, "write_video", spy)
     generate(PROMPT, "--steps", "3", "--guidance", "2.5", "--dtype", "float32", "-o", "a.mp4")
     code, _, _ = generate("--from", "a.mp4", "-o", "b.mp4")
     assert code == 0
+    assert len(made) == 2 and np.array_equal(*made)
     # The frames are equal; the encoder now and then writes another file of equal frames.
     first, second = (np.frombuffer(frames_of(name), np.uint8) for name in ("a.mp4", "b.mp4"))
     assert np.abs(first.astype(int) - second).mean() < 0.5
