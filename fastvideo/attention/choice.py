@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvideo import registry
-from fastvideo.attention.layout import Layout
-from fastvideo.attention.pattern import Dense, Vsa
+from fastvideo.attention.layout import Layout, plan
+from fastvideo.attention.pattern import Dense, Pattern, Vsa
 from fastvideo.log import logger
+from fastvideo.shapes import TokenGrid
 
 PACKAGE = "fastvideo.attention.backends"
+EXAMPLE_GRID = TokenGrid(8, 16, 16)
 
 
 @dataclass(frozen=True)
@@ -166,15 +168,21 @@ def select(
 
 
 def table(
+    pattern: Pattern | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     needs_grad: bool = False,
+    grid: TokenGrid = EXAMPLE_GRID,
 ) -> list[tuple[str, str]]:
-    """List each backend with "usable" or why it cannot serve dense attention here, for `doctor`."""
-    need = Need(None, dtype, torch.device(device), needs_grad)
+    """List each backend with "chosen", "usable" or why it cannot serve a pattern, for `doctor`."""
+    layout = plan(pattern or Dense(), grid, "cpu")  # index tensors are not looked at
+    need = Need(layout, dtype, torch.device(device), needs_grad, grid.num_tokens)
     backends = {n: cast(Backend, registry.module(PACKAGE, n)) for n in registry.names(PACKAGE)}
-    return [(n, b.unsupported(need) or "usable") for n, b in backends.items()]
+    reasons = {n: b.unsupported(need) for n, b in backends.items()}
+    usable = [n for n in backends if reasons[n] is None]
+    best = max(usable, key=lambda n: backends[n].rank(need), default="")
+    return [(n, reasons[n] or ("chosen" if n == best else "usable")) for n in backends]
 
 
 def _words(need: Need) -> str:

@@ -332,8 +332,9 @@ def test_doctor_finds_this_machine_able_to_write_clips(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["problems"] == []
-    assert facts["attention"]["cpu"]["sdpa"] == "usable"
-    assert "NVIDIA" in facts["attention"]["cpu"]["flash"]
+    assert facts["attention"]["dense on cpu"]["reference"] == "usable"
+    assert "NVIDIA" in facts["attention"]["dense on cpu"]["flash"]
+    assert facts["attention"]["vsa on cpu"]["gather"] == "chosen"
     assert facts["video"] == "h264 yuv420p, tags read back"
     assert str(hub.cache_dir()) in facts["disk"]["hub cache"]
 

@@ -102,13 +102,18 @@ def devices() -> dict[str, str]:
 
 
 def attention() -> dict[str, dict[str, str]]:
-    """Return every backend with "usable" or its reason, for each kind of device."""
+    """Return what each backend says of an ordinary clip, for each kind of device and pattern."""
     import torch
 
-    from fastvideo.attention import table
+    from fastvideo.attention import Dense, Vsa, table
 
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {kind: dict(table(device=kind)) for kind in kinds}
+    patterns = {"dense": Dense(), "vsa": Vsa(sparsity=0.8)}
+    return {
+        f"{name} on {kind}": dict(table(pattern, device=kind))
+        for kind in kinds
+        for name, pattern in patterns.items()
+    }
 
 
 def video() -> str:

@@ -71,8 +71,15 @@ def test_self_and_cross_attention_are_chosen_apart():
 def test_the_table_lists_every_backend_with_a_word_on_it():
     rows = dict(table())
     assert rows.keys() == set(registry.names(PACKAGE))
-    assert rows["sdpa"] == rows["bmm"] == "usable"
+    assert {rows["sdpa"], rows["bmm"]} == {"usable", "chosen"}
+    assert rows["gather"] == "serves sparse patterns only"
     assert rows["flash"] == "needs an NVIDIA GPU, not cpu"
+
+
+def test_the_table_of_a_sparse_pattern_marks_the_one_that_auto_takes():
+    rows = dict(table(Vsa(sparsity=0.8)))
+    assert [name for name, word in rows.items() if word == "chosen"] == ["gather"]
+    assert rows["sdpa"] == "serves dense patterns only"
 
 
 def test_a_missing_flash_package_says_what_to_install(monkeypatch):
