@@ -95,6 +95,23 @@ def test_an_exported_model_goes_straight_into_load_and_renders(dit_run, model_fo
             torch.testing.assert_close(stored[name], tensor, rtol=2**-8, atol=1e-6)
 
 
+def test_a_sparse_run_is_exported_with_its_pattern_and_gates(vae_folder, tmp_path):
+    sparse = ["roles.student.config.gate_compress=true", "roles.student.attention.pattern=vsa"]
+    sizes = ["roles.student.attention.args.sparsity=0.5", "roles.student.attention.args.tile=[1,2,2]"]
+    finish(tiny("flow_matching", *sparse, *sizes), tmp_path / "run")
+    changes = {"name": "tiny", "vae": str(vae_folder), "defaults": DEFAULTS}
+    export(tmp_path / "run", tmp_path / "out", changes=changes)
+    spec, _ = hub.open_spec(tmp_path / "out")
+    assert spec.attention.pattern == "vsa"
+    assert spec.attention.args == {"sparsity": 0.5, "tile": [1, 2, 2]}
+    gates = [
+        weight
+        for name, weight in models.load(tmp_path / "out").dit.state_dict().items()
+        if "to_gate_compress" in name
+    ]
+    assert gates and any(weight.any() for weight in gates)
+
+
 def test_a_folder_that_reads_back_wrong_never_takes_its_name(vae_run, tmp_path, monkeypatch):
     from fastvideo_train import export as module
 

@@ -12,7 +12,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -305,8 +305,8 @@ def _dit_forward(live: Model, net: nn.Module) -> Tensor:
         live, num_frames=1 + c.temporal, height=2 * height, width=2 * width, seed=0
     )
     cond = render.encode_text(live, ["a prompt to compare"])
-    v: Tensor = net(noise, torch.full((1, 1), 500.0), cond)
-    return v
+    denoiser = render.with_attention(replace(live, dit=net), noise)
+    return denoiser(noise, torch.full((1, 1), 500.0), cond)
 
 
 def _judge_forward(net: Any) -> Tensor:
