@@ -7,14 +7,14 @@ object serves every request, and a run resumes from any step that it once yielde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from fastvideo import registry
+from fastvideo import flow, registry
 
 S = TypeVar("S")
 
@@ -23,7 +23,8 @@ S = TypeVar("S")
 class Grid:
     """Where a model is evaluated: noise levels, and the times that it is told they are.
 
-    `sigmas` is float64 (N+1,), strictly falling to 0; `timesteps` is float32 (N,), in 0..1000.
+    `sigmas` is float64 (N+1,), strictly falling to 0, or to the end of a part of the path;
+    `timesteps` is float32 (N,), in 0..1000.
     The two are kept apart because published samplers truncate or look up one and not the other.
     """
 
@@ -77,6 +78,16 @@ def make_grid(sigmas: Tensor, timesteps: Tensor) -> Grid:
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     assert bool((sigmas.diff() < 0).all()), "sigmas must fall strictly to 0"
     return Grid(sigmas.float().double(), timesteps.float())
+
+
+def part_grid(sigmas: Sequence[float]) -> Grid:
+    """Return a part of the path: given sigmas (N+1,) that need not end at 0, and 1000 of each.
+
+    The first is kept off 1, where log((1 - sigma) / sigma), which samplers step in, is infinite.
+    """
+    ends = torch.tensor([min(sigmas[0], 1 - 1e-6), *sigmas[1:]], dtype=torch.float64)
+    assert bool((ends.diff() < 0).all()), "sigmas must fall strictly"
+    return Grid(ends, flow.timestep(ends[:-1]).float())
 
 
 def check_num_steps(num_steps: int) -> None:

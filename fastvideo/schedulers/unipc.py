@@ -75,7 +75,7 @@ class Scheduler:
         if state.x is not None:
             x = _correct(state.x, state.cleans, clean, sigmas[: i + 1])
         cleans = (*state.cleans, clean)[-ORDER:]
-        is_last = i + 2 == len(sigmas)
+        is_last = sigmas[i + 1] == 0  # a part of a grid, such as a teacher's, may end before
         return (
             State(state.sigmas, x, cleans),
             _predict(x, cleans[-1:] if is_last else cleans, sigmas[: i + 2]),

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from fastvideo_train.bundle import load_vae
 from fastvideo_train.data.latents import encode_pixels, encode_world
-from fastvideo_train.export import TOLERANCE, TrainClips, export, load_run
+from fastvideo_train.export import TOLERANCE, TrainClips, check, export, load_run
 from fastvideo_train.loop import Job
 from fastvideo_train.recipe import LatentsSpec
 from fastvideo_train.validate import Clips, validator
@@ -97,7 +98,10 @@ def test_an_exported_model_goes_straight_into_load_and_renders(dit_run, model_fo
 
 def test_a_sparse_run_is_exported_with_its_pattern_and_gates(vae_folder, tmp_path):
     sparse = ["roles.student.config.gate_compress=true", "roles.student.attention.pattern=vsa"]
-    sizes = ["roles.student.attention.args.sparsity=0.5", "roles.student.attention.args.tile=[1,2,2]"]
+    sizes = [
+        "roles.student.attention.args.sparsity=0.5",
+        "roles.student.attention.args.tile=[1,2,2]",
+    ]
     finish(tiny("flow_matching", *sparse, *sizes), tmp_path / "run")
     changes = {"name": "tiny", "vae": str(vae_folder), "defaults": DEFAULTS}
     export(tmp_path / "run", tmp_path / "out", changes=changes)
@@ -241,3 +245,27 @@ def test_a_classifier_is_exported_to_a_folder_of_its_own_and_validated_by_name(t
     assert 0 <= numbers["right/shape"] <= 1 and "right/all" in numbers
     with pytest.raises(ValueError, match=r"dtyp .* is unknown"):
         export(tmp_path / "run", tmp_path / "other", changes={"dtyp": "float32"})
+
+
+@pytest.mark.parametrize("method", ["perflow", "dmd"])
+def test_a_distilled_run_is_exported_as_its_student_with_its_sampler(method, vae_folder, tmp_path):
+    job = finish(tiny(method), tmp_path / "run")
+    changes = {"name": "few", "vae": str(vae_folder)}
+    exported = export(tmp_path / "run", tmp_path / "out", changes=changes)
+    spec, _ = hub.open_spec(exported.folder)
+    assert spec.scheduler.name == "few_step" and spec.scheduler.args["renoise"] is False
+    assert (spec.defaults.num_inference_steps, spec.defaults.guidance_scale) == (3, 1.0)
+    stored = models.load(exported.folder, device="cpu", dtype="bfloat16").dit.state_dict()
+    average = job.strategy.gather("student")
+    assert all(torch.equal(stored[n].bfloat16(), w.bfloat16()) for n, w in average.items())
+    assert set(load_run(tmp_path / "run").roles) == {"student", "text"}, "no teacher, no critic"
+
+
+def test_a_sampler_that_the_student_was_not_distilled_for_is_refused_before_the_run(vae_folder):
+    words = [f"export.vae={vae_folder}", f"validate.vae={vae_folder}"]
+    other = "export.scheduler.args.sigmas=[1.0, 0.5, 0.2]"
+    with pytest.raises(ValueError, match=r"\[export\] of .* not what method perflow distils for"):
+        check(tiny("perflow", *words, other))
+    with pytest.raises(ValueError, match=r"\[validate\] of .* not what method dmd distils for"):
+        validator(tiny("dmd", *words, "validate.scheduler.args.renoise=true"), Path())
+    check(tiny("perflow", *words))

@@ -65,6 +65,15 @@ def test_a_recipe_states_only_what_differs_from_the_one_it_extends():
     assert longer.run.name != base.run.name
 
 
+def test_a_method_or_scheduler_of_another_name_takes_nothing_from_the_extended_recipe():
+    base, few = (recipes.load(CONFIGS / name) for name in ("dit.toml", "dit-perflow.toml"))
+    assert "text_dropout" in base.method.args and "text_dropout" not in few.method.args
+    assert "shift" in base.export["scheduler"]["args"]
+    assert "shift" not in few.export["scheduler"]["args"]
+    assert few.run.threads == base.run.threads, "the name of a run is only a label"
+    assert few.export["defaults"]["height"] == base.export["defaults"]["height"]
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path):
     (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
     (tmp_path / "b.toml").write_text(f'extends = "../{tmp_path.name}/a.toml"\n')

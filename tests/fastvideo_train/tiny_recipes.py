@@ -12,7 +12,15 @@ from fastvideo.config import assignments, merge, parse
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "train" / "nano"
-FILES = {"vae": "vae.toml", "flow_matching": "dit-image.toml", "classify": "classifier.toml"}
+FILES = {
+    "vae": "vae.toml",
+    "flow_matching": "dit-image.toml",
+    "classify": "classifier.toml",
+    "decoder": "decoder.toml",
+    "perflow": "dit-perflow.toml",
+    "dmd": "dit-dmd.toml",
+    "consistency": "dit-consistency.toml",
+}
 
 
 def tiny(method: str, *sets: str) -> Recipe:

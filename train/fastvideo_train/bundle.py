@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastvideo import hub, weights
+from fastvideo import hub, schedulers, weights
 from fastvideo import registry as components
 from fastvideo.formats import diffusers as layout
 from fastvideo.model import Model
@@ -17,16 +17,35 @@ from fastvideo.spec import Attention, Defaults, Network, Provenance, Scheduler, 
 from fastvideo_train.data._manifest import read_manifest
 from fastvideo_train.data.latents import encoder_hash
 from fastvideo_train.loop import make_method
+from fastvideo_train.origins import principal
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 
 
 def of_kind(roles: Mapping[str, Role], kind: str) -> Role:
-    """Return the first role of a kind; `ValueError` if there is none."""
-    found = [role for role in roles.values() if role.kind == kind]
-    if not found:
+    """Return the role of a kind, the student where there are several; `ValueError` if none."""
+    name = principal(name for name, role in roles.items() if role.kind == kind)
+    if name is None:
         raise ValueError(f"the run has no role of kind {kind!r} (it has: {', '.join(roles)})")
-    return found[0]
+    return roles[name]
+
+
+def check_scheduler(recipe: Recipe, scheduler: Scheduler, source: str) -> None:
+    """Refuse a scheduler other than the one that the run's student is distilled for."""
+    method: Any = make_method(recipe)
+    wanted: Scheduler | None = method.sampler
+    if wanted is None or _resolved(scheduler) == _resolved(wanted):
+        return
+    raise ValueError(
+        f"{source} scheduler {scheduler.name} {scheduler.args} is not what method"
+        f" {recipe.method.name} distils for; set it to {wanted.name} {wanted.args}"
+    )
+
+
+def _resolved(scheduler: Scheduler) -> Any:
+    """Return a scheduler with its defaults filled in and its lists comparable."""
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in scheduler.args.items()}
+    return scheduler.name, schedulers.create(scheduler.name, args)
 
 
 def read_vae(folder: str | Path) -> Network:
@@ -54,7 +73,7 @@ def check_latents(recipe: Recipe, vae: Any, folder: str) -> None:
             f" which {run} learns from; take the VAE that encoded them, or encode them again"
         )
     near = [
-        torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-5)
+        torch.allclose(torch.tensor(a).float(), torch.tensor(b).float(), rtol=1e-4, atol=1e-5)
         for a, b in (
             (manifest.latents_mean, vae.config.latents_mean),
             (manifest.latents_std, vae.config.latents_std),

@@ -8,32 +8,43 @@ ones (rounded to the stored dtype) in one forward.
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastvideo import model, render, weights
+from fastvideo import model
 from fastvideo import registry as components
 from fastvideo.config import Strict, merge, parse
 from fastvideo.formats import PARTS
 from fastvideo.formats import diffusers as layout
 from fastvideo.log import logger
-from fastvideo.model import Model
 from fastvideo.models import classifier
+from fastvideo.models import decoder as decoders
 from fastvideo.spec import Defaults, Provenance, Scheduler
+from fastvideo_train import _proof as proof
+from fastvideo_train import export_lora
 from fastvideo_train import roles as role_builder
-from fastvideo_train.bundle import bundle, check_latents, load_vae, of_kind, read_vae
+from fastvideo_train.bundle import (
+    bundle,
+    check_latents,
+    check_scheduler,
+    load_vae,
+    of_kind,
+    read_vae,
+)
 from fastvideo_train.checkpoints import Checkpoints
 from fastvideo_train.data.latents import statistics
+from fastvideo_train.export_lora import LoraExport
 from fastvideo_train.loop import make_method
+from fastvideo_train.methods import Wants
+from fastvideo_train.origins import principal
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 from fastvideo_train.validate import Clips
@@ -61,6 +72,12 @@ class VaeExport(Strict):
 
 class ClassifierExport(Strict):
     """`[export]` of a run that trains a classifier."""
+
+    dtype: Dtype = "bfloat16"
+
+
+class DecoderExport(Strict):
+    """`[export]` of a run that trains a small decoder."""
 
     dtype: Dtype = "bfloat16"
 
@@ -103,19 +120,29 @@ def export(
     *,
     changes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    merge_lora: bool = False,
 ) -> Exported:
     """Export a run by the `[export]` of its recipe, with `changes` on top.
 
+    A run that learned a LoRA gives its file, or with `merge_lora` what any other denoiser's gives.
     A run with a denoiser gives a whole model folder, one that trains a VAE gives its `vae/`, and a
-    classifier a folder of its own.
+    classifier or a small decoder a folder of its own.
     Raises `ValueError` if the run, the table or the folder will not do.
     """
     trained = load_run(run)
-    spec = _parse(trained.recipe, merge(trained.recipe.export, changes or {}))
+    values = merge(trained.recipe.export, changes or {})
+    if merge_lora and not export_lora.learns(trained.recipe):
+        raise ValueError(f"{run} learned no LoRA that could be merged")
+    spec = _parse(trained.recipe, values, merge_lora=merge_lora)
+    if isinstance(spec, LoraExport):
+        role, path = of_kind(trained.roles, "dit"), Path(folder)
+        return Exported(path, *export_lora.write(run, role, path, spec, overwrite=overwrite))
     if isinstance(spec, ModelExport):
         return export_model(trained, folder, spec, overwrite=overwrite)
     if isinstance(spec, ClassifierExport):
         return export_classifier(trained, folder, spec, overwrite=overwrite)
+    if isinstance(spec, DecoderExport):
+        return export_decoder(trained, folder, spec, overwrite=overwrite)
     return export_vae(trained, folder, spec, overwrite=overwrite)
 
 
@@ -124,23 +151,43 @@ def check(recipe: Recipe) -> None:
 
     Its VAE may be made while the run trains, so that a missing one is only logged.
     """
+    _check_teacher(recipe)
     if not recipe.export:
         return
     spec = _parse(recipe, recipe.export)
     if isinstance(spec, ModelExport):
+        check_scheduler(recipe, spec.scheduler, f"[export] of {recipe.run.name}:")
         try:
             read_vae(spec.vae)
         except ValueError as error:
             logger.warning("[export] vae of %s is needed after the run: %s", recipe.run.name, error)
 
 
-def _parse(recipe: Recipe, values: Mapping[str, Any]) -> ModelExport | VaeExport | ClassifierExport:
+def _check_teacher(recipe: Recipe) -> None:
+    """Refuse a VAE to distil from that did not encode the latents; a run's is judged at export."""
+    for role in recipe.roles.values():
+        if role.kind != "vae" or recipe.data.name != "latents":
+            continue
+        try:
+            vae = load_vae(role.from_)
+        except ValueError:
+            continue
+        check_latents(recipe, vae, role.from_)
+
+
+def _parse(
+    recipe: Recipe, values: Mapping[str, Any], *, merge_lora: bool = False
+) -> ModelExport | VaeExport | ClassifierExport | DecoderExport | LoraExport:
     kinds = {role.kind for role in recipe.roles.values()}
     source = f"[export] of {recipe.run.name}"
+    if export_lora.learns(recipe) and not merge_lora:
+        return parse(LoraExport, values, source=source)
     if "dit" in kinds:
         return parse(ModelExport, values, source=source)
     if "classifier" in kinds:
         return parse(ClassifierExport, values, source=source)
+    if "decoder" in kinds:
+        return parse(DecoderExport, values, source=source)
     return parse(VaeExport, values, source=source)
 
 
@@ -154,11 +201,11 @@ def export_vae(
     clips, world = spec.clips, spec.clips.open()
     frames = (world.clip(clips.seed, i, clips.split).frames_THWC for i in range(clips.count))
     pixels = (torch.tensor(f).permute(3, 0, 1, 2)[None] for f in frames)
-    vae.set_statistics(*statistics(_rounded(vae, dtype), pixels))
+    vae.set_statistics(*statistics(proof.rounded(vae, dtype), pixels))
     family = run.recipe.roles[role.name].family
     with _proved(Path(folder), overwrite=overwrite) as aside:
         layout.save_part(vae, aside / "vae", part="vae", family=family, dtype=dtype)
-        error, rounding = _errors(_vae_forward, vae, load_vae(aside), dtype, ())
+        error, rounding = proof.errors(proof.vae_forward, vae, load_vae(aside), dtype, ())
         _judge(error, folder, "vae")
     return Exported(Path(folder), error, rounding)
 
@@ -171,8 +218,27 @@ def export_classifier(
     family = run.recipe.roles[role.name].family
     with _proved(Path(folder), overwrite=overwrite) as aside:
         classifier.write(role.net, aside, family=family, dtype=dtype)
-        error, rounding = _errors(_judge_forward, role.net, classifier.read(aside), dtype, ())
+        error, rounding = proof.errors(
+            proof.judge_forward, role.net, classifier.read(aside), dtype, ()
+        )
         _judge(error, folder, "classifier")
+    return Exported(Path(folder), error, rounding)
+
+
+def export_decoder(
+    run: Trained, folder: str | Path, spec: DecoderExport, *, overwrite: bool = False
+) -> Exported:
+    """Write a small decoder, with the statistics of the VAE's latents in its config."""
+    role, vae = of_kind(run.roles, "decoder"), of_kind(run.roles, "vae")
+    check_latents(run.recipe, vae.net, run.recipe.roles[vae.name].from_)
+    net, dtype = role.net, DTYPES[spec.dtype]
+    net.set_statistics(vae.net.config.latents_mean, vae.net.config.latents_std)
+    family = run.recipe.roles[role.name].family
+    with _proved(Path(folder), overwrite=overwrite) as aside:
+        decoders.write(net, aside, family=family, dtype=dtype)
+        stored = decoders.read(aside, dtype=torch.float32)
+        error, rounding = proof.errors(proof.decoder_forward, net, stored, dtype, ())
+        _judge(error, folder, "decoder")
     return Exported(Path(folder), error, rounding)
 
 
@@ -180,6 +246,7 @@ def export_model(
     run: Trained, folder: str | Path, spec: ModelExport, *, overwrite: bool = False
 ) -> Exported:
     """Write a whole model: the run's denoiser and text encoder, and the VAE of another folder."""
+    check_scheduler(run.recipe, spec.scheduler, f"[export] of {run.recipe.run.name}:")
     vae = load_vae(spec.vae)
     check_latents(run.recipe, vae, spec.vae)
     live = bundle(
@@ -194,9 +261,9 @@ def export_model(
     )
     dtype = DTYPES[spec.dtype]
     forwards: dict[str, Callable[[Any], Tensor]] = {
-        "text": lambda net: _text_forward(live, net),
-        "dit": lambda net: _dit_forward(live, net),
-        "vae": _vae_forward,
+        "text": lambda net: proof.text_forward(live, net),
+        "dit": lambda net: proof.dit_forward(live, net),
+        "vae": proof.vae_forward,
     }
     keep = components.load("fastvideo.models.dit", live.spec.dit.family, "KEEP_FLOAT32")
     worst = (0.0, 0.0)
@@ -206,7 +273,7 @@ def export_model(
         for part in PARTS:
             kept = keep if part == "dit" else ()
             nets = getattr(live, part), getattr(stored, part)
-            errors = _errors(forwards[part], *nets, dtype, kept)
+            errors = proof.errors(forwards[part], *nets, dtype, kept)
             _judge(errors[0], folder, part)
             worst = max(worst[0], errors[0]), max(worst[1], errors[1])
     return Exported(Path(folder), *worst)
@@ -220,17 +287,29 @@ def load_run(folder: str | Path) -> Trained:
         raise ValueError(f"{folder} has no checkpoint; is it the folder of a run?")
     info = store.read_info(path)
     recipe = parse(Recipe, info["recipe"], source=str(path))
-    roles = role_builder.build(_to_read(recipe, str(folder)), make_method(recipe).wants)
+    wants = make_method(recipe).wants
+    roles = role_builder.build(_to_read(recipe, str(folder)), wants, only=_exported(wants))
     for role in roles.values():
         role.net.eval().requires_grad_(False)
     return Trained(recipe, roles, info["step"])
+
+
+def _exported(wants: Mapping[str, Wants]) -> list[str]:
+    """Return the role of each kind that a model is made of: a teacher or a critic stays behind."""
+    kinds = dict.fromkeys(want.kind for want in wants.values())
+    found = (principal(n for n, want in wants.items() if want.kind == kind) for kind in kinds)
+    return [name for name in found if name is not None]
 
 
 def _to_read(recipe: Recipe, folder: str) -> Recipe:
     """Return the recipe with float32 networks whose weights come from the run itself."""
     roles = {
         name: role.model_copy(
-            update={"dtype": None, "from_": folder if role.trainable else role.from_}
+            update={
+                "dtype": None,
+                "lora": None,  # merged
+                "from_": folder if role.trainable else role.from_,
+            }
         )
         for name, role in recipe.roles.items()
     }
@@ -256,31 +335,8 @@ def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _is_export(folder: Path) -> bool:
-    """Tell whether a folder is one of ours, which may be replaced: a model, or a classifier."""
+    """Tell whether a folder is one of ours, which may be replaced: a model, or a lone network."""
     return (folder / "vae" / "config.json").is_file() or classifier.is_here(folder)
-
-
-def _rounded(live: Any, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Any:
-    """Return a float32 copy of a network with the weights that storing it in `dtype` leaves."""
-    rounded = copy.deepcopy(live)
-    cast = weights.cast(rounded.state_dict(), dtype=dtype, keep_float32=keep)
-    rounded.load_state_dict({name: tensor.float() for name, tensor in cast.items()})
-    return rounded
-
-
-def _errors(
-    forward: Callable[[Any], Tensor],
-    live: nn.Module,
-    stored: nn.Module,
-    dtype: torch.dtype,
-    keep: tuple[str, ...],
-) -> tuple[float, float]:
-    """Return the largest errors of the stored network: to the live one rounded, and as it is."""
-    rounded = _rounded(live, dtype, keep)
-    with torch.no_grad():
-        got, same, exact = (forward(net).double() for net in (stored, rounded, live))
-    size = exact.abs().max().clamp_min(1e-12)
-    return float((got - same).abs().max() / size), float((got - exact).abs().max() / size)
 
 
 def _judge(error: float, folder: str | Path, part: str) -> None:
@@ -289,37 +345,3 @@ def _judge(error: float, folder: str | Path, part: str) -> None:
             f"{folder} is not exported: its {part}, read back, differs from the live one by"
             f" {error:.1e} of the largest value (allowed: {TOLERANCE:.0e})"
         )
-
-
-def _text_forward(live: Model, net: nn.Module) -> Tensor:
-    assert live.tokenizer is not None, "a bundle has one"
-    ids_BL, mask_BL = live.tokenizer(["a prompt to compare"], live.spec.defaults.max_text_tokens)
-    states: Tensor = net(ids_BL, mask_BL)
-    return states
-
-
-def _dit_forward(live: Model, net: nn.Module) -> Tensor:
-    c = live.spec.compression
-    height, width = c.pixel_multiple
-    noise = render.initial_latents(
-        live, num_frames=1 + c.temporal, height=2 * height, width=2 * width, seed=0
-    )
-    cond = render.encode_text(live, ["a prompt to compare"])
-    denoiser = render.with_attention(replace(live, dit=net), noise)
-    return denoiser(noise, torch.full((1, 1), 500.0), cond)
-
-
-def _judge_forward(net: Any) -> Tensor:
-    count, side = net.config.frames, net.config.side
-    ramp = torch.linspace(-1, 1, 3 * count * side * side)
-    features: Tensor = net(ramp.reshape(1, 3, count, side, side)).features_BF
-    return features
-
-
-def _vae_forward(net: Any) -> Tensor:
-    c = net.config
-    side = 8 * c.spatial_stride
-    ramp = torch.linspace(-1, 1, 3 * (1 + c.temporal_stride) * side * side)
-    z: Tensor = net.encode(ramp.reshape(1, 3, -1, side, side))
-    pixels: Tensor = net.decode(z)
-    return torch.cat([z.flatten(), pixels.flatten()])

@@ -131,6 +131,7 @@ class Job:
             "trained_s": round(self.trained_s, 1),
             "torch": torch.__version__,
             "recipe": recipes.dump(self.recipe),
+            "dims": {name: dict(role.config) for name, role in self.roles.items()},
         }
         path = self.checkpoints.save(self.step, self.strategy.state_dict(), info)
         return Saved(self.step, path)
@@ -189,7 +190,11 @@ def train(
 
 
 def _one_step(job: Job, batches: list[Batch]) -> dict[str, float]:
-    """Run all phases of a step; micro-batches of one phase add up before its roles are updated."""
+    """Run all phases of a step; micro-batches of one phase add up before its roles are updated.
+
+    `loss` is that of the last phase, the one that a method has in every step; each phase's is also
+    logged under the role that it updates.
+    """
     run = job.recipe.run
     phases = [
         job.method.step(batch, job.roles, StepKey(run.seed, job.step, run.steps, lane))
@@ -197,26 +202,30 @@ def _one_step(job: Job, batches: list[Batch]) -> dict[str, float]:
     ]
     metrics: dict[str, float] = {}
     while True:
-        updates = [update for phase in phases if (update := _advance(job, phase, metrics))]
+        seen: dict[str, list[float]] = {}
+        updates = [update for phase in phases if (update := _advance(job, phase, seen))]
         if not updates:
             break
         assert len(updates) == len(phases), "every micro-batch of a step has the same phases"
-        _check_finite(job, metrics["loss"], batches, "loss")
-        for role in updates[0].roles:
+        means = {key: math.fsum(values) / len(values) for key, values in seen.items()}
+        roles = updates[0].roles
+        metrics |= {**means, f"{roles[0]}/loss": means["loss"]}
+        _check_finite(job, means["loss"], batches, "loss")
+        for role in roles:
             for key, value in job.strategy.update(role, step=job.step).items():
                 metrics[f"{role}/{key}"] = value
             _check_finite(job, metrics[f"{role}/grad_norm"], batches, f"gradient of {role}")
     return metrics
 
 
-def _advance(job: Job, phase: Iterator[Update], metrics: dict[str, float]) -> Update | None:
+def _advance(job: Job, phase: Iterator[Update], seen: dict[str, list[float]]) -> Update | None:
+    """Back-propagate a micro-batch's next phase; note its numbers, which not all may have."""
     update = next(phase, None)
     if update is None:
         return None
     job.strategy.backward(update.roles, update.loss)
-    share = 1.0 / job.recipe.run.accumulate
     for key, value in {"loss": update.loss.detach(), **update.metrics}.items():
-        metrics[key] = metrics.get(key, 0.0) + share * float(value)
+        seen.setdefault(key, []).append(float(value))
     return update
 
 

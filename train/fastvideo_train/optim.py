@@ -19,13 +19,18 @@ from fastvideo_train.recipe import MuonSpec, OptimSpec
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def rate(spec: OptimSpec, step: int, num_steps: int) -> float:
-    """Return the factor on every learning rate at a 0-based step: warm-up, then the schedule."""
-    if step < spec.warmup:
-        return (step + 1) / spec.warmup
+def rate(spec: OptimSpec, step: int, num_steps: int, *, num_updates: int | None = None) -> float:
+    """Return the factor on every learning rate at a 0-based step: warm-up, then the schedule.
+
+    A role that is not updated in every step warms up over its own `num_updates`; the schedule falls
+    with the run for all roles, so that each ends at its floor.
+    """
+    done_before = step if num_updates is None else num_updates
+    if done_before < spec.warmup:
+        return (done_before + 1) / spec.warmup
     if spec.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - spec.warmup) / max(1, num_steps - spec.warmup))
+    done = min(1.0, max(0, step - spec.warmup) / max(1, num_steps - spec.warmup))
     falling = 1.0 - done if spec.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return spec.floor + (1.0 - spec.floor) * falling
 
@@ -129,9 +134,9 @@ class Optimizer:
             else None
         )
 
-    def step(self, step: int, num_steps: int) -> float:
+    def step(self, step: int, num_steps: int, *, num_updates: int | None = None) -> float:
         """Update the masters in place from their `.grad`; return AdamW's learning rate."""
-        factor = rate(self.spec, step, num_steps)
+        factor = rate(self.spec, step, num_steps, num_updates=num_updates)
         lr = self.spec.lr * factor
         if self.adamw is not None:
             for group in self.adamw.param_groups:

@@ -4,7 +4,8 @@
 
 Torch-free, so that a wrong recipe is refused before anything is loaded. A recipe's `[smoke]` table
 is a second layer, used with `--smoke` only: tiny networks and three steps. A recipe that
-`extends = "other.toml"`, a path from its own folder, states only what differs.
+`extends = "other.toml"`, a path from its own folder, states only what differs; a method, data or
+scheduler of another name takes nothing from the one that it replaces.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic import Field, model_validator
 from fastvideo import attention as patterns
 from fastvideo.config import Strict, assignments, merge, parse, read_toml
 
-Kind = Literal["dit", "vae", "text", "classifier"]
+Kind = Literal["dit", "vae", "text", "classifier", "decoder"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -74,11 +75,28 @@ class AttentionSpec(Strict):
         return dataclasses.replace(pattern, sparsity=min(risen, pattern.sparsity))
 
 
+class LoraSpec(Strict):
+    """Low-rank maps that learn in place of a denoiser's own weights (`lora.py`).
+
+    `alpha` is the rank unless given; a target is a part of a layer's name: attn1, attn2.to_v, ffn.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    targets: tuple[str, ...] = Field(default=("attn1", "attn2", "ffn"), min_length=1)
+
+    @property
+    def scale(self) -> float:
+        """Return what the maps' product counts: alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 class RoleSpec(Strict):
     """A network of the run: its family, dims, first weights and whether it learns.
 
-    `from` is a model folder, or a file of weights; empty draws new weights. `dtype` overrides the
-    run's, `optim` overrides single keys of `[optim]`; `attention` is a denoiser's own.
+    `from` is a model, a run's folder or a file of weights; empty draws new weights. `config` goes
+    on top of the dims found there. `dtype` overrides the run's, `optim` overrides single keys of
+    `[optim]`; `attention` is a denoiser's own.
     """
 
     kind: Kind
@@ -89,6 +107,16 @@ class RoleSpec(Strict):
     dtype: Dtype | None = None
     optim: dict[str, Any] = Field(default_factory=dict)
     attention: AttentionSpec = AttentionSpec()
+    lora: LoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _lora_has_a_base(self) -> RoleSpec:
+        if self.lora is not None:
+            if self.kind != "dit" or not self.trainable:
+                raise ValueError("a lora belongs to a role of kind 'dit' that is trainable")
+            if not self.from_:
+                raise ValueError("a lora needs `from`, the model that it is learned on")
+        return self
 
     @model_validator(mode="after")
     def _only_denoisers_attend(self) -> RoleSpec:
@@ -211,7 +239,7 @@ def load(path: str | Path, *, sets: Iterable[str] = (), smoke: bool = False) -> 
     if smoke:
         if not small:
             raise ValueError(f"{path} has no [smoke] table, so --smoke has nothing to shrink to")
-        tree = _shrink(tree, small)
+        tree = _laid(tree, small)
     return parse(Recipe, merge(tree, assignments(sets)), source=str(path))
 
 
@@ -224,19 +252,20 @@ def _extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("extends", "")
     if not isinstance(base, str):
         raise ValueError(f"extends {base!r} in {path} must be the path of a recipe")
-    return merge(_extended(path.parent / base, (*below, real)), tree) if base else tree
+    return _laid(_extended(path.parent / base, (*below, real)), tree) if base else tree
 
 
-def _shrink(tree: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """Lay `small` over `tree`; a table of another name, such as other data, replaces it."""
-    renamed = {
-        key
-        for key, value in small.items()
-        if isinstance(value, dict)
-        and "name" in value
-        and value["name"] != tree.get(key, {}).get("name")
-    }
-    return merge({k: v for k, v in tree.items() if k not in renamed}, small)
+def _laid(tree: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Lay `over` over `tree`; a component of another name takes none of the old one's arguments."""
+    out = dict(tree)
+    for key, value in over.items():
+        old = out.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            is_other = "name" in value and value["name"] != old.get("name")
+            is_label = f"{path}{key}" in ("run", "export")  # their name chooses no component
+            value = value if is_other and not is_label else _laid(old, value, f"{path}{key}.")
+        out[key] = value
+    return out
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,22 +16,17 @@ from fastvideo.attention import Attend, Layout, plan, select
 from fastvideo.log import logger
 from fastvideo.registry import did_you_mean
 from fastvideo.shapes import LatentShape
-from fastvideo.weights import Checkpoint, load_into
-from fastvideo_train.checkpoints import Checkpoints
+from fastvideo.weights import load_into
+from fastvideo_train import lora, origins
 from fastvideo_train.methods import Wants
-from fastvideo_train.recipe import AttentionSpec, Kind, Recipe, RoleSpec
+from fastvideo_train.recipe import AttentionSpec, Kind, Recipe
 
 NETWORK_CLASS: dict[Kind, str] = {
     "dit": "DiT",
     "vae": "Vae",
     "text": "TextEncoder",
     "classifier": "Classifier",
-}
-SUBFOLDER: dict[Kind, str] = {
-    "dit": "transformer",
-    "vae": "vae",
-    "text": "text_encoder",
-    "classifier": "",  # a folder of its own, no part of a model
+    "decoder": "Decoder",
 }
 
 
@@ -52,6 +47,8 @@ class Role:
     dtype: torch.dtype
     is_new: bool
     attention: AttentionSpec = field(default_factory=AttentionSpec)
+    base: str = ""
+    """Fingerprint of the weights under a LoRA, which no checkpoint repeats; empty without one."""
     _attends: dict[Any, tuple[Attend, Layout]] = field(default_factory=dict)
 
     def attend(
@@ -95,10 +92,13 @@ class Role:
         return sum(p.numel() for p in self.net.parameters())
 
 
-def build(recipe: Recipe, wants: Mapping[str, Wants]) -> dict[str, Role]:
-    """Build the roles that a method wants; raise `ValueError` if the recipe has others."""
+def build(
+    recipe: Recipe, wants: Mapping[str, Wants], *, only: Iterable[str] | None = None
+) -> dict[str, Role]:
+    """Build the roles that a method wants, or `only` those; `ValueError` if it has others."""
     check(recipe, wants)
-    return {name: _build_role(name, recipe) for name in wants}
+    names = wants if only is None else only
+    return {name: _build_role(name, recipe) for name in names}
 
 
 def check(recipe: Recipe, wants: Mapping[str, Wants]) -> None:
@@ -131,9 +131,8 @@ def compile_calls(roles: Mapping[str, Role], wants: Mapping[str, Wants]) -> None
 
 def _build_role(name: str, recipe: Recipe) -> Role:
     spec = recipe.roles[name]
-    _check_exists(spec, name)  # before the config too, which is read from there
     family = registry.module(f"fastvideo.models.{spec.kind}", spec.family)
-    config = _config(spec)
+    config = origins.dims(spec, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive(recipe.run.seed, f"init/{name}"))
         net: Any = getattr(family, NETWORK_CLASS[spec.kind])(family.Config.parse(config))
@@ -153,17 +152,21 @@ def _build_role(name: str, recipe: Recipe) -> Role:
     )
     if spec.kind == "dit":
         _check_gates(role)
+    first = origins.first_weights(spec, name) if spec.from_ else net.state_dict()
     load_into(
         net,
-        _completed(first_weights(spec, name), role) if spec.from_ else net.state_dict(),
+        _completed(first, role) if spec.from_ else first,
         source=spec.from_ or "new weights",
-        dtype=torch.float32 if spec.trainable else dtype,
+        dtype=torch.float32 if spec.trainable and spec.lora is None else dtype,
         device=recipe.run.device,
         keep_float32=role.keep_float32,
         aliases=family.ALIASES if spec.kind == "text" else None,
     )
     net.requires_grad_(spec.trainable).train(spec.trainable)
-    return role
+    if spec.lora is None:
+        return role
+    lora.add(net, spec.lora, seed=recipe.run.seed, source=f"roles.{name}.lora")
+    return dataclasses.replace(role, base=lora.fingerprint(first))
 
 
 def _check_gates(role: Role) -> None:
@@ -188,51 +191,3 @@ def _completed(weights: dict[str, Tensor], role: Role) -> dict[str, Tensor]:
         return weights
     logger.info("%s starts with %d tensors at zero: %s", role.name, len(zeros), ", ".join(born))
     return {**zeros, **weights}
-
-
-def _check_exists(spec: RoleSpec, name: str) -> None:
-    """Raise `ValueError` for a missing local folder, which would be asked of the hub otherwise."""
-    path = Path(spec.from_)
-    if not spec.from_ or path.exists():
-        return
-    if path.parts[0] == "runs" or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
-        raise ValueError(f"roles.{name}.from {spec.from_} does not exist; train it first")
-
-
-def _config(spec: RoleSpec) -> dict[str, Any]:
-    is_run = (Path(spec.from_) / "checkpoints").is_dir()
-    if spec.config or not spec.from_ or is_run:
-        return spec.config
-    from fastvideo import hub  # needed only when a role starts from a model folder
-
-    model_spec, _ = hub.open_spec(spec.from_)
-    config: dict[str, Any] = getattr(model_spec, spec.kind).config
-    return config
-
-
-def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
-    """Return the weights behind `from`: a run's average, a file's, or a part of a model.
-
-    Raises `ValueError` if there is nothing, or it has no such role or part.
-    """
-    _check_exists(spec, name)
-    path = Path(spec.from_)
-    latest = Checkpoints(path / "checkpoints").latest()
-    if latest is not None:
-        return _weights_of_run(latest, name)
-    part = path / SUBFOLDER[spec.kind]
-    if part.is_dir() or path.is_file():  # also a folder that has this part alone
-        return dict(Checkpoint(part if part.is_dir() else path))
-    from fastvideo import formats, hub
-
-    _, folder = hub.open_spec(spec.from_, weights=True)
-    return dict(formats.find(folder).tensors(folder, spec.kind))
-
-
-def _weights_of_run(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    state = Checkpoints(checkpoint.parent).read_state(checkpoint)
-    if name not in state:
-        raise ValueError(f"{checkpoint} trained no role {name!r} (it has: {', '.join(state)})")
-    average = state[name]["ema"]
-    learned = average["weights"] if average else state[name]["masters"]
-    return {**state[name].get("frozen", {}), **learned}

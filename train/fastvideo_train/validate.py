@@ -2,9 +2,9 @@
 
 job = Job.open(recipe, folder, validate=validator(recipe, folder))   # None without [validate]
 
-A run of method `vae` reconstructs held-out clips; a run with a denoiser renders held-out prompts
-with the VAE of `[validate] vae`; both write a contact sheet to `validate/` in the run's folder. A
-classifier names what is in held-out clips.
+A run of method `vae` or `decoder` reconstructs held-out clips; a run with a denoiser renders
+held-out prompts with the VAE of `[validate] vae`; both write a contact sheet to `validate/` in the
+run's folder. A classifier names what is in held-out clips.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ from fastvideo.measure import Frames, Reconstructed, Rendered
 from fastvideo.metrics.faithfulness import faithfulness, rates
 from fastvideo.model import Model
 from fastvideo.spec import Scheduler
-from fastvideo_train.bundle import bundle, check_latents, load_vae, of_kind, read_vae
+from fastvideo_train.bundle import (
+    bundle,
+    check_latents,
+    check_scheduler,
+    load_vae,
+    of_kind,
+    read_vae,
+)
 from fastvideo_train.loop import Validate
+from fastvideo_train.origins import principal
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 
-_CALLS = {"forward", "encode_moments", "decode"}  # what `roles.compile_calls` may replace
+_CALLS = {"forward", "encode", "encode_moments", "decode"}  # what `roles.compile_calls` may replace
 
 
 class Clips(Strict):
@@ -114,9 +122,10 @@ class _Reconstruction:
     def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]:
         c, world = self.clips, self.clips.open()
         vae = of_kind(roles, "vae").net
+        decoder = next((role.net for role in roles.values() if role.kind == "decoder"), None)
         true = [world.clip(c.seed, i, c.split) for i in range(c.count)]
         with _eager(roles):
-            made = [measure.reconstructed(vae, world, clip) for clip in true]
+            made = [measure.reconstructed(vae, world, clip, decoder=decoder) for clip in true]
         pairs = zip(true, made, strict=True)
         _sheet(self.folder, step, [f for t, m in pairs for f in (t.frames_THWC, m.frames)], c.sheet)
         numbers = {"psnr": fmean(m.psnr for m in made), "ssim": fmean(m.ssim for m in made)}
@@ -127,6 +136,7 @@ class _Rendering:
     def __init__(self, prompts: Prompts, recipe: Recipe, folder: Path) -> None:
         self.prompts, self.recipe, self.folder = prompts, recipe, folder
         self._vae: Any = None
+        check_scheduler(recipe, prompts.scheduler, f"[validate] of {recipe.run.name}:")
         if 0 < recipe.run.validate_every <= recipe.run.steps:  # a wrong VAE is refused now
             self._vae = self._load_vae()
 
@@ -167,7 +177,8 @@ class _Rendering:
 
     def _load_vae(self) -> Any:
         """Load the VAE in the denoiser's dtype; `ValueError` if the latents are not its own."""
-        dit = next(role for role in self.recipe.roles.values() if role.kind == "dit")
+        dits = {name: role for name, role in self.recipe.roles.items() if role.kind == "dit"}
+        dit = dits[principal(dits) or next(iter(dits))]
         dtype = getattr(torch, dit.dtype or self.recipe.run.dtype)
         try:
             vae = load_vae(self.prompts.vae, dtype=dtype)

@@ -19,8 +19,15 @@ def export(
         typer.Option("--set", help="Change a key of [export]: vae=runs/vae/export. Repeatable."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old folder.")] = False,
+    merge_lora: Annotated[
+        bool,
+        typer.Option("--merge-lora", help="A model folder with the run's LoRA in its weights."),
+    ] = False,
 ) -> int:
-    """Export a run: a whole model, the vae/ of a run that trains a VAE, or a classifier."""
+    """Export a run: a whole model, the vae/ of a run that trains a VAE, or another lone network.
+
+    A run that learned a LoRA gives one file, OUTPUT.safetensors.
+    """
     with refusing():
         changes = assignments(sets or ())
         if not run.is_dir():
@@ -29,7 +36,7 @@ def export(
             raise ValueError(f"{output} exists; choose another folder or say --overwrite")
     from fastvideo_train.export import export as export_run  # torch comes in here
 
-    done = export_run(run, output, changes=changes, overwrite=overwrite)
+    done = export_run(run, output, changes=changes, overwrite=overwrite, merge_lora=merge_lora)
     print(
         f"{done.folder}: read back; one forward differs by {done.error:.1e} from the live networks,"
         f" by {done.rounding:.1e} from their unrounded weights"

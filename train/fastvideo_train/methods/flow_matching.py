@@ -6,68 +6,35 @@ clean latents with noise, regress the path's velocity.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastvideo import flow, registry
-from fastvideo.config import Strict
-from fastvideo.models.text import encode_prompts
-from fastvideo.models.text.tokenizer import Tokenizer, build_word_tokenizer
+from fastvideo import flow
 from fastvideo.shapes import LatentShape
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
+from fastvideo_train.methods._text import Prompted, TextConfig
 from fastvideo_train.roles import Role
 
 
-class Config(Strict):
-    """Times and text.
+class Config(TextConfig):
+    """Times and text; dropped prompts become the negative one."""
 
-    `max_text_tokens` must be what the exported spec says, as Wan attends to the zero rows after a
-    prompt. Dropped prompts become `negative_prompt`, the one that guidance steers away from.
-    """
-
-    tokenizer: str = Field(min_length=1, description="a tokenizer's folder, or world:<name>")
-    max_text_tokens: int = Field(ge=1)
-    negative_prompt: str = ""
     text_dropout: float = Field(default=0.1, ge=0, le=1)
     shift: float = Field(default=1.0, gt=0, description="above 1 draws noisier times")
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0)
 
 
-class Method:
+class Method(Prompted[Config]):
     """One phase: the velocity's squared error, for `student` and, if it learns, `text`."""
 
     wants: Mapping[str, Wants] = {
         "student": Wants("dit", trainable=True),
         "text": Wants("text", calls=()),
     }
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the folder, or one made of all words that a world says."""
-        kind, _, name = self.config.tokenizer.partition(":")
-        if kind != "world":
-            return Tokenizer.load(self.config.tokenizer)
-        with tempfile.TemporaryDirectory() as folder:
-            return build_word_tokenizer(registry.load("fastvideo.worlds", name, "words")(), folder)
-
-    def initialise(self, roles: Mapping[str, Role]) -> None:
-        """Keep the weights as their families drew them; refuse a tokenizer with too many words."""
-        size = self.tokenizer.vocab_size
-        legal = roles["text"].family.Config.parse(roles["text"].config).vocab_size
-        if size > legal:
-            raise ValueError(
-                f"tokenizer {self.config.tokenizer} has {size} tokens and the text encoder's"
-                f" vocab_size is {legal}; set roles.text.config.vocab_size to {size} or more"
-            )
 
     def step(self, batch: Batch, roles: Mapping[str, Role], key: StepKey) -> Iterator[Update]:
         """Yield the velocity loss of normalised latents (B, C, T, H, W) and their captions."""
@@ -104,17 +71,6 @@ class Method:
         drawn = key.uniform("flow/dropout", (len(captions),)).tolist()
         negative, share = self.config.negative_prompt, self.config.text_dropout
         return [negative if u < share else c for c, u in zip(captions, drawn, strict=True)]
-
-    def encode(self, prompts: list[str], text: Role) -> Tensor:
-        """Return text states (B, max_text_tokens, C), with gradients if the encoder learns."""
-        with torch.set_grad_enabled(text.trainable and torch.is_grad_enabled()):
-            return encode_prompts(
-                text.net,
-                self.tokenizer,
-                prompts,
-                max_tokens=self.config.max_text_tokens,
-                device=str(next(text.net.parameters()).device),
-            )
 
 
 def _by_noise(error_B: Tensor, sigma_B: Tensor) -> dict[str, Tensor]:

@@ -28,9 +28,10 @@ class _Trained:
         self.net: nn.Module = role.net
         self.params: dict[str, nn.Parameter] = params
         # What a method froze inside a learning role is saved with it: the role stays whole.
-        self.frozen = {
-            n: p.detach().clone() for n, p in role.net.named_parameters() if n not in params
-        }
+        # What lies under a LoRA is read again from where it came.
+        self.base = role.base
+        others = () if role.base else role.net.named_parameters()
+        self.frozen = {n: p.detach().clone() for n, p in others if n not in params}
         self.masters: dict[str, Tensor] = {n: _master(p, role, n) for n, p in params.items()}
         for name, param in role.net.named_parameters():
             param.data = param.data.to(role.compute_dtype(name))
@@ -39,6 +40,7 @@ class _Trained:
         self.optimizer = Optimizer(self.masters, recipe.optim_of(role.name))
         self.ema = Ema(self.masters, recipe.ema.decay) if recipe.ema.decay else None
         self.num_micro = 0
+        self.num_updates = 0
 
     def collect(self) -> None:
         """Move the network's gradients into the float32 sum."""
@@ -107,10 +109,11 @@ class Strategy:
         torch._foreach_mul_(grads, torch.clamp(clip / (norm + 1e-6), max=1.0))
         for name, master in one.masters.items():
             master.grad = one.grads[name]
-        lr = one.optimizer.step(step, self.recipe.run.steps)
+        lr = one.optimizer.step(step, self.recipe.run.steps, num_updates=one.num_updates)
         for master in one.masters.values():
             master.grad = None
         one.num_micro = 0
+        one.num_updates += 1
         one.refresh()
         if one.ema is not None:
             one.ema.update(one.masters)
@@ -143,6 +146,8 @@ class Strategy:
             name: {
                 "masters": {n: m.detach() for n, m in one.masters.items()},
                 "frozen": one.frozen,
+                "base": one.base,
+                "num_updates": one.num_updates,
                 "optimizer": one.optimizer.state_dict(),
                 "ema": one.ema.state_dict() if one.ema is not None else None,
             }
@@ -157,9 +162,13 @@ class Strategy:
             mine = {n: m.shape for n, m in one.masters.items()}
             if {n: m.shape for n, m in state[name]["masters"].items()} != mine:
                 raise ValueError(f"{source} holds other networks: role {name!r} has other shapes")
+            if state[name].get("base", "") != one.base:
+                raise ValueError(f"{source}: the model under the LoRA of {name!r} is another now")
             one.assign(state[name]["masters"])
             one.restore_frozen(state[name].get("frozen", {}))
             one.optimizer.load_state_dict(state[name]["optimizer"])
+            # a checkpoint that counted none is of a run whose warm-up was over
+            one.num_updates = state[name].get("num_updates", one.optimizer.spec.warmup)
             if one.ema is not None and state[name]["ema"] is not None:
                 one.ema.load_state_dict(state[name]["ema"])
             elif one.ema is not None:  # switched on by the resumed recipe: starts from here

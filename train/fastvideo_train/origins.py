@@ -1,0 +1,154 @@
+"""Where a role's first weights and dims come from: a run, a model, or a file of weights.
+
+A run's folder serves a role of another name too, if it trained one network of its kind alone or
+one named `student`: a teacher starts from the run that trained it as its student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastvideo.config import parse
+from fastvideo.weights import Checkpoint
+from fastvideo_train import lora
+from fastvideo_train.checkpoints import Checkpoints
+from fastvideo_train.recipe import Kind, Recipe, RoleSpec
+
+SUBFOLDER: dict[Kind, str] = {
+    "dit": "transformer",
+    "vae": "vae",
+    "text": "text_encoder",
+    "classifier": "",  # a folder of its own, no part of a model
+    "decoder": "",
+}
+
+
+def check_exists(spec: RoleSpec, name: str) -> None:
+    """Raise `ValueError` for a missing local folder, which would be asked of the hub otherwise."""
+    path = Path(spec.from_)
+    if not spec.from_ or path.exists():
+        return
+    if path.parts[0] == "runs" or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        raise ValueError(f"roles.{name}.from {spec.from_} does not exist; train it first")
+
+
+def dims(spec: RoleSpec, name: str) -> dict[str, Any]:
+    """Return a role's config: what lies behind `from`, with the recipe's own keys on top."""
+    check_exists(spec, name)
+    path = Path(spec.from_)
+    if not spec.from_ or path.is_file():
+        return spec.config
+    if (path / "checkpoints").is_dir():
+        return {**_dims_of_run(path, spec, name), **spec.config}
+    if not SUBFOLDER[spec.kind]:
+        return spec.config
+    from fastvideo import hub  # needed only when a role starts from a model folder
+    from fastvideo.formats import diffusers
+
+    part, all_parts = path / SUBFOLDER[spec.kind], diffusers.SUBFOLDERS.values()
+    if part.is_dir() and not all((path / other).is_dir() for other in all_parts):
+        has_dims = (part / "config.json").is_file()
+        own = diffusers.read_network(path, spec.kind).config if has_dims else {}
+        return {**own, **spec.config}
+    model_spec, _ = hub.open_spec(spec.from_)
+    config: dict[str, Any] = getattr(model_spec, spec.kind).config
+    return {**config, **spec.config}
+
+
+def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
+    """Return the weights behind `from`: a run's average, a file's, or a part of a model.
+
+    Raises `ValueError` if there is nothing, or it has no such role or part.
+    """
+    check_exists(spec, name)
+    path = Path(spec.from_)
+    latest = Checkpoints(path / "checkpoints").latest()
+    if latest is not None:
+        return _weights_of_run(latest, spec, name)
+    part = path / SUBFOLDER[spec.kind]
+    if part.is_dir() or path.is_file():  # also a folder that has this part alone
+        return dict(Checkpoint(part if part.is_dir() else path))
+    from fastvideo import formats, hub
+
+    _, folder = hub.open_spec(spec.from_, weights=True)
+    return dict(formats.find(folder).tensors(folder, spec.kind))
+
+
+def learned(run: str | Path, name: str) -> tuple[Recipe, int, dict[str, Tensor]]:
+    """Return a run's recipe, its step, and what a role learned of its own: averages, if any."""
+    store = Checkpoints(Path(run) / "checkpoints")
+    latest = store.latest()
+    assert latest is not None, "the run was read before"
+    recipe, state = _recipe_of(latest), store.read_state(latest)
+    return recipe, int(store.read_info(latest)["step"]), _average(state[name])
+
+
+def principal(names: Iterable[str]) -> str | None:
+    """Return the one of several roles of a kind that stands for it: `student`, or the only one."""
+    found = list(names)
+    return "student" if "student" in found else found[0] if len(found) == 1 else None
+
+
+def _weights_of_run(checkpoint: Path, spec: RoleSpec, name: str) -> dict[str, Tensor]:
+    store = Checkpoints(checkpoint.parent)
+    recipe = _recipe_of(checkpoint)
+    state = store.read_state(checkpoint)
+    source = _role_behind(recipe, spec, name, checkpoint)
+    if source not in state:  # frozen there: it is what that run started from
+        return first_weights(recipe.roles[source], source)
+    learned, there = _average(state[source]), recipe.roles[source]
+    if there.lora is None:
+        return {**state[source].get("frozen", {}), **learned}
+    base = first_weights(there, source)
+    if lora.fingerprint(base) != state[source]["base"]:
+        raise ValueError(f"{checkpoint} learned a LoRA on other weights than {there.from_} has now")
+    return lora.merge(base, learned, there.lora.scale)
+
+
+def _average(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    average = state["ema"]
+    learned: dict[str, Tensor] = average["weights"] if average else state["masters"]
+    return learned
+
+
+def _dims_of_run(folder: Path, spec: RoleSpec, name: str) -> dict[str, Any]:
+    """Return the dims that a run's checkpoint noted, or those that its recipe leads to."""
+    store = Checkpoints(folder / "checkpoints")
+    latest = store.latest()
+    if latest is None:
+        return {}
+    recipe = _recipe_of(latest)
+    source = _role_behind(recipe, spec, name, latest)
+    noted: dict[str, Any] = store.read_info(latest).get("dims", {})
+    return noted.get(source) or dims(recipe.roles[source], source)
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    info = Checkpoints(checkpoint.parent).read_info(checkpoint)
+    return parse(Recipe, info["recipe"], source=str(checkpoint))
+
+
+def _role_behind(recipe: Recipe, spec: RoleSpec, name: str, checkpoint: Path) -> str:
+    """Return the role of a run that serves `name`: a trained one of its name or kind, or frozen."""
+    of_kind = {n: role for n, role in recipe.roles.items() if role.kind == spec.kind}
+    trained = [n for n, role in of_kind.items() if role.trainable]
+    if name in trained:
+        return name
+    found = principal(trained) or (name if name in of_kind and not trained else None)
+    if found is None and not trained and of_kind:
+        found = principal(of_kind)
+    if found is not None:
+        return found
+    has = ", ".join(f"{n} ({role.kind})" for n, role in recipe.roles.items() if role.trainable)
+    what = (
+        f"trained several roles of kind {spec.kind!r} and none is named {name!r} or 'student'"
+        if trained
+        else f"has no role of kind {spec.kind!r}"
+    )
+    raise ValueError(
+        f"roles.{name}.from {spec.from_}: {checkpoint.name} {what} (it trained: {has})"
+    )
