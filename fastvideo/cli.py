@@ -31,6 +31,7 @@ VERBS = {
     "data": ("fastvideo_train.commands.data:data", "Render or encode training data."),
     "train": ("fastvideo_train.commands.train:train", "Train a model from a recipe (TOML)."),
     "export": ("fastvideo_train.commands.export:export", "Turn a run into a model folder."),
+    "lora": ("fastvideo_inference.commands.lora:lora", "Merge LoRAs into a model folder."),
     "eval": (
         "fastvideo_inference.commands.eval:evaluate",
         "Measure how faithfully a model follows its prompts.",

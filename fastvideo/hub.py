@@ -1,10 +1,13 @@
-"""From a model's name to its folder and spec, without torch.
+"""From a model's name to its folder and spec, and from a LoRA's to its file, without torch.
 
-A name is a bundled model ("wan-nano"), a folder, or "owner/name" on the Hugging Face hub.
+A model's name is a bundled one ("wan-nano"), a folder, or "owner/name" on the Hugging Face hub; a
+LoRA's is a file, a folder with one, "owner/name" or "owner/name/file.safetensors" there.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from fastvideo.spec import Spec
 ZOO = Path(__file__).parent / "zoo"
 DEFAULT_MODEL = "wan-nano"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)/(?P<file>.+\.safetensors)")
+_LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_ADAPTER_CONFIG = "adapter_config.json"  # PEFT keeps alpha there
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("*.safetensors", "*.pth")
 
@@ -49,6 +55,44 @@ def open_spec(name_or_path: str | Path, *, weights: bool = False) -> tuple[Spec,
     return _filled(own, layout.configs(folder), folder), folder
 
 
+def find_lora(name: str | Path) -> Path:
+    """Find a LoRA's file; one that was fetched from the hub before needs no network.
+
+    Raises a one-line `ValueError` if there is none, or if a folder holds several and none of them
+    has a usual name.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _only_lora(path, str(name))
+    if not path.is_absolute() and not Path(path.parts[0] if path.parts else "").is_dir():
+        match = _HUB_FILE.fullmatch(str(name))
+        if match:
+            patterns = [match["file"], str(Path(match["file"]).with_name(_ADAPTER_CONFIG))]
+            found = _lora_snapshot(match["repo"], *patterns) / match["file"]
+            if found.is_file():
+                return found
+            raise ValueError(f"LoRA {str(name)!r}: {match['repo']} has no file {match['file']}")
+        if _HUB_NAME.fullmatch(str(name)) and path.suffix != ".safetensors":
+            # not every file: some repositories hold dozens of LoRAs
+            folder = _lora_snapshot(str(name), *_LORA_FILES, _ADAPTER_CONFIG)
+            return _only_lora(folder, str(name), anything=False)
+    raise ValueError(
+        f"LoRA {str(name)!r} is neither a file, nor a folder, nor a hub name like 'owner/name' or"
+        " 'owner/name/file.safetensors'"
+    )
+
+
+def lora_hash(path: Path) -> str:
+    """Return the SHA-256 of a LoRA's file, and of PEFT's config beside it if it has one."""
+    files = [path]
+    if path.name == _LORA_FILES[1] and path.with_name(_ADAPTER_CONFIG).is_file():
+        files.append(path.with_name(_ADAPTER_CONFIG))
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return _sha256(tuple(stats))
+
+
 def cache_dir() -> Path:
     """Return the folder where the hub's client keeps what it fetched."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -79,7 +123,8 @@ def _locate(name: str, *, weights: bool) -> Path:
     if folder.is_file():
         raise ValueError(f"model {name!r} is a file; give the folder that holds all of its parts")
     if _HUB_NAME.fullmatch(name) and not name.startswith("."):
-        return _download(name, weights=weights)
+        patterns = [*_SMALL_FILES, *(_WEIGHTS if weights else ())]
+        return _download(name, patterns)
     names = bundled()
     known = ", ".join(names) or "none"
     hint = registry.did_you_mean(name, names)
@@ -89,11 +134,37 @@ def _locate(name: str, *, weights: bool) -> Path:
     )
 
 
-def _download(name: str, *, weights: bool) -> Path:
+@functools.lru_cache(maxsize=64)
+def _sha256(stats: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest files; size and time of change only tell a changed file from a known one."""
+    digest = hashlib.sha256()
+    for path, _, _ in stats:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _lora_snapshot(repository: str, *patterns: str) -> Path:
+    """Ask the hub once for each process: a LoRA is looked up for every clip."""
+    return _download(repository, list(patterns), what="LoRA")
+
+
+def _only_lora(folder: Path, name: str, *, anything: bool = True) -> Path:
+    """Return the file of a usual name, or the only one; on the hub only usual names are fetched."""
+    usual = [folder / file for file in _LORA_FILES if (folder / file).is_file()]
+    found = usual or sorted(p for p in folder.glob("*.safetensors") if anything and p.is_file())
+    if len(found) == 1:
+        return found[0]
+    have = f"it has: {', '.join(p.name for p in found[:8])}" if found else "none has a usual name"
+    raise ValueError(f"LoRA {name!r} must name one file: {name}/file.safetensors ({have})")
+
+
+def _download(name: str, patterns: list[str], *, what: str = "model") -> Path:
     """Return the snapshot of a hub repository; one that was fetched before needs no network."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*_SMALL_FILES, *(_WEIGHTS if weights else ())]
     offline = env.is_offline()
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
@@ -101,5 +172,5 @@ def _download(name: str, *, weights: bool) -> Path:
         reason = str(error).strip().partition("\n")[0]
         state = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else reason
         raise ValueError(
-            f"model {name!r} is not a folder here and cannot be fetched from the hub: {state}"
+            f"{what} {name!r} is not a folder here and cannot be fetched from the hub: {state}"
         ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,8 @@ from fastvideo import cpu, formats, registry, weights
 from fastvideo.formats import PARTS
 from fastvideo.hub import open_spec
 from fastvideo.log import logger
+from fastvideo.lora import Loras
+from fastvideo.models import decoder as decoders
 from fastvideo.models.text.tokenizer import Tokenizer
 from fastvideo.spec import Spec
 
@@ -28,6 +30,8 @@ class Model:
     """A bundle that stages read. Families share functions, not a base class: hence `Any`.
 
     folder: where it was loaded from; None for a model put together in memory.
+    loras: what is merged into the denoiser's weights now.
+    decoder: what makes pixels of normalised latents in place of the VAE; None for the VAE itself.
     """
 
     spec: Spec
@@ -38,6 +42,8 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     folder: Path | None = None
+    loras: Loras = field(default_factory=Loras)
+    decoder: Any = None
 
 
 class Absent:
@@ -63,22 +69,24 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     parts: Collection[str] = PARTS,
+    decoder: str | Path | None = None,
 ) -> Model:
     """Load a model strictly, in evaluation mode and without gradients.
 
     device: "auto" is CUDA if there is one.
     dtype: "auto" is bfloat16 where the device computes in it; a small text encoder stays float32.
     parts: of "text", "dit", "vae"; the others cannot be used.
+    decoder: a small decoder to use in place of the VAE's own, by its name in the folder's decoders/
+        or its path; None or "vae" is the VAE's own.
     Raises a one-line `ValueError` for whatever is wrong with the name or the folder.
     """
     unknown = sorted(set(parts) - set(PARTS))
     assert not unknown, f"parts {unknown} are none of {PARTS}"
     spec, folder = open_spec(name_or_path, weights=True)
-    _check_gates(spec, folder)
     layout = formats.find(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    loaded = {
+    loaded: dict[str, Any] = {
         part: _load_part(spec, layout, folder, part, device=place, dtype=kind)
         if part in parts
         else Absent(part)
@@ -88,7 +96,10 @@ def load(
     if "text" in parts:
         words = Tokenizer.load(layout.tokenizer_folder(folder))
         _check_vocabulary(words, spec, folder)
-    return Model(spec, tokenizer=words, device=place, dtype=kind, folder=folder, **loaded)
+    small = _load_decoder(spec, folder, decoder, device=place, dtype=kind)
+    return Model(
+        spec, tokenizer=words, device=place, dtype=kind, folder=folder, decoder=small, **loaded
+    )
 
 
 def build_part(spec: Spec, part: str) -> nn.Module:
@@ -135,15 +146,6 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _check_gates(spec: Spec, folder: Path) -> None:
-    if spec.dit.config.get("gate_compress") and spec.attention.pattern != "vsa":
-        raise ValueError(
-            f"the transformer in {folder} was trained with VSA's gates, which attention pattern"
-            f" {spec.attention.pattern!r} of its fastvideo.json would drop; set it to 'vsa', or ask"
-            " for another pattern clip by clip (--attention dense)"
-        )
-
-
 def _check_vocabulary(tokenizer: Tokenizer, spec: Spec, folder: Path) -> None:
     known = int(spec.text.config.get("vocab_size", tokenizer.vocab_size))
     if tokenizer.vocab_size > known:
@@ -155,6 +157,22 @@ def _check_vocabulary(tokenizer: Tokenizer, spec: Spec, folder: Path) -> None:
 def _computes_bfloat16(device: torch.device) -> bool:
     """Tell whether bfloat16 is fast here, not only possible: every CPU can emulate it slowly."""
     return cpu.has_bfloat16() if device.type == "cpu" else device.type == "cuda"
+
+
+def _load_decoder(
+    spec: Spec, folder: Path, name: str | Path | None, **place: Any
+) -> nn.Module | None:
+    if name is None or str(name) == decoders.OWN:
+        return None
+    found = decoders.locate(name, folder)
+    vae = registry.load("fastvideo.models.vae", spec.vae.family, "Config").parse(spec.vae.config)
+    decoders.check_fits(
+        decoders.read_config(found), source=found, compression=spec.compression, vae=asdict(vae)
+    )
+    net: nn.Module = decoders.read(found, **place)
+    num_params = sum(p.numel() for p in net.parameters())
+    logger.info("decoder %s: %s parameters, in place of the VAE's own", found, f"{num_params:,}")
+    return net
 
 
 def _load_part(

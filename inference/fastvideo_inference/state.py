@@ -96,7 +96,7 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
             return tensors[name].numpy()
         case {"plan": values, "given": given}:
             plan = Plan.model_validate(values)
-            return plan.model_construct(_fields_set=set(given), **plan.model_dump())
+            return plan.model_construct(_fields_set=set(given), **dict(plan))
         case {"type": kind, "fields": fields}:
             values = {k: _unpack(v, tensors, device) for k, v in fields.items()}
             return _trusted(kind)(**values)

@@ -1,0 +1,248 @@
+"""LoRAs in a network's weights: merged in float32 at any strength, taken out again bit for bit.
+
+loras = Loras()
+loras.use(net, [Use(Path("style.safetensors"), 0.8), Use(Path("motion.safetensors"), 0.5)])
+loras.use(net, [])  # the weights that it had before
+
+Merged, a LoRA costs nothing while a clip is made; the weights that it changed are kept on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo.formats import wan
+from fastvideo.log import logger
+from fastvideo.lora.file import Entry, LoraFile, read, some
+
+_WHOLE = ("diff", "diff_b", "diff_m")
+
+
+@dataclass(frozen=True)
+class Use:
+    """A file and how strongly it counts; another `hash` is another file of the same name."""
+
+    path: Path
+    strength: float = 1.0
+    hash: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a file adds to one parameter: scale * up @ down, or `whole`."""
+
+    whole: Tensor | None = None
+    up_Or: Tensor | None = None
+    down_rI: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the parameters that it fits."""
+        if self.whole is not None:
+            return tuple(self.whole.shape)
+        assert self.up_Or is not None and self.down_rI is not None, "a change is one of the two"
+        return len(self.up_Or), *self.down_rI.shape[1:]
+
+    def times(self, strength: float, like: Tensor) -> Tensor:
+        """Return strength * change in the dtype, on the device and in the shape of `like`."""
+
+        def ready(tensor: Tensor) -> Tensor:
+            return tensor.to(like.device, like.dtype)
+
+        if self.whole is not None:
+            return ready(self.whole) * (strength * self.scale)
+        assert self.up_Or is not None and self.down_rI is not None, "a change is one of the two"
+        product = ready(self.up_Or).flatten(1) @ ready(self.down_rI).flatten(1)
+        return product.reshape(like.shape) * (strength * self.scale)
+
+
+Part = tuple[float, Change]
+"""A change and its strength."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a file fits a network: changes by parameter, and the modules that found none.
+
+    text: modules of a text encoder, which are never applied.
+    """
+
+    path: Path
+    changes: Mapping[str, tuple[Change, ...]]
+    matched: tuple[str, ...]
+    unmatched: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return one line: how many modules were applied, and the names of those that were not."""
+        total = len(self.matched) + len(self.unmatched)
+        line = f"{len(self.matched)} of {total} modules of {self.path.name} are applied"
+        if self.unmatched:
+            line += f"; this network has no {some(list(self.unmatched))}"
+        if self.text:
+            line += f"; {len(self.text)} modules of a text encoder are not applied"
+        return line
+
+
+def fit(file: LoraFile, net: nn.Module) -> Fit:
+    """Find the parameters that a file changes; a partial fit is legal, and `Fit` names the rest.
+
+    Raises `ValueError` if no module is found, or shapes differ, or two names mean one module.
+    """
+    params = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    stems = spellings(params)
+    changes: dict[str, list[Change]] = {}
+    seen: dict[tuple[str, str], str] = {}
+    matched: dict[str, None] = {}
+    unmatched, wrong = [], []
+    for module, entry in file.modules.items():
+        for kind, change in _changes(entry).items():
+            name = _parameter(module, kind, stems, params)
+            if name is None:
+                unmatched.append(f"{module}.{kind}" if module in stems else module)
+                continue
+            if (name, kind) in seen:
+                raise ValueError(f"{file.path} has {module} twice, also as {seen[name, kind]}")
+            seen[name, kind] = module
+            matched[module] = None
+            changes.setdefault(name, []).append(change)
+            if change.shape != params[name]:
+                wrong.append(f"{module} adds {change.shape} to {params[name]}")
+    if wrong:
+        raise ValueError(
+            f"{file.path} does not fit the network; {len(wrong)} mis-shaped: {some(wrong)}"
+        )
+    if not matched:
+        raise ValueError(_no_match(file, unmatched))
+    whole = {name: tuple(parts) for name, parts in changes.items()}
+    return Fit(file.path, whole, tuple(matched), tuple(dict.fromkeys(unmatched)), file.text)
+
+
+def spellings(params: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return {spelling: stem} for the modules (and tables) of these parameters.
+
+    A stem is a parameter's name less `.weight` or `.bias`; its spellings are ours (diffusers'),
+    that of the original Wan, and both with underscores for points.
+    """
+    table = wan.names("dit")
+    found: dict[str, str] = {}
+    for name in params:
+        stem = _stem(name)
+        original = table.to_original(name)
+        for spelling in (stem, *([_stem(original)] if original else [])):
+            for key in (spelling, spelling.replace(".", "_")):
+                assert found.setdefault(key, stem) == stem, f"{key} means {found[key]} and {stem}"
+    return found
+
+
+class Loras:
+    """The LoRAs that are in one network's weights now, and what those weights were."""
+
+    def __init__(self) -> None:
+        self.active: tuple[Use, ...] = ()
+        self._kept: dict[str, Tensor] = {}
+        self._told: set[tuple[Path, str]] = set()
+
+    def use(self, net: nn.Module, uses: Sequence[Use]) -> None:
+        """Set the weights to what they were, plus strength * change of every use, rounded once.
+
+        Nothing happens if they are so already. Raises `ValueError` for a file that does not fit,
+        before any weight is changed. A strength of 0 changes no bit.
+        """
+        wanted = tuple(use for use in uses if use.strength != 0)
+        if wanted == self.active:
+            return
+        changes = collect(wanted, net, told=self._told)
+        try:
+            self._apply(dict(net.named_parameters()), changes)
+        except BaseException:  # an interrupt or no memory: half of a LoRA is none
+            self._apply(dict(net.named_parameters()), {})
+            self.active = ()
+            raise
+        self.active = wanted
+
+    @torch.no_grad()
+    def _apply(self, params: Mapping[str, Tensor], changes: Mapping[str, Sequence[Part]]) -> None:
+        for name in [*self._kept]:
+            if name not in changes:
+                params[name].copy_(self._kept[name])
+                del self._kept[name]
+        for name, parts in changes.items():
+            if name not in self._kept:
+                self._kept[name] = params[name].detach().to("cpu", copy=True)
+            params[name].copy_(merged(self._kept[name].to(params[name].device), parts))
+
+
+def collect(
+    uses: Sequence[Use], net: nn.Module, *, told: set[tuple[Path, str]] | None = None
+) -> dict[str, list[Part]]:
+    """Return what files add to each parameter of a network, in order; log how each file fits.
+
+    `net` may be on the meta device. told: files that need no log line, which grows.
+    Raises `ValueError` for a file that cannot be read or does not fit.
+    """
+    told = set() if told is None else told
+    parts: dict[str, list[Part]] = {}
+    for use in uses:
+        if not math.isfinite(use.strength):
+            raise ValueError(f"strength {use.strength} of {use.path} must be a finite number")
+        found = fit(read(use.path), net)
+        if (use.path, use.hash) not in told:
+            told.add((use.path, use.hash))
+            is_partial = found.unmatched or found.text
+            (logger.warning if is_partial else logger.info)("LoRA: %s", found.describe())
+        for name, changes in found.changes.items():
+            parts.setdefault(name, []).extend((use.strength, change) for change in changes)
+    return parts
+
+
+def merged(weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Return weight + strength * change of every part, added in float32 and rounded once."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for strength, change in parts:
+        total = total + change.times(strength, total)
+    return total.to(weight.dtype)
+
+
+def _changes(entry: Entry) -> dict[str, Change]:
+    """Return what a module's tensors add, by kind."""
+    tensors, scale = entry.tensors, entry.scale
+    found = {kind: Change(whole=tensors[kind]) for kind in _WHOLE if kind in tensors}
+    if "up" in tensors:
+        found["lora"] = Change(up_Or=tensors["up"], down_rI=tensors["down"], scale=scale)
+    if "up_bias" in tensors:
+        found["up_bias"] = Change(whole=tensors["up_bias"], scale=scale)
+    return found
+
+
+def _parameter(
+    module: str, kind: str, stems: Mapping[str, str], params: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Return the parameter that a change of this kind is for; None if the network has none."""
+    if kind == "diff_m":  # said of the module that owns the table
+        return stems.get(f"{module}.modulation", stems.get(f"{module}_modulation"))
+    stem = stems.get(module)
+    if stem is None:
+        return None
+    name = f"{stem}.bias" if kind in ("diff_b", "up_bias") else f"{stem}.weight"
+    if name in params:
+        return name
+    return stem if kind == "diff" and stem in params else None
+
+
+def _no_match(file: LoraFile, unmatched: list[str]) -> str:
+    text = f"; it changes a text encoder ({len(file.text)} modules)" if file.text else ""
+    named = f": {some(unmatched)}" if unmatched else ""
+    count = len(unmatched)
+    return f"{file.path} does not fit: none of its {count} modules is in the network{named}{text}"
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".bias")
