@@ -73,13 +73,14 @@ class Judge:
 
 
 @torch.no_grad()
-def reconstructed(vae: Any, world: World, clip: Clip) -> Reconstructed:
-    """Encode and decode one clip and compare the result with it."""
+def reconstructed(vae: Any, world: World, clip: Clip, *, decoder: Any = None) -> Reconstructed:
+    """Encode and decode one clip, by a small `decoder` if there is one, and compare with it."""
     true = clip.frames_THWC
     like = next(vae.parameters())
     pixels_THWC = torch.from_numpy(true).to(like.device, torch.float32) / 127.5 - 1
     z = vae.encode(pixels_THWC.permute(3, 0, 1, 2)[None].to(like.dtype))
-    frames = np.concatenate([render.to_uint8(part[0]) for part in vae.stream(z)])
+    parts = vae.stream(z) if decoder is None else decoder.stream(vae.normalize(z))
+    frames = np.concatenate([render.to_uint8(part[0]) for part in parts])
     return Reconstructed(
         truth=clip.truth,
         seen=world.parse(true),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvideo import attention, registry, rng, schedulers
+from fastvideo.log import logger
 from fastvideo.models.text import encode_prompts
 from fastvideo.sample import Denoiser, Step, guide, sample
 from fastvideo.shapes import LatentShape
@@ -66,6 +67,7 @@ def denoise(
     batched: bool = False,
     pattern: attention.Pattern | None = None,
     backend: str = "auto",
+    drop_gates: bool = False,
     seed: int | Sequence[int] = 0,
     start: int = 0,
     state: Any = None,
@@ -73,13 +75,14 @@ def denoise(
     """Yield the steps from `latents` to the clip, under the scheduler that the model's spec names.
 
     The arguments are those of `sample.guide` and `sample.sample`, `pattern` an attention other
-    than the spec's, and `backend` the name of one that computes it. Gradients are off only while a
-    step is computed, never in the consumer.
+    than the spec's, `backend` the name of one that computes it, and `drop_gates` lets a pattern
+    drop the gates of a VSA model. Gradients are off only while a step is computed, never in the
+    consumer.
     """
     scheduler = schedulers.create(model.spec.scheduler.name, model.spec.scheduler.args)
     prepare = model.dit.prepare  # what no step changes, once for all steps
     velocity = guide(
-        with_attention(model, latents, backend, pattern=pattern),
+        with_attention(model, latents, backend, pattern=pattern, drop_gates=drop_gates),
         scale=guidance_scale,
         cond=prepare(cond),
         uncond=None if uncond is None or guidance_scale == 1 else prepare(uncond),
@@ -98,13 +101,22 @@ def denoise(
 
 
 def with_attention(
-    model: Model, latents: Tensor, name: str = "auto", *, pattern: attention.Pattern | None = None
+    model: Model,
+    latents: Tensor,
+    name: str = "auto",
+    *,
+    pattern: attention.Pattern | None = None,
+    drop_gates: bool = False,
 ) -> Denoiser[Any]:
     """Bind the denoiser to an attention for latents of this size, under the spec's pattern or
     another.
+
+    Raises `ValueError` for a network with VSA's gates under a pattern without them, unless
+    `drop_gates`.
     """
     if pattern is None:
         pattern = attention.parse(model.spec.attention.pattern, model.spec.attention.args)
+    _check_gates(model, pattern, drop_gates=drop_gates)
     grid = LatentShape(*latents.shape[2:]).tokens(model.spec.compression.patch)
     layout = attention.plan(pattern, grid, model.device)
     attend = attention.select(
@@ -123,11 +135,16 @@ def with_attention(
 def decode(model: Model, latents: Tensor, *, chunk: int | None = None) -> Iterator[Frames]:
     """Yield frames of one clip, uint8 (t, H, W, 3), as its normalised latents are decoded.
 
-    `chunk` latent frames at a time: 1 shows the first frame soonest, None is fastest in all.
+    `chunk` latent frames at a time: 1 shows the first frame soonest, None is fastest in all. A
+    small decoder takes the latents normalised, the VAE's own takes them raw.
     """
     assert len(latents) == 1, "frames of several clips cannot share one stream"
-    z = model.vae.denormalize(latents.float())
-    for pixels_BCTHW in model.vae.stream(z, chunk):
+    parts = (
+        model.vae.stream(model.vae.denormalize(latents.float()), chunk)
+        if model.decoder is None
+        else model.decoder.stream(latents.float(), chunk)
+    )
+    for pixels_BCTHW in parts:
         yield to_uint8(pixels_BCTHW[0])
 
 
@@ -149,6 +166,8 @@ def frames(
     height: int | None = None,
     width: int | None = None,
     pattern: attention.Pattern | None = None,
+    backend: str = "auto",
+    drop_gates: bool = False,
 ) -> list[Frames]:
     """Render one clip (T, H, W, 3) for each prompt; what is not given is the spec's default.
 
@@ -180,7 +199,18 @@ def frames(
         guidance_scale=scale,
         uncond=uncond,
         pattern=pattern,
+        backend=backend,
+        drop_gates=drop_gates,
         seed=seeds,
     )
     latents = deque(steps, maxlen=1).pop().x
     return [np.concatenate(list(decode(model, z))) for z in latents[:, None]]
+
+
+def _check_gates(model: Model, pattern: attention.Pattern, *, drop_gates: bool) -> None:
+    if not model.dit.config.gate_compress or isinstance(pattern, attention.Vsa):
+        return
+    name = model.spec.name
+    if not drop_gates:
+        attention.check_keeps_gates(pattern, name=name)
+    logger.info("attention %s drops the VSA gates of %s, as asked", attention.write(pattern), name)

@@ -7,16 +7,19 @@ pipe("a big red ball moving left at night", seed=1).save("ball.mp4")
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastvideo import hub, media
+from fastvideo.config import parse
+from fastvideo.registry import did_you_mean
 from fastvideo_inference import recipe, stages
 from fastvideo_inference.events import Chunk, Done, Event
-from fastvideo_inference.recipe import ModelId, Recipe
-from fastvideo_inference.request import GenerateRequest, Plan, read_layers
+from fastvideo_inference.recipe import DecoderId, ModelId, Recipe
+from fastvideo_inference.request import GenerateRequest, LoraUse, Plan, read_layers
+from fastvideo_inference.stages import denoise
 from fastvideo_inference.state import State
 
 if TYPE_CHECKING:
@@ -41,6 +44,18 @@ class Video:
     frames: Frames | None = None
     latents: Tensor | None = None
 
+    @property
+    def frames_sha256(self) -> str:
+        """Digest of the frames' bytes (T H W 3) before the encoder, which may write equal frames as
+        other files; the seconds of it are less than one in a hundred of the encoder's.
+        """
+        import hashlib
+
+        if self.frames is None:
+            text = 'there are no frames to digest: the clip was made with output="latents"'
+            raise ValueError(text)
+        return hashlib.sha256(self.frames.tobytes()).hexdigest()
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write an mp4 that carries the recipe; raise `FileExistsError` rather than overwrite."""
         import json
@@ -56,9 +71,13 @@ class Video:
 class VideoPipeline:
     """Text to video with one loaded model."""
 
-    def __init__(self, model: Model, model_id: ModelId) -> None:
+    def __init__(
+        self, model: Model, model_id: ModelId, decoder_id: DecoderId | None = None
+    ) -> None:
         self.model = model
         self.model_id = model_id
+        self.decoder_id = decoder_id
+        self.loras: dict[str, LoraUse] = {}
 
     @classmethod
     def from_pretrained(
@@ -66,18 +85,23 @@ class VideoPipeline:
         name_or_path: str | Path = hub.DEFAULT_MODEL,
         device: str = "auto",
         dtype: str = "auto",
+        decoder: str | Path | None = None,
     ) -> VideoPipeline:
-        """Load a bundled name, folder or hub id; raise `ValueError` naming what does not fit."""
+        """Load a bundled name, folder or hub id; raise `ValueError` naming what does not fit.
+
+        `decoder` is a small one to use in place of the VAE's: its name in the model's decoders/, a
+        folder, or a published file of TAEHV's.
+        """
         from fastvideo.model import load
 
-        model = load(name_or_path, device=device, dtype=dtype)
+        model = load(name_or_path, device=device, dtype=dtype, decoder=decoder)
         assert model.folder is not None, "a loaded model comes from a folder"
         model_id = ModelId(
             name_or_path=str(name_or_path),
             spec=model.spec.name,
             fingerprint=recipe.fingerprint(model.folder),
         )
-        return cls(model, model_id)
+        return cls(model, model_id, recipe.decoder_id(decoder, model.spec, model.folder))
 
     def __call__(
         self,
@@ -91,11 +115,17 @@ class VideoPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | None = None,
+        attention: str | None = None,
+        backend: str | None = None,
+        drop_gates: bool | None = None,
+        lora: Sequence[str] | None = None,
         latents: Tensor | None = None,
         output: Literal["frames", "latents"] = "frames",
     ) -> Video:
-        """Make one clip; None is the model's default, and a random seed.
+        """Make one clip; None is the model's default, a random seed, and the LoRAs that are loaded.
 
+        `attention` is another pattern than the model's, such as "vsa(sparsity=0.8)", and `backend`
+        the name of what computes it; `drop_gates` lets a pattern drop the gates of a VSA model.
         `latents` replaces the noise drawn from the seed (B C T H W, standard normal); with
         `output="latents"` the clip stays undecoded. Raises `ValueError` before any work for
         what the model cannot make.
@@ -112,6 +142,10 @@ class VideoPipeline:
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             seed=seed,
+            attention=attention,
+            backend=backend,
+            drop_gates=drop_gates,
+            lora=lora,
         )
         events = self.events(request, latents=latents, preset=_PRESET_OF[output])
         last = deque(events, maxlen=1).pop()  # a list would keep every step's state
@@ -124,7 +158,7 @@ class VideoPipeline:
         """Yield frames (H W 3 uint8) as they are decoded; a call's arguments, but `output`."""
         request = request_of(prompt=prompt, **fields)
         # Resolved now, so that an illegal request fails here and not at the first frame.
-        plan = request.resolve(self.model.spec)
+        plan = self._with_loras(request).resolve(self.model.spec)
         return _single_frames(self.events(plan, latents=latents))
 
     def events(
@@ -135,10 +169,54 @@ class VideoPipeline:
         preset: str = "text_to_video",
     ) -> Iterator[Event]:
         """Resolve the request and return its events; drop the iterator to cancel."""
-        plan = request.resolve(self.model.spec)
+        plan = self._with_loras(request).resolve(self.model.spec)
+        self._merge(plan.lora)  # now, so that one that does not fit fails here
         row = stages.PRESETS[preset]
         stages.check(row)
         return stages.run(row, self.model, State(plan, noise=latents))
+
+    def load_lora(self, path: str | Path, *, strength: float = 1.0, name: str | None = None) -> str:
+        """Let every clip use a LoRA (a file, a folder or a hub name), and return its name here.
+
+        The name is the file's unless given; the same name again is another strength or file.
+        Raises `ValueError` if it does not fit the model, which then stays as it is.
+        """
+        use = _parse_lora(path, strength).found()
+        key = name or hub.find_lora(use.path).stem
+        self._set_loras({**self.loras, key: use})
+        return key
+
+    def set_lora(self, name: str, *, strength: float) -> None:
+        """Change the strength of a loaded LoRA; `ValueError` for an unknown name."""
+        old = self._known(name)
+        self._set_loras({**self.loras, name: _parse_lora(old.path, strength, old.hash)})
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Drop a LoRA, or all; without any, the weights are what they were before, bit for bit."""
+        kept = {} if name is None else {k: v for k, v in self.loras.items() if k != name}
+        if name is not None:
+            self._known(name)
+        self._set_loras(kept)
+
+    def _set_loras(self, loras: dict[str, LoraUse]) -> None:
+        self._merge(tuple(loras.values()))
+        self.loras = loras
+
+    def _merge(self, loras: Sequence[LoraUse]) -> None:
+        self.model.loras.use(self.model.dit, denoise.uses_of(loras))
+
+    def _known(self, name: str) -> LoraUse:
+        if name not in self.loras:
+            known = ", ".join(self.loras) or "none"
+            hint = did_you_mean(name, self.loras)
+            raise ValueError(f"LoRA {name!r} is not loaded{hint} (loaded: {known})")
+        return self.loras[name]
+
+    def _with_loras(self, request: GenerateRequest) -> GenerateRequest:
+        """Return the request with the pipeline's LoRAs if it names none itself."""
+        if request.lora is not None or not self.loras:
+            return request
+        return request.model_copy(update={"lora": tuple(self.loras.values())})
 
     def recipe(self, plan: Plan, *, own_noise: bool = False) -> Recipe:
         """Return what it takes to make this plan's frames again."""
@@ -148,6 +226,7 @@ class VideoPipeline:
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
             latents="given" if own_noise else "seed",
+            decoder=self.decoder_id,
             versions=recipe.versions(),
         )
 
@@ -161,6 +240,12 @@ class VideoPipeline:
             frames=state.frames,
             latents=state.latents if undecoded else None,
         )
+
+
+def _parse_lora(path: str | Path, strength: float, file_hash: str = "") -> LoraUse:
+    return parse(
+        LoraUse, {"path": str(path), "strength": strength, "hash": file_hash}, source="the LoRA"
+    )
 
 
 def request_of(**fields: Any) -> GenerateRequest:

@@ -13,6 +13,8 @@ from pydantic import Field
 import fastvideo
 from fastvideo import media
 from fastvideo.config import Strict, parse
+from fastvideo.models import decoder as decoders
+from fastvideo.spec import Spec
 from fastvideo_inference.request import Plan
 
 # The comment tag is the one that every player shows and every copy keeps.
@@ -28,6 +30,13 @@ class ModelId(Strict):
     fingerprint: str
 
 
+class DecoderId(Strict):
+    """Which small decoder, where the VAE's own was not used: the name or path, and its files."""
+
+    name_or_path: str
+    fingerprint: str
+
+
 class Recipe(Strict):
     """Everything that decided the frames of one clip."""
 
@@ -37,26 +46,48 @@ class Recipe(Strict):
     device: str
     dtype: str
     latents: str = "seed"  # or "given", if the caller passed its own noise
+    decoder: DecoderId | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(place: str | Path) -> str:
     """Digest a model folder: names and sizes of all files, and the first and last MiB of each.
+
+    A decoder's folder or file likewise; the decoders that a model folder holds do not count for it,
+    as a recipe names the one that was used.
 
     Reading 28 GB of weights to the end would take longer than making a clip; new weights of the
     same shapes differ in these parts too.
     """
     digest = hashlib.blake2b(digest_size=16)
-    root = Path(folder)
+    root = Path(place)
     files = (p for p in root.rglob("*") if p.suffix in {".json", ".safetensors", ".pth", ".pt"})
-    for path in sorted(files):
+    for path in [root] if root.is_file() else sorted(files):
+        name = path.relative_to(root)
+        if name.parts[:1] == (decoders.FOLDER,):
+            continue
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()}:{size}\n".encode())
+        digest.update(f"{name.as_posix()}:{size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(_SAMPLE_BYTES))
             file.seek(max(0, size - _SAMPLE_BYTES))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def decoder_id(name: str | Path | None, spec: Spec, folder: Path) -> DecoderId | None:
+    """Identify a small decoder for the model of a folder; None for the VAE's own.
+
+    Raises `ValueError` if it is not there or, as far as its config says, does not fit. A file
+    without a config is opened only with the model: it takes torch to read one.
+    """
+    if name is None or str(name) == decoders.OWN:
+        return None
+    place = decoders.locate(name, folder)
+    if place.is_dir():
+        config, vae = decoders.read_config(place), spec.vae.config
+        decoders.check_fits(config, source=place, compression=spec.compression, vae=vae)
+    return DecoderId(name_or_path=str(name), fingerprint=fingerprint(place))
 
 
 def versions() -> dict[str, str]:

@@ -10,17 +10,11 @@ same round, median with the range of the rounds. One JSON line a run is appended
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +26,7 @@ from fastvideo_train.optim import Muon
 from fastvideo_train.strategies.single import Strategy
 from torch import Tensor, nn
 
+from fastvideo import timing
 from fastvideo.config import merge, parse
 
 RECIPE = "configs/train/nano/dit-image.toml"
@@ -61,20 +56,13 @@ def main() -> None:
                 step()
         rounds = []
         for i in range(args.repeats):
-            order = names[i % len(names) :] + names[: i % len(names)]
-            seconds = {name: timed(steps[name]) for name in order}
-            rounds.append(seconds)
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "machine": machine(),
-            "settings": {"frames": frames, "batch": batch, "threads": args.threads},
-            "variants": {name: summary(name, rounds, batch) for name in names},
-        }
+            rounds.append({name: timing.timed(steps[name]) for name in timing.in_turn(names, i)})
+        record = timing.record(
+            settings={"frames": frames, "batch": batch, "threads": args.threads},
+            variants={name: summary(name, rounds, batch) for name in names},
+        )
         report(record)
-        if args.out:
-            with Path(args.out).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        timing.append(args.out, record)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -221,23 +209,14 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Return the seconds of one step."""
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
-
-
 def summary(name: str, rounds: list[dict[str, float]], batch: int) -> dict[str, Any]:
     """Return a variant's median, and its seconds over ours, paired by round."""
-    ratios = [seconds[name] / seconds["ours"] for seconds in rounds]
     median = statistics.median(seconds[name] for seconds in rounds)
     return {
         "says": VARIANTS[name].says,
         "step_s": round(median, 4),
         "sample_ms": round(1e3 * median / batch, 2),
-        "ratio": round(statistics.median(ratios), 3),
-        "range": [round(min(ratios), 3), round(max(ratios), 3)],
+        **timing.ratio(rounds, name, over="ours", digits=3),
     }
 
 
@@ -250,19 +229,6 @@ def report(record: Mapping[str, Any]) -> None:
         low, high = v["range"]
         row = f"{v['sample_ms']:.1f} | {v['ratio']:.2f} | {low:.2f} - {high:.2f}"
         print(f"| {name} | {v['says']} | {row} |")
-
-
-def machine() -> dict[str, Any]:
-    """Return the processor and the versions that matter."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return {
-        "cpu": next(models, platform.processor()),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-    }
 
 
 if __name__ == "__main__":

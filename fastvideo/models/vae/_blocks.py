@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvideo.layers.upsample import doubling_kernel
 from fastvideo.models.vae._causal import CausalConv3d, Past, starts_clip
 from fastvideo.models.vae._norm import RmsNorm
 
@@ -112,7 +113,7 @@ class Upsample(nn.Module):
             x_BCTHW = self._double_time(x_BCTHW, past)
         x = _frames_as_batch(x_BCTHW)
         conv = cast(nn.Conv2d, self.resample[1])
-        x = F.conv_transpose2d(x, _doubling_kernel(conv.weight), conv.bias, stride=2, padding=1)
+        x = F.conv_transpose2d(x, doubling_kernel(conv.weight), conv.bias, stride=2, padding=1)
         return _batch_as_frames(x, x_BCTHW.shape[0])
 
     def _double_time(self, x: Tensor, past: Past | None) -> Tensor:
@@ -193,18 +194,6 @@ class DupUp(nn.Module):
 def add(fresh: Tensor, x: Tensor) -> Tensor:
     """Return the sum, in the memory of `fresh`, which nobody else holds, if autograd permits."""
     return fresh + x if torch.is_grad_enabled() else fresh.add_(x)
-
-
-def _doubling_kernel(weight_OIHW: Tensor) -> Tensor:
-    """Turn "repeat each pixel 2x2, then convolve 3x3" into one transposed convolution of stride 2.
-
-    Each of a pixel's four outputs sees only 2x2 different inputs, so this is 2.25 times less work.
-    """
-    w = F.pad(weight_OIHW.float(), (1, 1, 1, 1))
-    w = w[:, :, 1:] + w[:, :, :-1]
-    w = w[..., 1:] + w[..., :-1]
-    w = w.to(weight_OIHW.dtype).flip(2, 3).transpose(0, 1)  # (I, O, 4, 4)
-    return w.contiguous(memory_format=torch.channels_last)  # decides the layout for a batch of one
 
 
 def _to_BTHWC(x_BCTHW: Tensor) -> Tensor:

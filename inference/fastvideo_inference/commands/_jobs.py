@@ -14,7 +14,7 @@ from fastvideo.registry import did_you_mean
 from fastvideo.shapes import parse_size
 from fastvideo.spec import Spec
 from fastvideo_inference import naming, prompts
-from fastvideo_inference.recipe import Recipe, fingerprint, read_recipe
+from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 from fastvideo_inference.request import Plan, read_layers
 
 # The flag that sets a field of the request, for error texts.
@@ -28,6 +28,9 @@ FLAG_OF = {
     "negative_prompt": "--negative",
     "seed": "--seed",
     "attention": "--attention",
+    "backend": "--backend",
+    "drop_gates": "--drop-gates",
+    "lora": "--lora",
     "prompt": "the prompt",
 }
 
@@ -50,6 +53,7 @@ class Words:
     settings: tuple[str, ...]
     device: str | None
     dtype: str | None
+    decoder: str | None
     flags: Mapping[str, Any]
 
 
@@ -68,6 +72,7 @@ class Batch:
     model: str
     device: str
     dtype: str
+    decoder: str | None
     jobs: tuple[Job, ...]
 
 
@@ -75,17 +80,22 @@ def read(words: Words) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
     check_place(words.device, words.dtype)
     repeated = read_recipe(words.repeat) if words.repeat else None
-    layers, name = _layers(words, repeated)
+    layers, name, decoder = _layers(words, repeated)
     if not isinstance(name, str):
         raise ValueError(f"model {name!r} must be a name or a folder")
+    if not isinstance(decoder, str | None):
+        raise ValueError(f"decoder {decoder!r} must be a name or a path")
     spec, folder = _open(name, words, repeated)
+    used = decoder_id(decoder, spec, folder)
     if repeated:
         _check_repeatable(words.repeat, repeated, name, folder)
+        _check_same_decoder(words.repeat, repeated, used)
     plans = [_plan(row, layers, words, spec) for row in _rows(words, repeated)]
     return Batch(
         model=name,
         device=words.device or (repeated.device if repeated else "auto"),
         dtype=words.dtype or (repeated.dtype if repeated else "auto"),
+        decoder=used.name_or_path if used else None,
         jobs=_place(plans, words.output),
     )
 
@@ -100,11 +110,15 @@ def _open(name: str, words: Words, repeated: Recipe | None) -> tuple[Spec, Path]
         raise
 
 
-def _layers(words: Words, repeated: Recipe | None) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
-    """Return the request layers, lowest first, and the model that they name, unchecked."""
+def _layers(
+    words: Words, repeated: Recipe | None
+) -> tuple[list[tuple[str, dict[str, Any]]], Any, Any]:
+    """Return the request layers, lowest first, and the model and decoder that they name."""
     layers = []
     if repeated:
         given = {"model": repeated.model.name_or_path, **repeated.request.model_dump()}
+        if repeated.decoder:
+            given["decoder"] = repeated.decoder.name_or_path
         layers.append((str(words.repeat), given))
     if words.config:
         layers.append((str(words.config), read_toml(words.config)))
@@ -115,11 +129,13 @@ def _layers(words: Words, repeated: Recipe | None) -> tuple[list[tuple[str, dict
         flags["model"] = words.model
     if words.size is not None:
         flags["width"], flags["height"] = parse_size(words.size)
+    if words.decoder is not None:
+        flags["decoder"] = words.decoder
     layers.append(("the command line", flags))
-    model: Any = hub.DEFAULT_MODEL
+    model, decoder = hub.DEFAULT_MODEL, None
     for _, values in layers:
-        model = values.pop("model", model)
-    return layers, model
+        model, decoder = values.pop("model", model), values.pop("decoder", decoder)
+    return layers, model, decoder
 
 
 def _rows(words: Words, repeated: Recipe | None) -> list[tuple[str, dict[str, Any]]]:
@@ -164,6 +180,15 @@ def _check_repeatable(path: Path | None, recipe: Recipe, name: str, folder: Path
         raise ValueError(
             f"{path} was made by other weights than {name}: its recipe says {recipe.model.spec}"
             f" {recipe.model.fingerprint[:12]}, {folder} is {found[:12]}"
+        )
+
+
+def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | None) -> None:
+    old = recipe.decoder
+    if old and used and used.name_or_path == old.name_or_path and used != old:
+        raise ValueError(
+            f"{path} was made by another decoder {old.name_or_path} than the one that is there now:"
+            f" its recipe says {old.fingerprint[:12]}, it is {used.fingerprint[:12]}"
         )
 
 

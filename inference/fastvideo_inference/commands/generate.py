@@ -18,16 +18,40 @@ from fastvideo_inference.commands._report import Report, reporting
 if TYPE_CHECKING:
     from fastvideo_inference.pipeline import VideoPipeline
 
+Model = Annotated[
+    str | None,
+    Option("--model", "-m", help=f"Bundled name, folder or hub id. [{hub.DEFAULT_MODEL}]"),
+]
+Attention = Annotated[
+    str | None, Option(help="Another pattern: dense, vsa(sparsity=0.8). [the model's]")
+]
+Backend = Annotated[
+    str | None, Option(help="What computes the attention; doctor lists them. [auto, the fastest]")
+]
+DropGates = Annotated[
+    bool | None,
+    Option("--drop-gates/--no-drop-gates", help="Let --attention drop a VSA model's gates. [no]"),
+]
+Lora = Annotated[
+    list[str] | None,
+    Option(help="PATH[:STRENGTH] of a LoRA, or its name on the hub; repeatable."),
+]
+Decoder = Annotated[
+    str | None,
+    Option(help="A small decoder of the model, its path, or vae. [vae, the VAE's own]"),
+]
+Output = Annotated[
+    str | None,
+    Option("--output", "-o", help=f"File, folder/ or template. [{naming.DEFAULT_TEMPLATE}]"),
+]
+
 
 def generate(
     prompt: Annotated[str | None, Argument(help="What the clip should show.")] = None,
     prompts: Annotated[
         Path | None, Option(help="A .txt (a prompt a line) or .jsonl (a request a line).")
     ] = None,
-    model: Annotated[
-        str | None,
-        Option("--model", "-m", help=f"Bundled name, folder or hub id. [{hub.DEFAULT_MODEL}]"),
-    ] = None,
+    model: Model = None,
     seed: Annotated[int | None, Option(help="-1 or none: drawn, and printed.")] = None,
     steps: Annotated[int | None, Option(help="Denoising steps.")] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")] = None,
@@ -35,13 +59,12 @@ def generate(
     fps: Annotated[int | None, Option(help="Frames per second of the file.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
     negative: Annotated[str | None, Option(help="What the clip should not show.")] = None,
-    attention: Annotated[
-        str | None, Option(help="Another pattern: dense, vsa(sparsity=0.8). [the model's]")
-    ] = None,
-    output: Annotated[
-        str | None,
-        Option("--output", "-o", help=f"File, folder/ or template. [{naming.DEFAULT_TEMPLATE}]"),
-    ] = None,
+    attention: Attention = None,
+    backend: Backend = None,
+    drop_gates: DropGates = None,
+    lora: Lora = None,
+    decoder: Decoder = None,
+    output: Output = None,
     config: Annotated[Path | None, Option(help="TOML file with fields of the request.")] = None,
     settings: Annotated[
         list[str] | None, Option("--set", help="key=value, over the config; repeatable.")
@@ -65,6 +88,7 @@ def generate(
         settings=tuple(settings or ()),
         device=device,
         dtype=dtype,
+        decoder=decoder,
         flags={
             "seed": seed,
             "num_inference_steps": steps,
@@ -73,6 +97,9 @@ def generate(
             "guidance_scale": guidance,
             "negative_prompt": negative,
             "attention": attention,
+            "backend": backend,
+            "drop_gates": drop_gates,
+            "lora": lora or None,
         },
     )
     with refusing():
@@ -85,7 +112,9 @@ def _run(batch: Batch, report: Report) -> int:
     started = time.perf_counter()
     from fastvideo_inference.pipeline import VideoPipeline  # torch comes in here
 
-    pipe = VideoPipeline.from_pretrained(batch.model, device=batch.device, dtype=batch.dtype)
+    pipe = VideoPipeline.from_pretrained(
+        batch.model, device=batch.device, dtype=batch.dtype, decoder=batch.decoder
+    )
     load_s = time.perf_counter() - started
     code = OK
     for index, job in enumerate(batch.jobs):
@@ -116,6 +145,11 @@ def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> di
     load = {"load": load_s} if load_s else {}
     timings = {**load, **video.timings, "save": time.perf_counter() - started}
     timings = {name: round(seconds, 4) for name, seconds in timings.items()}
-    beside = {"recipe": video.recipe, "timings_s": timings, "output": job.path.name}
+    beside = {
+        "recipe": video.recipe,
+        "frames_sha256": video.frames_sha256,
+        "timings_s": timings,
+        "output": job.path.name,
+    }
     files.write_text(naming.sidecar(job.path), json.dumps(beside, indent=2) + "\n")
     return timings

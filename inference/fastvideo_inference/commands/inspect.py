@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from fastvideo import hub, media
 from fastvideo.cli import refusing
+from fastvideo.models import decoder as decoders
 from fastvideo.spec import Spec
 from fastvideo_inference import naming
 from fastvideo_inference.recipe import fingerprint, read_recipe
@@ -82,7 +83,17 @@ def model_facts(spec: Spec, folder: Path) -> Facts:
         "folder": str(folder),
         "fingerprint": fingerprint(folder),
         "parts": {name: {**e, "dtypes": dict(e["dtypes"])} for name, e in parts.items()},
+        "decoders": decoder_facts(folder),
         "spec": spec.model_dump(mode="json"),
+    }
+
+
+def decoder_facts(folder: Path) -> Facts:
+    """Return the small decoders of a model folder, which `--decoder` takes by name: their dims."""
+    places = {name: decoders.locate(name, folder) for name in decoders.names(folder)}
+    return {
+        name: {"family": decoders.family(place)} | dataclasses.asdict(decoders.read_config(place))
+        for name, place in places.items()
     }
 
 
