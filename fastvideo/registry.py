@@ -11,9 +11,10 @@ from typing import Any
 
 
 def did_you_mean(word: str, legal: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest legal word, else an empty string."""
-    near = difflib.get_close_matches(word, list(legal), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return `; did you mean 'x'?` for the nearest legal word, whatever its case; else nothing."""
+    small = {x.lower(): x for x in legal}
+    near = difflib.get_close_matches(word.lower(), list(small), n=1)
+    return f"; did you mean {small[near[0]]!r}?" if near else ""
 
 
 def names(package: str) -> list[str]:

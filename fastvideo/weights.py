@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastvideo import files
 
-STEMS = ("diffusion_pytorch_model", "model")
+STEMS = ("diffusion_pytorch_model", "vsa_gated_model", "model")
 _PICKLED = (".pt", ".pth", ".bin")
 _DTYPES = {
     "F64": torch.float64,

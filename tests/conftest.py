@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from fastvideo.formats import diffusers as layout
-from fastvideo.model import Model
+from fastvideo.model import Model, load
 from fastvideo.models.dit.wan import WanConfig, WanDiT
 from fastvideo.models.text.tokenizer import build_word_tokenizer
 from fastvideo.models.text.umt5 import Umt5Config, Umt5Encoder
 from fastvideo.models.vae.wan import WanVae, WanVaeConfig
 from fastvideo.shapes import Compression
-from fastvideo.spec import Defaults, Network, Scheduler, Spec
+from fastvideo.spec import Attention, Defaults, Network, Scheduler, Spec
 
 WORDS = [
     "a",
@@ -54,6 +55,29 @@ def tiny_diffusers_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFa
     pipe.save_pretrained(folder)
     assert not (folder / "fastvideo.json").exists()
     return folder
+
+
+@pytest.fixture(scope="session")
+def gated_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with gates of some size, under VSA: without them it is `tiny_folder` again."""
+    dense = load(tiny_folder, device="cpu", dtype="float32")
+    dit = WanDiT(dataclasses.replace(dense.dit.config, gate_compress=True))
+    lacking = dit.load_state_dict(dense.dit.state_dict(), strict=False)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        for name, weight in dit.named_parameters():
+            if "to_gate_compress" in name:
+                weight.normal_(std=0.3)
+    assert all("to_gate_compress" in name for name in lacking.missing_keys)
+    own = {"pattern": "vsa", "args": {"sparsity": 0.5, "tile": [1, 2, 2]}}
+    changes = {
+        "name": "gated",
+        "attention": Attention.model_validate(own),
+        "dit": Network(family="wan", config=dataclasses.asdict(dit.config)),
+    }
+    spec = dense.spec.model_copy(update=changes)
+    model = dataclasses.replace(dense, spec=spec, dit=dit.eval().requires_grad_(False))
+    return layout.save(model, tmp_path_factory.mktemp("models") / "gated")
 
 
 @pytest.fixture

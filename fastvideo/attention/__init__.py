@@ -20,6 +20,7 @@ from fastvideo.attention.pattern import (
     Sta,
     Vsa,
     check_fits,
+    check_keeps_gates,
     parse,
     read,
     unparse,
@@ -44,7 +45,8 @@ _HOMES = {
     "layout": ("Layout", "Tiles", "plan"),
 }
 
-__all__ = ["Dense", "Pattern", "Sta", "Vsa", "check_fits", "parse", "read", "unparse", "write"]
+__all__ = ["Dense", "Pattern", "Sta", "Vsa", "check_fits", "check_keeps_gates"]
+__all__ += ["parse", "read", "unparse", "write"]
 __all__ += [name for names in _HOMES.values() for name in names]
 
 

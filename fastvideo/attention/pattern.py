@@ -40,9 +40,9 @@ class Vsa:
         if (self.sparsity is None) == (self.top_k is None):
             raise ValueError("vsa needs either sparsity, such as 0.8, or top_k, such as 16")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            nearest = 0 if self.sparsity < 0 else 0.99
             raise ValueError(
-                f"vsa sparsity {self.sparsity} must be at least 0 and below 1; nearest: {nearest}"
+                f"vsa sparsity {self.sparsity} must be at least 0 and below 1;"
+                f" {_nearest_sparsity(self.sparsity)}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"vsa top_k {self.top_k} must be at least 1; nearest: 1")
@@ -120,7 +120,8 @@ def unparse(pattern: Pattern) -> tuple[str, dict[str, Any]]:
 def read(text: str) -> Pattern:
     """Read `vsa(sparsity=0.8, tile=[4, 4, 4])`, as a person writes it; `ValueError` if wrong."""
     name, bracket, rest = text.strip().partition("(")
-    if bracket and not rest.endswith(")"):
+    # What could end the table that TOML is given is refused: the rest would be another document.
+    if bracket and (not rest.endswith(")") or set(rest) & set("{}#\r\n")):
         raise ValueError(f"attention pattern {text!r} must look like vsa(sparsity=0.8)")
     try:
         args = tomllib.loads("it = {" + rest[:-1] + "}")["it"] if bracket else {}
@@ -154,6 +155,15 @@ def check_fits(pattern: Pattern, grid: TokenGrid, *, num_heads: int | None = Non
         raise ValueError(f"sta has {count} windows; give one for all or {num_heads}, one a head")
 
 
+def check_keeps_gates(pattern: Pattern, *, name: str) -> None:
+    """Raise `ValueError` if a network with VSA's gates, in the model `name`, would not use them."""
+    if not isinstance(pattern, Vsa):
+        raise ValueError(
+            f"attention {write(pattern)} would drop the VSA gates that {name} was trained with;"
+            " nearest: vsa(sparsity=0); to drop them say so: --drop-gates, or drop_gates true"
+        )
+
+
 def _read(name: str, key: str, value: Any) -> Any:
     """Turn JSON's lists into tuples and refuse values of another kind."""
     if key == "windows":
@@ -171,6 +181,13 @@ def _read(name: str, key: str, value: Any) -> Any:
     if value is not None and (not is_number or (key == "top_k" and not isinstance(value, int))):
         raise ValueError(f"{name} {key} {value!r} must be a {'whole ' * (key == 'top_k')}number")
     return value
+
+
+def _nearest_sparsity(sparsity: float) -> str:
+    """Say what to ask for instead of an illegal sparsity; NaN is near nothing."""
+    if math.isnan(sparsity):
+        return "such as 0.8"
+    return "nearest: 0" if sparsity < 0 else "nearest: 0.99, or top_k=1 for a single tile"
 
 
 def _check_tile(tile: Tile) -> None:

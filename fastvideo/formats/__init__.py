@@ -16,13 +16,15 @@ from fastvideo import registry
 
 PARTS = ("text", "dit", "vae")
 
+_OTHER = "another architecture than the text-to-video Wan that this release runs"
 # Tensors that make a network another architecture, though everything else fits a plain Wan.
 _VARIANTS = {
-    "to_gate_compress": "a video sparse attention (VSA) network",
-    "local_attn.proj_l": "a sparse-linear attention (SLA, TurboDiffusion) network",
-    "delta_embedder": "an AnyFlow network",
-    "k_img": "an image-to-video network",
-    "add_k_proj": "an image-to-video network",
+    "to_gate_compress": "a video sparse attention (VSA) network, which is read from folders in the"
+    " diffusers layout alone; convert it",
+    "local_attn.proj_l": f"a sparse-linear attention (SLA, TurboDiffusion) network, {_OTHER}",
+    "delta_embedder": f"an AnyFlow network, {_OTHER}",
+    "k_img": f"an image-to-video network, {_OTHER}",
+    "add_k_proj": f"an image-to-video network, {_OTHER}",
 }
 
 
@@ -80,7 +82,4 @@ def refuse_variants(
     for name in names:
         for mark, kind in _VARIANTS.items():
             if mark in name and mark not in known:
-                raise ValueError(
-                    f"{source} holds {name}: {kind}, another architecture than the dense "
-                    "text-to-video Wan that this release runs"
-                )
+                raise ValueError(f"{source} holds {name}: {kind}")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastvideo import spec as specs
 from fastvideo.files import write_text
-from fastvideo.formats import PARTS, read_json, refuse_variants, tensor_names
+from fastvideo.formats import PARTS, _few_step, read_json, refuse_variants, tensor_names
+from fastvideo.log import logger
 from fastvideo.shapes import Compression
 from fastvideo.spec import Attention, Defaults, Network, Scheduler, Spec
 
@@ -38,6 +39,9 @@ _FAMILIES = {
     "text": {"UMT5EncoderModel": "umt5"},
 }
 _STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model"}
+# Stock diffusers reads any transformer/ whose weights it finds, whatever class its config names,
+# and drops tensors that it does not know: weights with gates get a name under which it finds none.
+_GATED_STEM = "vsa_gated_model"
 _DIFFUSERS_VERSION = "0.42.1"
 
 # Wan2.1's own negative prompt (its wan/configs/shared_config.py).
@@ -53,9 +57,8 @@ _FASTWAN: dict[str, Any] = {
     "sigmas": [1.0, 0.756757, 0.521739],
     "timesteps": [1000.0, 757.0, 522.0],
 }
-# The 1.3B was trained at this sparsity; the 14B at 0.9, which its files do not tell.
-_FASTWAN_VSA: dict[str, Any] = {"sparsity": 0.8, "tile": [4, 4, 4]}
-_FASTWAN_ATTENTION = "vsa at sparsity 0.8 with tiles of 4x4x4, as its network has VSA's gates"
+# FastWan's scripts train the 1.3B (30 layers) and the 14B (40) at these; their files do not tell.
+_FASTWAN_SPARSITY, _FASTWAN_SPARSITY_14B, _LAYERS_14B = 0.8, 0.9, 40
 
 _EULER_NEUTRAL: dict[str, Any] = {
     "use_dynamic_shifting": False,
@@ -113,7 +116,7 @@ def derive_spec(folder: Path) -> Spec:
     else:
         scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
         origin = "from scheduler_config.json"
-    has_gates = bool(found["dit"].get("gate_compress"))
+    attention, why = _attention(found["dit"])
     return Spec(
         name=folder.name,
         dit=_network(folder, "dit", found["dit"]),
@@ -121,13 +124,13 @@ def derive_spec(folder: Path) -> Spec:
         text=_network(folder, "text", found["text"]),
         compression=compression(found["dit"], found["vae"]),
         scheduler=scheduler,
-        attention=Attention(pattern="vsa", args=dict(_FASTWAN_VSA)) if has_gates else Attention(),
+        attention=attention,
         defaults=WAN_DEFAULTS.model_copy(update=_FEW_STEPS if is_few_step else {}),
         derived=(
             "networks: from the config.json of transformer, vae and text_encoder",
             "compression: from the dims of vae and transformer",
             f"scheduler: {scheduler.name} {scheduler.args or ''}, {origin}",
-            f"attention: {_FASTWAN_ATTENTION if has_gates else 'dense'}, assumed",
+            f"attention: {why}, assumed",
             "defaults: size, frames, fps, steps, guidance, negative prompt of Wan2.1, assumed",
         ),
     )
@@ -149,10 +152,17 @@ def tensors(folder: Path, part: str) -> Checkpoint:
     from fastvideo.weights import Checkpoint
 
     path = folder / SUBFOLDERS[part]
-    checkpoint = Checkpoint(path, stem=_STEMS[part])
+    checkpoint = Checkpoint(path, stem=stem(folder, part))
     if part == "dit":
         refuse_variants(checkpoint.names(), source=path, known=("to_gate_compress",))
     return checkpoint
+
+
+def stem(folder: Path, part: str) -> str:
+    """Return how a part's files of weights begin; FastWan's gated ones begin like all others."""
+    place = folder / SUBFOLDERS[part]
+    gated = (place / f"{_GATED_STEM}.safetensors{end}" for end in ("", ".index.json"))
+    return _GATED_STEM if part == "dit" and any(map(Path.is_file, gated)) else _STEMS[part]
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -165,6 +175,7 @@ def save(
 ) -> Path:
     """Write a model as a folder that stock diffusers and we load; all of it appears, or nothing.
 
+    Stock diffusers finds no weights in a transformer with VSA's gates, which it would drop.
     dtype: type of the stored weights (None: as they are); parts that stay float32 do.
     Raises `ValueError` if the folder exists (unless `overwrite`) or cannot be written.
     """
@@ -182,8 +193,9 @@ def save(
                 dtype=dtype,
             )
         model.tokenizer.save(new / TOKENIZER)
-        _write_json(new / "scheduler" / "scheduler_config.json", _scheduler_config(model.spec))
-        _write_json(new / "model_index.json", _index(model.spec))
+        scheduler = _scheduler_config(model.spec)
+        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        _write_json(new / "model_index.json", _index(model.spec, scheduler["_class_name"]))
         specs.write(model.spec, new)
     return target
 
@@ -207,7 +219,8 @@ def save_part(
     _write_json(folder / "config.json", {**_kind_entries(kind, dtype), **values})
     state = cast(module.state_dict(), dtype=dtype, keep_float32=keep)
     assert not any("_orig_mod" in name for name in state), f"save the {part} that was compiled from"
-    save(folder / f"{_STEMS[part]}.safetensors", state)
+    name = _GATED_STEM if values.get("gate_compress") else _STEMS[part]
+    save(folder / f"{name}.safetensors", state)
 
 
 def _class_name(part: str, family: str, dims: Mapping[str, Any]) -> str:
@@ -216,8 +229,22 @@ def _class_name(part: str, family: str, dims: Mapping[str, Any]) -> str:
 
 
 def _has_gates(folder: Path) -> bool:
-    names = tensor_names(folder / SUBFOLDERS["dit"], _STEMS["dit"])
+    names = tensor_names(folder / SUBFOLDERS["dit"], stem(folder, "dit"))
     return any("to_gate_compress" in name for name in names)
+
+
+def _attention(dims: Mapping[str, Any]) -> tuple[Attention, str]:
+    """Return what a network with or without gates was trained under, and say it in words."""
+    if not dims.get("gate_compress"):
+        return Attention(), "dense"
+    layers = dims.get("num_layers", _LAYERS_14B)
+    sparsity = _FASTWAN_SPARSITY_14B if layers >= _LAYERS_14B else _FASTWAN_SPARSITY
+    known = "0.9 is the 14B's of 40 layers, 0.8 the 1.3B's"
+    return (
+        Attention(pattern="vsa", args={"sparsity": sparsity, "tile": [4, 4, 4]}),
+        f"vsa at sparsity {sparsity} with tiles of 4x4x4, as its network has VSA's gates"
+        f" and {layers} layers ({known})",
+    )
 
 
 def read_network(folder: Path, part: str) -> Network:
@@ -241,13 +268,13 @@ def _kind_entries(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     }
 
 
-def _index(spec: Spec) -> dict[str, Any]:
+def _index(spec: Spec, scheduler: str) -> dict[str, Any]:
     return {
         "_class_name": "WanPipeline",
         "_diffusers_version": _DIFFUSERS_VERSION,
         "boundary_ratio": None,
         "expand_timesteps": False,
-        "scheduler": ["diffusers", _scheduler_config(spec)["_class_name"]],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": _transformer(spec),
@@ -262,12 +289,37 @@ def _transformer(spec: Spec) -> list[str]:
 
 
 def _scheduler_config(spec: Spec) -> dict[str, Any]:
-    """Return the stock scheduler nearest to the spec's; few_step has none and gets Euler."""
+    """Return the stock scheduler that takes the spec's steps, or the nearest that there is."""
+    if spec.scheduler.name == "few_step":
+        return _few_step_config(spec)
     shift = float(spec.scheduler.args.get("shift", 1.0))
     if spec.scheduler.name == "unipc":
         kind = {"_class_name": "UniPCMultistepScheduler", **_UNIPC_FLOW}
         return {**kind, "flow_shift": shift}
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_EULER_NEUTRAL, "shift": shift}
+
+
+def _few_step_config(spec: Spec) -> dict[str, Any]:
+    """Return the config of a stock scheduler that takes exactly these steps, if asked for N.
+
+    With `renoise` it draws its noise from torch's global generator: other clips, equal in kind.
+    Without such a config the sigmas are left to the caller, and a warning tells that.
+    """
+    from fastvideo.registry import load
+
+    own = load("fastvideo.schedulers", "few_step", "Scheduler")(**spec.scheduler.args)
+    found = _few_step.stock_shift(own.sigmas)
+    if found is None or not _few_step.tells_sigmas(own.sigmas, own.timesteps):
+        logger.warning(
+            "%s: no config of a stock scheduler takes sigmas %s at timesteps %s; give both to the"
+            " set_timesteps of its scheduler in diffusers",
+            spec.name, list(own.sigmas), own.timesteps or "1000 sigma",
+        )  # fmt: skip
+        found = (1.0, None)
+    shift, terminal = found
+    kind = {"_class_name": "FlowMatchEulerDiscreteScheduler", **_EULER_NEUTRAL}
+    mine = {"shift": shift, "shift_terminal": terminal, "stochastic_sampling": own.renoise}
+    return {**kind, **mine}
 
 
 def _scheduler(path: Path) -> Scheduler:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastvideo.weights import Checkpoint
 
 MARKS = "config.json of a WanModel (original Wan2.1)"
+STEM = "diffusion_pytorch_model"
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = Path("google") / "umt5-xxl"
@@ -179,7 +180,7 @@ def tensors(folder: Path, part: str) -> dict[str, Tensor]:
     from fastvideo.weights import Checkpoint
 
     path = {"dit": folder, "vae": folder / VAE_FILE, "text": folder / TEXT_FILE}[part]
-    return rename(Checkpoint(path, stem="diffusion_pytorch_model"), part)
+    return rename(Checkpoint(path, stem=STEM), part)
 
 
 def rename(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:

@@ -103,11 +103,75 @@ def test_a_request_may_ask_for_another_attention_than_the_model_has():
     assert GenerateRequest(prompt="x", attention="dense").resolve(own).attention == "dense"
     with pytest.raises(ValueError, match=r"sparsity 1\.5 must be .* nearest: 0\.99"):
         GenerateRequest(prompt="x", attention="vsa(sparsity=1.5)")
-    with pytest.raises(ValueError, match=r"must look like vsa\(sparsity=0\.8\)"):
-        GenerateRequest(prompt="x", attention="vsa(sparsity=")
     wide = GenerateRequest(prompt="x", attention="sta(windows=[[99, 1, 1]])")
     with pytest.raises(ValueError, match=r"larger than the grid .*\(from --attention\)"):
         wide.resolve(own, origin={"attention": "--attention"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vsa(sparsity=", r"must look like vsa\(sparsity=0\.8\)"),
+        ("vsa(sparsity=0.8}\nb={c=1)", r"must look like vsa\(sparsity=0\.8\)"),
+        ("vsa(sparsity=0.8} #)", r"must look like vsa\(sparsity=0\.8\)"),
+        ("vsa(sparsity=0.8}, x={y=1)", r"must look like vsa\(sparsity=0\.8\)"),
+        ("vsa(sparsity=nan)", r"sparsity nan must be at least 0 and below 1; such as 0\.8"),
+        ("vsa(sparsity=-0.1)", r"sparsity -0\.1 must be .*; nearest: 0$"),
+        ("vsa(sparsity=1.0000000001)", r"nearest: 0\.99, or top_k=1 for a single tile"),
+        ("vsa(sparsity=inf)", r"nearest: 0\.99, or top_k=1 for a single tile"),
+        ("VSA(sparsity=0.8)", r"'VSA' is unknown; did you mean 'vsa'\?"),
+        ("vsa(Sparsity=0.8)", r"no argument 'Sparsity'; did you mean 'sparsity'\?"),
+    ],
+)
+def test_a_pattern_that_is_none_is_one_line_with_what_to_write(text: str, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_layers(("the call", {"prompt": "x", "attention": text}))
+    assert "\n" not in str(caught.value)
+
+
+def gated(pattern: str, **args: object) -> Spec:
+    network = Network(family="x", config={"gate_compress": True})
+    own = Attention(pattern=pattern, args=args)
+    return SPEC.model_copy(update={"dit": network, "attention": own})
+
+
+@pytest.mark.parametrize("attention", ["dense", "sta(windows=[[1, 1, 1]])"])
+def test_a_pattern_that_would_drop_gates_is_refused_with_the_reason_and_the_override(attention):
+    """Whoever asks for it: the request, or a spec that contradicts its own network."""
+    request = GenerateRequest(prompt="x", attention=attention)
+    reason = r"would drop the VSA gates that small was trained with; nearest: vsa\(sparsity=0\);"
+    with pytest.raises(ValueError, match=rf"{reason}.* --drop-gates.* \(from --attention\)$"):
+        request.resolve(gated("vsa", sparsity=0.8), origin={"attention": "--attention"})
+    args = {"windows": [[1, 1, 1]]} if "sta" in attention else {}
+    contradiction = gated(attention.partition("(")[0], **args)
+    with pytest.raises(ValueError, match=rf"{reason}.* \(from the defaults of small\)$"):
+        GenerateRequest(prompt="x").resolve(contradiction)
+    for spec in (gated("vsa", sparsity=0.8), contradiction):
+        plan = request.model_copy(update={"drop_gates": True}).resolve(spec)
+        assert plan.drop_gates and plan.attention.startswith(attention.partition("(")[0])
+        assert plan.resolve(spec) == plan, "a recipe says it again"
+
+
+def test_vsa_of_any_sparsity_keeps_the_gates_and_needs_no_override():
+    for spec in (gated("vsa", sparsity=0.8), gated("dense")):
+        plan = GenerateRequest(prompt="x", attention="vsa(sparsity=0)").resolve(spec)
+        assert (plan.attention, plan.drop_gates) == ("vsa(sparsity=0, tile=[4, 4, 4])", False)
+
+
+def test_an_override_that_overrides_nothing_is_refused():
+    asked = GenerateRequest(prompt="x", drop_gates=True)
+    with pytest.raises(ValueError, match=r"^drop_gates true has .* there are none in small; leave"):
+        asked.resolve(SPEC)
+    with pytest.raises(ValueError, match=r"keeps those of small;.* \(from --drop-gates\)$"):
+        asked.resolve(gated("vsa", sparsity=0.8), origin={"drop_gates": "--drop-gates"})
+    assert GenerateRequest(prompt="x", drop_gates=False).resolve(SPEC).drop_gates is False
+
+
+def test_a_backend_is_a_known_name():
+    assert GenerateRequest(prompt="x").resolve(SPEC).backend == "auto"
+    assert GenerateRequest(prompt="x", backend="flex").resolve(SPEC).backend == "flex"
+    with pytest.raises(ValueError, match=r"'gathr' is unknown; did you mean 'gather'\? \(known: a"):
+        read_layers(("the call", {"prompt": "x", "backend": "gathr"}))
 
 
 def test_sizes_are_width_by_height():

@@ -105,10 +105,10 @@ def attention() -> dict[str, dict[str, str]]:
     """Return what each backend says of an ordinary clip, for each kind of device and pattern."""
     import torch
 
-    from fastvideo.attention import Dense, Vsa, table
+    from fastvideo.attention import Dense, Pattern, Vsa, table
 
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    patterns = {"dense": Dense(), "vsa": Vsa(sparsity=0.8)}
+    patterns: dict[str, Pattern] = {"dense": Dense(), "vsa": Vsa(sparsity=0.8)}
     return {
         f"{name} on {kind}": dict(table(pattern, device=kind))
         for kind in kinds

@@ -112,7 +112,7 @@ def test_every_scheduler_is_saved_as_one_that_diffusers_loads(
 ):
     diffusers = pytest.importorskip("diffusers")
     model = load(tiny_folder, dtype="float32")
-    args = {} if name == "few_step" else {"shift": 6.0}
+    args = {"sigmas": [1.0]} if name == "few_step" else {"shift": 6.0}
     changed = model.spec.model_copy(update={"scheduler": spec.Scheduler(name=name, args=args)})
     networks = (model.dit, model.vae, model.text, model.tokenizer)
     layout.save(Model(changed, *networks, model.device, model.dtype), tmp_path / "x")
@@ -141,8 +141,11 @@ def test_what_is_not_a_plain_wan_pipeline_is_refused(
         hub.open_spec(tiny_copy)
 
 
+PLAIN, GATED = "diffusion_pytorch_model.safetensors", "vsa_gated_model.safetensors"
+
+
 def _add_gates(folder: Path, count: int = 2, rows: int = 48) -> None:
-    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path = folder / "transformer" / PLAIN
     g = torch.Generator().manual_seed(0)
     sizes = {"weight": (rows, 48), "bias": (rows,)}
     gates = {
@@ -173,19 +176,47 @@ def test_a_folder_laid_out_like_fastwan_is_sparse_in_three_steps_without_any_swi
     assert any("vsa at sparsity 0.8" in line for line in model.spec.derived)
 
 
-def test_gates_are_never_dropped_in_silence(tiny_copy: Path, tmp_path: Path):
-    """Neither by our own spec, nor by stock diffusers, nor when some or their shapes are wrong."""
+@pytest.mark.parametrize(("layers", "sparsity"), [(30, 0.8), (40, 0.9), (None, 0.9)])
+def test_the_sparsity_of_a_gated_network_without_a_spec_is_that_of_its_size(
+    tiny_copy: Path, layers: int | None, sparsity: float
+):
+    """40 layers, which a config that does not say has too, are FastWan's 14B."""
+    (tiny_copy / spec.FILE_NAME).unlink()
     _add_gates(tiny_copy)
-    with pytest.raises(ValueError, match=r"VSA's gates, which attention pattern 'dense'"):
-        load(tiny_copy)
-    _edit(tiny_copy / spec.FILE_NAME, attention={"pattern": "vsa", "args": {"sparsity": 0.5}})
-    layout.save(load(tiny_copy, dtype="float32"), tmp_path / "saved")
-    config = json.loads((tmp_path / "saved" / "transformer" / "config.json").read_text())
-    assert config["_class_name"] == "WanVsaTransformer3DModel"
-    assert _same(load(tmp_path / "saved", dtype="float32"), load(tiny_copy, dtype="float32"))
+    config = tiny_copy / "transformer" / "config.json"
+    dims = json.loads(config.read_text()) | {"num_layers": layers}
+    config.write_text(json.dumps({k: v for k, v in dims.items() if v is not None}))
+    derived, _ = hub.open_spec(tiny_copy)
+    assert derived.attention.args == {"sparsity": sparsity, "tile": [4, 4, 4]}
+    (line,) = [line for line in derived.derived if line.startswith("attention")]
+    assert f"sparsity {sparsity}" in line and f"{layers or 40} layers" in line
+
+
+def test_stock_diffusers_never_reads_a_saved_network_without_its_gates(
+    tiny_copy: Path, tmp_path: Path
+):
     diffusers = pytest.importorskip("diffusers")
-    with pytest.raises((ValueError, AttributeError, OSError, ImportError)):
-        diffusers.WanPipeline.from_pretrained(tmp_path / "saved")
+    _add_gates(tiny_copy)
+    _edit(tiny_copy / spec.FILE_NAME, attention={"pattern": "vsa", "args": {"sparsity": 0.5}})
+    saved = layout.save(load(tiny_copy, dtype="float32"), tmp_path / "saved")
+    config = json.loads((saved / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "WanVsaTransformer3DModel"
+    assert sorted(p.name for p in (saved / "transformer").iterdir()) == ["config.json", GATED]
+    for place in (saved / "transformer", tiny_copy / "transformer"):
+        assert "blocks.1.to_gate_compress.weight" in weights.Checkpoint(place).names()
+    assert _same(load(saved, dtype="float32"), load(tiny_copy, dtype="float32"))
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+        diffusers.WanTransformer3DModel.from_pretrained(saved / "transformer")
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+        diffusers.WanTransformer3DModel.from_pretrained(saved, subfolder="transformer")
+    with pytest.raises(ValueError, match="WanVsaTransformer3DModel"):
+        diffusers.AutoModel.from_pretrained(saved / "transformer")
+    with pytest.raises(ValueError, match="fastvideo"):
+        diffusers.WanPipeline.from_pretrained(saved)
+
+
+def test_gates_that_are_missing_or_of_another_shape_are_refused_by_name(tiny_copy: Path):
+    _edit(tiny_copy / spec.FILE_NAME, attention={"pattern": "vsa", "args": {"sparsity": 0.5}})
     _add_gates(tiny_copy, count=1)
     one_less = weights.Checkpoint(tiny_copy / "transformer")
     weights.save(

@@ -182,7 +182,7 @@ def test_names_outside_the_table_are_refused_by_name(tmp_path: Path):
 @pytest.mark.parametrize(
     ("extra", "kind"),
     [
-        ("blocks.0.self_attn.to_gate_compress.weight", "VSA"),
+        ("blocks.0.self_attn.to_gate_compress.weight", "VSA.*; convert it"),
         ("blocks.0.self_attn.attn_op.local_attn.proj_l.weight", "SLA"),
         ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
     ],
