@@ -34,9 +34,9 @@ MAY_IMPORT = {
 # one line may import each other as long as they make no circle.
 LAYERS = [
     {"", "__main__", "cli", "config", "env", "files", "log", "registry", "rng", "shapes", "spec"},
-    {"attention", "cpu", "flow", "layers", "media", "parallel", "weights", "worlds"},
+    {"attention", "cpu", "flow", "layers", "media", "parallel", "timing", "weights", "worlds"},
     {"metrics", "models", "schedulers"},
-    {"causal", "formats", "hub", "measure", "model", "render", "sample"},
+    {"causal", "formats", "hub", "lora", "measure", "model", "render", "sample"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FORBIDDEN = {
@@ -57,7 +57,8 @@ HOMES = {
     "ftfy": r"fastvideo/models/text/tokenizer\.py",
     "tokenizers": r"fastvideo/models/text/tokenizer\.py",
     "huggingface_hub": r"fastvideo/hub\.py",
-    "pydantic": r"fastvideo/(config|spec)\.py|inference/fastvideo_inference/(request|recipe)\.py"
+    "pydantic": r"fastvideo/(config|spec)\.py"
+    r"|inference/fastvideo_inference/(request|recipe|comparison)\.py"
     r"|train/fastvideo_train/(recipe|validate|export|(methods|strategies|data)/\w+)\.py",
     "typer": rf"fastvideo/cli\.py|{COMMANDS}",
     "rich": rf"fastvideo/cli\.py|{COMMANDS}",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import torch
 from fastvideo_inference.pipeline import Video
 from torch import Tensor
 
-from fastvideo import VideoPipeline, render
+from fastvideo import VideoPipeline, render, rng
 from fastvideo.formats import diffusers as layout
 from fastvideo.model import Model, load
 from fastvideo.models.dit.wan import WanConfig, WanDiT
@@ -36,14 +40,21 @@ WAN22 = WAN21 | {
     "patch_size": 2,
 }
 
-# scheduler, shift, VAE dims, DiT heads and layers
-MODELS: dict[str, tuple[str, float, dict[str, Any], int, int]] = {
-    "unipc": ("unipc", 3.0, WAN22, 2, 2),
-    "euler": ("euler", 5.0, WAN22, 3, 1),
-    "unipc-wan21": ("unipc", 5.0, WAN21, 5, 1),
-    "euler-wan21": ("euler", 1.0, WAN21 | {"num_res_blocks": 2}, 2, 4),
-    "unipc-deep": ("unipc", 8.0, WAN22 | {"num_res_blocks": 2}, 3, 4),
-    "euler-wide": ("euler", 3.0, WAN22 | {"dim_mult": (1, 4, 4)}, 5, 3),
+FEW = {"sigmas": [1.0, 0.909091, 0.714286], "renoise": False}
+FASTWAN = {"sigmas": [1.0, 0.756757, 0.521739], "timesteps": [1000.0, 757.0, 522.0]}
+
+# scheduler, its arguments, VAE dims, DiT heads and layers
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
+    "unipc": ("unipc", {"shift": 3.0}, WAN22, 2, 2),
+    "euler": ("euler", {"shift": 5.0}, WAN22, 3, 1),
+    "unipc-wan21": ("unipc", {"shift": 5.0}, WAN21, 5, 1),
+    "euler-wan21": ("euler", {"shift": 1.0}, WAN21 | {"num_res_blocks": 2}, 2, 4),
+    "unipc-deep": ("unipc", {"shift": 8.0}, WAN22 | {"num_res_blocks": 2}, 3, 4),
+    "euler-wide": ("euler", {"shift": 3.0}, WAN22 | {"dim_mult": (1, 4, 4)}, 5, 3),
+    "few": ("few_step", FEW, WAN22, 2, 2),
+    "few-wan21": ("few_step", FEW | {"sigmas": [1.0, 0.6]}, WAN21, 3, 1),
+    "few-renoise": ("few_step", FEW | {"renoise": True}, WAN22, 2, 2),
+    "few-fastwan": ("few_step", FASTWAN | {"renoise": False}, WAN22, 2, 2),
 }
 # model, latent frames, latent height and width, steps, guidance
 OTHERS = [
@@ -100,7 +111,7 @@ def pair_of(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 def _model(base: Model, name: str) -> Model:
     """Put fresh random networks of other dims beside the base's text encoder."""
-    scheduler, shift, dims, heads, num_layers = MODELS[name]
+    scheduler, args, dims, heads, num_layers = MODELS[name]
     with torch.random.fork_rng():
         torch.manual_seed(len(name))
         vae = WanVae(WanVaeConfig.parse(dims))
@@ -116,7 +127,7 @@ def _model(base: Model, name: str) -> Model:
             _randomise(network)
     spec = base.spec.model_copy(
         update={
-            "scheduler": Scheduler(name=scheduler, args={"shift": shift}),
+            "scheduler": Scheduler(name=scheduler, args=args),
             "compression": layout.compression(
                 dataclasses.asdict(config), dataclasses.asdict(vae.config)
             ),
@@ -176,6 +187,86 @@ def test_other_dims_and_sizes_give_the_same_clip(
 ):
     steps = {"num_inference_steps": num_steps, "guidance_scale": guidance}
     _assert_equal(pair_of(name), _noise(frames, size), **steps)
+
+
+@pytest.mark.parametrize(("name", "num_steps"), [("few", 3), ("few-wan21", 2)])
+def test_a_distilled_folder_makes_the_same_clip_in_a_stock_pipeline(
+    pair_of: Callable[[str], Pair], name: str, num_steps: int
+):
+    # its scheduler config alone gives the sigmas: WanPipeline passes only the number of steps
+    steps = {"num_inference_steps": num_steps, "guidance_scale": 1.0}
+    pair = pair_of(name)
+    _assert_equal(pair, _noise(3, (4, 6)), **steps)
+    told = torch.tensor(MODELS[name][1]["sigmas"] + [0.0])
+    torch.testing.assert_close(pair.theirs.scheduler.sigmas, told, rtol=0, atol=1e-6)
+
+
+def test_the_snippet_for_stock_diffusers_runs_on_a_distilled_folder(
+    pair_of: Callable[[str], Pair],
+):
+    pair = pair_of("few")
+    page = (Path(__file__).parents[1] / "inference" / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    (code,) = (block for block in blocks if "WanPipeline" in block)
+    assert '"runs/student"' in code and "num_frames=81" in code
+    code = code.replace('"runs/student"', repr(str(pair.ours.model.folder)))
+    code = code.replace("num_frames=81", "num_frames=5").replace("=128", "=32")
+    made: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), made)
+    assert made["clip"].shape == (5, 32, 32, 3)
+    assert made["pipe"].scheduler.sigmas.tolist() == pytest.approx([*FEW["sigmas"], 0.0], abs=1e-6)
+
+
+def test_two_steps_of_a_stock_pipeline_are_the_first_and_the_last_of_three(
+    pair_of: Callable[[str], Pair],
+):
+    pair = pair_of("few")
+    pair.theirs.scheduler.set_timesteps(2)
+    assert pair.theirs.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.714286, 0.0], abs=1e-6)
+    with pytest.raises(ValueError, match="not what this model was distilled for; nearest: 3"):
+        pair.ours(PROMPT, num_inference_steps=2, guidance_scale=1.0)
+
+
+def test_times_that_are_not_1000_sigma_reach_a_stock_pipeline_through_set_timesteps(
+    pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+):
+    pair = pair_of("few-fastwan")
+    steps = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    scheduler = pair.theirs.scheduler
+    own = functools.partial(scheduler.set_timesteps, **FASTWAN)
+    monkeypatch.setattr(scheduler, "set_timesteps", own)
+    _assert_equal(pair, _noise(3, (4, 6)), **steps)
+    monkeypatch.undo()
+    latents, _, z, _ = pair.clips(_noise(3, (4, 6)), **steps)
+    assert _relative(latents.latents, z) > 1e-2
+
+
+def test_a_renoising_student_is_the_same_in_a_stock_pipeline_but_for_the_noise_it_draws(
+    pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+):
+    pair = pair_of("few-renoise")
+    steps = {"num_inference_steps": 3, "guidance_scale": 1.0, "prompt": PROMPT}
+    steps |= {"num_frames": 9, "height": 32, "width": 48}
+    start = _noise(3, (4, 6))
+    mine = pair.ours(**steps, seed=5, latents=start, output="latents").latents
+
+    def stock() -> Tensor:
+        limit = pair.ours.model.spec.defaults.max_text_tokens
+        out = pair.theirs(**steps, latents=start, output_type="latent", max_sequence_length=limit)
+        latents: Tensor = out.frames
+        return latents
+
+    torch.manual_seed(5)
+    assert _relative(mine, stock()) > 1e-2  # of torch's global generator
+    drawn = itertools.count()
+
+    def our_noise(shape: Any, **_: Any) -> Tensor:
+        return rng.clip_noise(tuple(shape[1:]), seeds=[5], purpose="renoise", step=next(drawn))
+
+    module = sys.modules[type(pair.theirs.scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", our_noise)
+    assert _relative(mine, stock()) <= 1e-4
+    assert next(drawn) == 3  # the last is drawn too, and multiplied by 0
 
 
 def test_defaults_of_the_spec_are_what_a_stock_pipeline_gets_told(pair_of: Callable[[str], Pair]):

@@ -10,16 +10,14 @@ measured in processes of their own. One JSON line a run is appended to `--out`.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fastvideo import timing
 
 PROMPT = "a big red ball moving left at night"
 
@@ -36,28 +34,21 @@ def main() -> None:
     for ours, peer in stages.values():  # warm-up: allocator, thread pools, oneDNN primitives
         ours()
         peer()
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in stages}
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in stages}
     for i in range(args.repeats):
         for name, (ours, peer) in stages.items():
-            if i % 2:  # neither is always the one that finds warm caches
-                theirs = timed(peer)
-                seconds[name].append((timed(ours), theirs))
-            else:
-                seconds[name].append((timed(ours), timed(peer)))
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": machine(),
-        "settings": vars(args),
-        "stages": {name: summary(pairs) for name, pairs in seconds.items()},
-        "import_s": {who: import_seconds(code) for who, code in IMPORTS.items()},
-        "help_s": help_seconds(),
-        "peak_mib": {who: peak_mib(who, args) for who in ("ours", "diffusers")},
-    }
+            calls = {"ours": ours, "diffusers": peer}
+            turn = timing.in_turn(list(calls), i)
+            seconds[name].append({who: timing.timed(calls[who]) for who in turn})
+    record = timing.record(
+        settings=vars(args),
+        stages={name: summary(rounds) for name, rounds in seconds.items()},
+        import_s={who: import_seconds(code) for who, code in IMPORTS.items()},
+        help_s=help_seconds(),
+        peak_mib={who: peak_mib(who, args) for who in ("ours", "diffusers")},
+    )
     report(record)
-    if args.out:
-        with Path(args.out).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    timing.append(args.out, record)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,22 +174,10 @@ def one_clip(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{int(status[status.index('VmHWM:') + 1]) / 1024:.0f}\n")
 
 
-def timed(f: Callable[[], Any]) -> float:
-    """Return the wall seconds of one call."""
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-def summary(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
     """Return medians in seconds, and the paired ratio with its range."""
-    ratios = [peer / ours for ours, peer in pairs]
-    return {
-        "ours_s": round(statistics.median(o for o, _ in pairs), 4),
-        "diffusers_s": round(statistics.median(p for _, p in pairs), 4),
-        "ratio": round(statistics.median(ratios), 2),
-        "range": [round(min(ratios), 2), round(max(ratios), 2)],
-    }
+    medians = {f"{who}_s": timing.middle([r[who] for r in rounds])["s"] for who in rounds[0]}
+    return {**medians, **timing.ratio(rounds, "diffusers", over="ours")}
 
 
 IMPORTS = {
@@ -212,7 +191,7 @@ def import_seconds(code: str) -> float:
     """Return the median seconds of three fresh interpreters that run `code`, less an empty one."""
 
     def run(source: str) -> float:
-        return timed(lambda: subprocess.run([sys.executable, "-c", source], check=True))
+        return timing.timed(lambda: subprocess.run([sys.executable, "-c", source], check=True))
 
     return round(statistics.median(run(code) - run("pass") for _ in range(3)), 3)
 
@@ -224,7 +203,7 @@ def help_seconds() -> float:
     def run() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
-    return round(statistics.median(timed(run) for _ in range(5)), 3)
+    return round(statistics.median(timing.timed(run) for _ in range(5)), 3)
 
 
 def peak_mib(who: str, args: argparse.Namespace) -> int:
@@ -234,24 +213,6 @@ def peak_mib(who: str, args: argparse.Namespace) -> int:
     command += ["--threads", str(args.threads)]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(found.stdout.split()[-1])
-
-
-def machine() -> dict[str, Any]:
-    """Return the processor and the versions that matter."""
-    import diffusers
-    import torch
-
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
 
 
 def report(record: dict[str, Any]) -> None:

@@ -15,16 +15,17 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import attention, files, hub, media, rng
+from fastvideo import files, hub, media, rng
+from fastvideo.spec import Scheduler, Spec
 from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
-from fastvideo_inference import scores
-from fastvideo_inference.recipe import fingerprint, versions
+from fastvideo_inference import scores, sheets
+from fastvideo_inference.recipe import DecoderId, decoder_id, fingerprint, versions
 from fastvideo_inference.request import Plan, read_layers
 from fastvideo_inference.scores import Record, Records, Table
 
@@ -63,6 +64,9 @@ class Evaluation:
     model: str
     folder: Path
     how: Plan
+    scheduler: Scheduler
+    has_own_steps: bool
+    """Whether the scheduler is the model's."""
     output: Path
     prompts: int
     reconstructions: int
@@ -72,6 +76,7 @@ class Evaluation:
     device: str
     dtype: str
     batch: int
+    decoder: DecoderId | None = None
 
     @classmethod
     def plan(
@@ -87,18 +92,19 @@ class Evaluation:
         device: str = "auto",
         dtype: str = "auto",
         batch: int = 4,
+        decoder: str | None = None,
+        sigmas: Sequence[float] | None = None,
         **request: Any,
     ) -> Evaluation:
         """Check everything that can be checked without torch; `ValueError` if anything is wrong.
 
         The first `diverse` prompts (16, or all) are made `repeats` times; 0 or 1 measures no
-        diversity. `reconstructions` is 64, or all prompts. `request` holds fields of
-        `GenerateRequest`; None is the model's default, the seed's is 0.
+        diversity. `reconstructions` is 64, or all prompts. `sigmas` are other steps for a model of
+        few. `request` holds fields of `GenerateRequest`; None is the model's default, the seed's 0.
         """
-        if batch < 1:
-            raise ValueError(f"batch {batch} must be at least 1")
-        if repeats < 0:
-            raise ValueError(f"repeats {repeats} must be at least 0")
+        for name, value, least in (("batch", batch, 1), ("repeats", repeats, 0)):
+            if value < least:
+                raise ValueError(f"{name} {value} must be at least {least}")
         if not 1 <= prompts <= TAKE_STRIDE:
             raise ValueError(f"prompts {prompts} must be at least 1 and at most {TAKE_STRIDE}")
         reconstructions = min(64, prompts) if reconstructions is None else reconstructions
@@ -109,11 +115,16 @@ class Evaluation:
         spec, folder = hub.open_spec(model, weights=True)
         given = {"seed": 0} | {k: v for k, v in request.items() if v is not None}
         given["prompt"] = "held-out prompts of a world"
+        if sigmas is not None:
+            given.setdefault("num_inference_steps", len(sigmas))
         how = read_layers(("the call", given)).resolve(spec)
+        scheduler = spec.scheduler if sigmas is None else _other_steps(spec, how, sigmas)
         made = cls(
             model=spec.name,
             folder=folder,
             how=how,
+            scheduler=scheduler,
+            has_own_steps=scheduler == spec.scheduler,
             output=Path(output),
             prompts=prompts,
             reconstructions=reconstructions,
@@ -123,6 +134,7 @@ class Evaluation:
             device=device,
             dtype=dtype,
             batch=batch,
+            decoder=decoder_id(decoder, spec, folder),
         )
         made._open_world()
         return made
@@ -140,7 +152,9 @@ class Evaluation:
             "generator_version": generator_version(self.world),
             "classifier": self._judge_identity(),
             "split": SPLIT,
-            "request": self.how.model_dump(exclude={"prompt"}),
+            "request": self.how.model_dump(exclude={"prompt", *self.how.not_asked()}),
+            **({"decoder": self.decoder.model_dump()} if self.decoder else {}),
+            **({} if self.has_own_steps else {"scheduler": self.scheduler.model_dump()}),
             **self._place,
         }
 
@@ -153,7 +167,6 @@ class Evaluation:
     def run(self) -> Iterator[tuple[int, int]]:
         """Make what is missing; yield (clips done, clips in all) after every batch."""
         results = self.results
-        results.mkdir(parents=True, exist_ok=True)
         files.write_text(
             results / "recipe.json", json.dumps(self.recipe, indent=2) + "\n", overwrite=True
         )
@@ -177,10 +190,7 @@ class Evaluation:
 
         Raises `ValueError` if the model's weights were replaced in the meantime.
         """
-        if fingerprint(self.folder) != self.recipe["weights"]:
-            raise ValueError(f"{self.folder} was replaced while it was evaluated; evaluate again")
-        parts = self._parts()
-        made, kept, *again = (part.records.first(part.count) for part in parts)
+        made, kept, *again = self.records()
         legal, name = attributes(self.world), classifier(self.world)
         table = Table(
             model=self.model,
@@ -197,8 +207,27 @@ class Evaluation:
             else None,
         )
         files.write_text(self.results / "table.json", table.to_json() + "\n", overwrite=True)
-        self._sheet(made)
+        shown = made[:16]
+        clips = [media.read_video(self.clip_path(m["index"]))[0] for m in shown]
+        sheets.of_model(self.results, clips, shown, fps=self.how.fps)
         return table
+
+    def records(self) -> list[list[Record]]:
+        """Return the results of made clips, reconstructions, and of each later take.
+
+        Raises `ValueError` if the model's weights were replaced since `run`.
+        """
+        if fingerprint(self.folder) != self.recipe["weights"]:
+            raise ValueError(f"{self.folder} was replaced while it was evaluated; evaluate again")
+        return [part.records.first(part.count) for part in self._parts()]
+
+    def load_model(self) -> Model:
+        """Load the model, with the steps that are evaluated."""
+        from fastvideo.model import load
+
+        decoder = self.decoder.name_or_path if self.decoder else None
+        model = load(self.folder, **self._place, decoder=decoder)
+        return replace(model, spec=model.spec.model_copy(update={"scheduler": self.scheduler}))
 
     def clip_path(self, index: int, take: int = 0) -> Path:
         """Return where the clip of a prompt, or a later take of it, is kept."""
@@ -257,10 +286,9 @@ class Evaluation:
 
     def _load(self) -> _Tools:
         from fastvideo.measure import Judge  # torch comes in here
-        from fastvideo.model import load
 
         judge = Judge(self._judge_folder) if self._judge_folder else None
-        return _Tools(load(self.folder, **self._place), self._open_world(), judge)
+        return _Tools(self.load_model(), self._open_world(), judge)
 
     def _render(self, tools: _Tools, indices: Sequence[int], take: int) -> list[Rendered]:
         from fastvideo import measure
@@ -277,7 +305,7 @@ class Evaluation:
             num_frames=how.num_frames,
             height=how.height,
             width=how.width,
-            pattern=attention.read(how.attention),
+            **how.to_attend(),
         )
         for index, one in zip(indices, made, strict=True):
             tags = {"prompt": one.prompt, "seed": str(self.clip_seed(index, take))}
@@ -332,7 +360,8 @@ class Evaluation:
         records = []
         for index in indices:
             clip = tools.world.clip(SEED, index, SPLIT)
-            one = measure.reconstructed(tools.model.vae, tools.world, clip)
+            vae, decoder = tools.model.vae, tools.model.decoder
+            one = measure.reconstructed(vae, tools.world, clip, decoder=decoder)
             record: Record = {
                 "index": index,
                 "truth": one.truth,
@@ -345,18 +374,25 @@ class Evaluation:
             records.append(record)
         return records
 
-    def _sheet(self, made: Sequence[Record], count: int = 16) -> None:
-        shown = made[:count]
-        clips = [media.read_video(self.clip_path(m["index"]))[0] for m in shown]
-        wrong = [{k: v for k, v in m["parse"].items() if m["truth"].get(k, v) != v} for m in shown]
-        labels = [
-            m["prompt"] + (f"  [{', '.join(w.values())}]" if w else "")
-            for m, w in zip(shown, wrong, strict=True)
-        ]
-        sheet = media.contact_sheet(clips, labels=labels)
-        media.write_png(self.results / "sheet.png", sheet, overwrite=True)
-        moving = media.mosaic(clips[:8])
-        media.write_webp(self.results / "clips.webp", moving, fps=self.how.fps, overwrite=True)
+
+def _other_steps(spec: Spec, how: Plan, sigmas: Sequence[float]) -> Scheduler:
+    """Return the model's few-step scheduler at other sigmas.
+
+    A sigma of its own keeps the time that the network was told there, if all of them are.
+    """
+    own = spec.scheduler
+    if own.name != "few_step":
+        raise ValueError(
+            f"sigmas {list(sigmas)} need a model of few steps; the scheduler of {spec.name} is"
+            f" {own.name}: give steps"
+        )
+    if how.num_inference_steps != len(sigmas):
+        raise ValueError(f"{how.num_inference_steps} steps cannot take {len(sigmas)} sigmas")
+    if list(sigmas) == own.args.get("sigmas"):
+        return own
+    told = dict(zip(own.args.get("sigmas", ()), own.args.get("timesteps") or (), strict=False))
+    times = [told[s] for s in sigmas] if told and set(sigmas) <= told.keys() else None
+    return Scheduler(name=own.name, args={**own.args, "sigmas": list(sigmas), "timesteps": times})
 
 
 def _number(value: float) -> float | None:

@@ -167,8 +167,8 @@ def features(
             truth=rates(rows(made, "labels", legal)),
             vae=rates(rows(kept, "labels", legal)),
         ),
-        made=_distance(made, made),
-        vae=_distance(kept, made),
+        made=distance(made, made),
+        vae=distance(kept, made),
         spread=_spread(made, again) if again else None,
     )
 
@@ -184,7 +184,8 @@ def rows(records: Sequence[Record], key: str, legal: Legal) -> list[Row]:
     return faithfulness([r["truth"] for r in records], [r[key] for r in records], legal=legal)
 
 
-def _distance(records: Sequence[Record], made: Sequence[Record]) -> Distance | None:
+def distance(records: Sequence[Record], made: Sequence[Record]) -> Distance | None:
+    """Return how far records are from true clips of their prompts; None for too few of them."""
     count = len(records)
     if count <= len(made[0]["reference_features"]):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -81,6 +82,8 @@ def test_from_repeats_a_clip_to_identical_frames(generate, monkeypatch):
     code, _, _ = generate("--from", "a.mp4", "-o", "b.mp4")
     assert code == 0
     assert len(made) == 2 and np.array_equal(*made)
+    digests = [json.loads(Path(f"{name}.json").read_text())["frames_sha256"] for name in "ab"]
+    assert digests == [hashlib.sha256(frames.tobytes()).hexdigest() for frames in made]
     # The frames are equal; the encoder now and then writes another file of equal frames.
     first, second = (np.frombuffer(frames_of(name), np.uint8) for name in ("a.mp4", "b.mp4"))
     assert np.abs(first.astype(int) - second).mean() < 0.5

@@ -218,6 +218,16 @@ def test_a_saved_clip_carries_the_recipe_that_made_it(pipe: VideoPipeline, tmp_p
         video.save(path)
 
 
+def test_a_digest_is_of_every_bit_of_the_frames(pipe: VideoPipeline):
+    video = pipe(PROMPT, seed=3, num_frames=5)
+    again = pipe(PROMPT, seed=3, num_frames=5)
+    assert video.frames_sha256 == again.frames_sha256
+    again.frames[-1, -1, -1, -1] ^= 1
+    assert video.frames_sha256 != again.frames_sha256
+    with pytest.raises(ValueError, match="no frames to digest"):
+        _ = pipe(PROMPT, num_frames=5, output="latents").frames_sha256
+
+
 def test_a_clip_without_our_recipe_is_said_to_have_none(tmp_path: Path):
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     for name, tags in (

@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from fastvideo import hub
 from fastvideo.cli import OK, refusing
+from fastvideo.config import assignments
 from fastvideo.shapes import parse_size
 from fastvideo_inference.commands._jobs import check_place
+from fastvideo_inference.comparison import Comparison, read
+from fastvideo_inference.contrast import Contrast, markdown
 from fastvideo_inference.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from fastvideo_inference.scores import Distance, Features, Table
 
 
+Backend = Annotated[
+    str | None, Option(help="What computes the attention; doctor lists them. [auto, the fastest]")
+]
+DropGates = Annotated[
+    bool | None,
+    Option("--drop-gates/--no-drop-gates", help="Let --attention drop a VSA model's gates. [no]"),
+]
+
+
 def evaluate(
-    model: Annotated[str, Argument(help="Bundled name, folder or hub id.")] = hub.DEFAULT_MODEL,
-    prompts: Annotated[int, Option(help="Held-out prompts to make clips of.")] = 256,
+    model: Annotated[
+        str | None, Argument(help=f"Bundled name, folder or hub id. [{hub.DEFAULT_MODEL}]")
+    ] = None,
+    compare: Annotated[
+        Path | None, Option(help="TOML file of settings to hold against each other.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, Option("--set", help="key=value, over the comparison; repeatable.")
+    ] = None,
+    prompts: Annotated[
+        int | None, Option(help="Held-out prompts to make clips of; of a row at most. [256]")
+    ] = None,
     reconstructions: Annotated[
         int | None, Option(help="True clips to pass through the VAE. [64, or all prompts]")
     ] = None,
     repeats: Annotated[
-        int, Option(help="Clips of each diverse prompt, from different noise; 0 or 1 for none.")
-    ] = 4,
+        int | None, Option(help="Clips of each diverse prompt; 0 or 1 for none. [4]")
+    ] = None,
     diverse: Annotated[
         int | None, Option(help="Prompts to measure diversity on. [16, or all prompts]")
     ] = None,
@@ -37,43 +60,59 @@ def evaluate(
     attention: Annotated[
         str | None, Option(help="Another pattern: dense, vsa(sparsity=0.8). [the model's]")
     ] = None,
-    seed: Annotated[int, Option(min=0, help="Clip i starts from noise of seed + i.")] = 0,
-    world: Annotated[str, Option(help="The world that knows the truth.")] = "shapes",
-    batch: Annotated[int, Option(help="Clips made at once.")] = 4,
-    output: Annotated[
-        Path, Option("--output", "-o", help="Folder for clips and results, kept by recipe.")
-    ] = Path("eval"),
+    backend: Backend = None,
+    drop_gates: DropGates = None,
+    decoder: Annotated[
+        str | None, Option(help="A small decoder of the model, or its path. [the VAE's own]")
+    ] = None,
+    seed: Annotated[int | None, Option(min=0, help="Clip i starts from seed + i. [0]")] = None,
+    world: Annotated[str | None, Option(help="The world that knows the truth. [shapes]")] = None,
+    batch: Annotated[int | None, Option(help="Clips made at once. [4]")] = None,
+    output: Annotated[Path, Option("--output", "-o", help="Folder, kept by recipe.")] = Path(
+        "eval"
+    ),
     as_json: Annotated[bool, Option("--json", help="The table as JSON on stdout.")] = False,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1.")] = "auto",
     dtype: Annotated[str, Option(help="float32, bfloat16.")] = "auto",
 ) -> int:
-    """Measure how faithfully a model follows its prompts.
+    """Measure how faithfully a model follows its prompts, or compare settings of models.
 
     A stopped evaluation goes on with the same command; a finished one gives its table again.
     """
+    typed = {k: v for k, v in locals().items() if v is not None and k not in _EVERYWHERE}
+    place = {"output": output, "device": device, "dtype": dtype}
     with refusing():
         check_place(device, dtype)
-        width, height = (None, None) if size is None else parse_size(size)
-        plan = Evaluation.plan(
-            model,
-            output=output,
-            prompts=prompts,
-            reconstructions=reconstructions,
-            repeats=repeats,
-            diverse=diverse,
-            world=world,
-            device=device,
-            dtype=dtype,
-            batch=batch,
-            num_inference_steps=steps,
-            attention=attention,
-            guidance_scale=guidance,
-            width=width,
-            height=height,
-            num_frames=frames,
-            seed=seed,
-        )
-    _run(plan)
+        plan = (_comparison if compare else _evaluation)(typed, **place)
+    return _carry_out(plan, as_json=as_json)
+
+
+_EVERYWHERE = ("output", "as_json", "device", "dtype")
+_FIELD_OF = {"steps": "num_inference_steps", "guidance": "guidance_scale", "frames": "num_frames"}
+
+
+def _evaluation(typed: dict[str, Any], **place: Any) -> Evaluation:
+    if "settings" in typed:
+        raise ValueError("--set changes a comparison; give --compare FILE too")
+    model = typed.pop("model", hub.DEFAULT_MODEL)
+    if "size" in typed:
+        typed["width"], typed["height"] = parse_size(typed.pop("size"))
+    return Evaluation.plan(model, **{_FIELD_OF.get(k, k): v for k, v in typed.items()}, **place)
+
+
+def _comparison(typed: dict[str, Any], **place: Any) -> Comparison:
+    path, words = typed.pop("compare"), typed.pop("settings", [])
+    at_most = typed.pop("prompts", None)
+    for name in typed:
+        what = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        raise ValueError(f"--compare takes no {what}: write it into {path}, or use --set")
+    plan = Comparison.plan(read(path, changes=assignments(words), at_most=at_most), **place)
+    plan.check()
+    return plan
+
+
+def _carry_out(plan: Evaluation | Comparison, *, as_json: bool) -> int:
+    _run(plan.run())
     table, where = plan.report(), f"clips, table.json, sheet.png and clips.webp: {plan.results}"
     print(table.to_json() if as_json else f"{_text(table)}\n{where}")
     return OK
@@ -82,7 +121,7 @@ def evaluate(
 _SAY_EVERY_S = 60.0  # without a terminal
 
 
-def _run(plan: Evaluation) -> None:
+def _run(work: Iterator[tuple[int, int]]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -91,14 +130,16 @@ def _run(plan: Evaluation) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("eval")
         due = time.monotonic()
-        for done, total in plan.run():
+        for done, total in work:
             progress.update(task, completed=done, total=total)
             if not console.is_terminal and (time.monotonic() >= due or done == total):
                 console.print(f"eval: {done} of {total} clips", highlight=False)
                 due = time.monotonic() + _SAY_EVERY_S
 
 
-def _text(table: Table) -> str:
+def _text(table: Table | Contrast) -> str:
+    if isinstance(table, Contrast):
+        return markdown(table)
     n = table.lines[0].n
     vae_n = f"VAE ({table.num_reconstructions})"
     head = f"{'':<10}{f'made (n={n})':>14}{'95 % interval':>18}{vae_n:>10}{'truth':>8}{'chance':>8}"
@@ -107,7 +148,9 @@ def _text(table: Table) -> str:
         f"{line.vae:>10.3f}{line.truth:>8.3f}{line.chance:>8.3f}"
         for line in table.lines
     ]
-    vae = f"VAE on {table.num_reconstructions} held-out clips: {table.psnr:.2f} dB"
+    small = table.recipe.get("decoder")
+    what = f"VAE with decoder {small['name_or_path']}" if small else "VAE"
+    vae = f"{what} on {table.num_reconstructions} held-out clips: {table.psnr:.2f} dB"
     unrest = [f"{x:.2f}" for x in (table.flicker, table.flicker_truth) if x is not None]
     flicker = [f"flicker: made {unrest[0]}, truth {unrest[1]}"] if unrest else []
     ends = [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_features(table.features)]
