@@ -46,11 +46,14 @@ def text_forward(live: Model, net: nn.Module) -> Tensor:
 
 
 def dit_forward(live: Model, net: nn.Module) -> Tensor:
-    """Return a denoiser's velocity (1, C, T, H, W) under the model's own attention."""
+    """Return a denoiser's velocity (1, C, T, H, W) under the model's own attention.
+
+    5x8x8 tokens are several tiles of a sparse pattern.
+    """
     c = live.spec.compression
     height, width = c.pixel_multiple
     noise = render.initial_latents(
-        live, num_frames=1 + c.temporal, height=2 * height, width=2 * width, seed=0
+        live, num_frames=1 + 4 * c.temporal, height=8 * height, width=8 * width, seed=0
     )
     cond = render.encode_text(live, ["a prompt to compare"])
     denoiser = render.with_attention(replace(live, dit=net), noise)
