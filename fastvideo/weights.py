@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastvideo import files
 
@@ -146,8 +147,29 @@ class Checkpoint(Mapping[str, Tensor]):
 
 def build(factory: Callable[[], M]) -> M:
     """Build a module on the meta device: no memory, no values; `load_into` makes it real."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return factory()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves new weights undrawn: on meta there are none, and torch imports its compiler (1.2 s) to
+    draw them there.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return the tensor as it is instead of filling it with random numbers."""
+        kwargs = kwargs or {}
+        drawn_by = getattr(func, "__module__", "")  # slots of C types have none
+        draws = drawn_by == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_)
+        if draws:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_into(

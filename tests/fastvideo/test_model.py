@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,15 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"device xpu cannot be used here: .*XPU"):
         pick_device("xpu")
     assert pick_device("auto") == torch.device("cpu")
+
+
+def test_loading_does_not_import_torchs_compiler(tiny_folder: Path):
+    code = f"""
+import sys
+from fastvideo import model, render
+loaded = model.load({str(tiny_folder)!r}, device="cpu")
+render.frames(loaded, ["a ball"], num_steps=1, num_frames=5, height=32, width=32)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
