@@ -145,6 +145,12 @@ class Checkpoint(Mapping[str, Tensor]):
             self._files[name] = file
 
 
+_DRAWS = frozenset(
+    [Tensor.normal_, Tensor.uniform_]
+    + [draw for name, draw in vars(nn.init).items() if name.endswith("_") and callable(draw)]
+)
+
+
 def build(factory: Callable[[], M]) -> M:
     """Build a module on the meta device: no memory, no values; `load_into` makes it real."""
     with torch.device("meta"), _Undrawn():
@@ -165,9 +171,7 @@ class _Undrawn(TorchFunctionMode):
     ) -> Any:
         """Return the tensor as it is instead of filling it with random numbers."""
         kwargs = kwargs or {}
-        drawn_by = getattr(func, "__module__", "")  # slots of C types have none
-        draws = drawn_by == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_)
-        if draws:
+        if func in _DRAWS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
