@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvideo import registry
 from fastvideo.attention.layout import Layout, plan
-from fastvideo.attention.pattern import Dense, Pattern, Vsa
+from fastvideo.attention.pattern import Dense, Pattern, Vsa, write
 from fastvideo.log import logger
 from fastvideo.shapes import TokenGrid
 
@@ -135,12 +135,13 @@ def choose(
     if not usable:
         quoted = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
         raise ValueError(f"no attention backend for {_words(need)} (asked for {name!r}): {quoted}")
-    best = max(usable, key=lambda n: backends[n].rank(need))
+    best, *slower = sorted(usable, key=lambda n: -backends[n].rank(need))
     logger.info(
-        "attention for %s: %s (%s)%s",
+        "attention for %s: %s (%s)%s%s",
         _words(need),
         best,
         backends[best].describe(need),
+        f"; expected slower: {', '.join(slower)}" if slower else "",
         _others(reasons),
     )
     return backends[best]
@@ -186,11 +187,21 @@ def table(
 
 
 def _words(need: Need) -> str:
-    pattern = "no layout" if need.layout is None else type(need.layout.pattern).__name__.lower()
+    pattern = "no layout" if need.layout is None else _pattern_words(need.layout)
     dtype = str(need.dtype).removeprefix("torch.")
     keys = "any number of" if need.num_keys is None else str(need.num_keys)
     grad = "training" if need.needs_grad else "inference"
     return f"{pattern}, {keys} keys, head {need.head_dim}, {dtype}, {need.device.type}, {grad}"
+
+
+def _pattern_words(layout: Layout) -> str:
+    """Name the pattern, its number of tiles, and how many of them a query tile sees under VSA."""
+    if layout.tiles is None:
+        return write(layout.pattern)
+    text = f"{write(layout.pattern)}, {layout.tiles.num} tiles"
+    if not isinstance(layout.pattern, Vsa):
+        return text
+    return f"{text}, {layout.pattern.num_selected(layout.tiles.num)} seen by each"
 
 
 def _others(reasons: dict[str, str | None]) -> str:

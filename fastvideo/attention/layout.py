@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvideo.attention.pattern import Dense, Pattern, Sta, Tile, check_fits
+from fastvideo.attention.pattern import Dense, Pattern, Sta, Tile, Vsa, check_fits
+from fastvideo.log import logger
 from fastvideo.shapes import TokenGrid
+
+_FEW_TILES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +34,6 @@ class Tiles:
     """Tokens of a whole tile."""
     is_uniform: bool
     """Whether every tile is whole."""
-    slots_NS: Tensor
-    """Token in each slot of each tile; a slot without a token repeats the tile's first one."""
-    is_real_NS: Tensor
-    """Whether a slot of a tile holds a token."""
 
     @property
     def num(self) -> int:
@@ -59,7 +58,8 @@ class Layout:
     """A pattern at one size.
 
     Token i of the sequence is token `order_L[i]` of the grid; None means t, h, w order. Sparse
-    patterns have `tiles`, and `lists` if they see the same whatever the tokens say.
+    patterns have `tiles`, and `lists` if they see the same whatever the tokens say; else each query
+    tile selects `num_selected` key tiles.
     """
 
     pattern: Pattern
@@ -67,6 +67,17 @@ class Layout:
     order_L: Tensor | None = None
     tiles: Tiles | None = None
     lists: Lists | None = None
+    num_selected: int = 0
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every token sees every token, as it does under a sparsity of 0."""
+        if self.tiles is None:
+            return True
+        if self.lists is None:
+            return self.num_selected == self.tiles.num
+        count = self.lists.count_BHN
+        return count is None or bool((count == self.tiles.num).all())
 
     def arrange(self, x: Tensor, dim: int) -> Tensor:
         """Put axis `dim` from grid order into this layout's order."""
@@ -86,13 +97,36 @@ def plan(pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu") 
         return Layout(pattern, grid)
     check_fits(pattern, grid)
     order_L, tiles = _cut(grid, pattern.tile, torch.device(device))
-    lists = _windows(pattern, tiles) if isinstance(pattern, Sta) else None
-    return Layout(pattern, grid, order_L, tiles, lists)
+    if isinstance(pattern, Sta):
+        return Layout(pattern, grid, order_L, tiles, _windows(pattern, tiles))
+    _warn_of_few(pattern, grid, tiles)
+    num_selected = pattern.num_selected(tiles.num)
+    return Layout(pattern, grid, order_L, tiles, num_selected=num_selected)
+
+
+def _warn_of_few(pattern: Vsa, grid: TokenGrid, tiles: Tiles) -> None:
+    """Say when there are too few tiles for the sparsity to mean much (2505.13389 has 100s)."""
+    size = f"{grid.frames}x{grid.height}x{grid.width} tokens (frames, rows, columns)"
+    if tiles.num == 1:
+        logger.warning(
+            "vsa: a tile of %s holds all of %s: every token sees every token, whatever the"
+            " sparsity; a smaller tile would make more of them",
+            "x".join(map(str, pattern.tile)),
+            size,
+        )
+    elif tiles.num < _FEW_TILES:
+        logger.info(
+            "vsa: %d tiles of %s are few: below about %d, sparsity brings no speed",
+            tiles.num,
+            size,
+            _FEW_TILES,
+        )
 
 
 def _cut(grid: TokenGrid, tile: Tile, device: torch.device) -> tuple[Tensor, Tiles]:
     """Order tokens by tile, tiles and the tokens in each by t, h, w."""
     axes = (grid.frames, grid.height, grid.width)
+    tile = (min(tile[0], axes[0]), min(tile[1], axes[1]), min(tile[2], axes[2]))
     counts = TokenGrid(*(-(-n // size) for n, size in zip(axes, tile, strict=True)))
     number = torch.zeros(axes, dtype=torch.int64, device=device)
     for axis, (length, size) in enumerate(zip(axes, tile, strict=True)):
@@ -101,19 +135,14 @@ def _cut(grid: TokenGrid, tile: Tile, device: torch.device) -> tuple[Tensor, Til
         number = number * per_axis + place.view([-1 if a == axis else 1 for a in range(3)])
     sorted_L, order_L = number.flatten().sort(stable=True)
     sizes_N = torch.bincount(sorted_L, minlength=counts.num_tokens)
-    slots = min(tile[0], axes[0]) * min(tile[1], axes[1]) * min(tile[2], axes[2])
-    starts_N = sizes_N.cumsum(0) - sizes_N
-    slot_S = torch.arange(slots, device=device)
-    is_real_NS = slot_S < sizes_N[:, None]
+    slots = math.prod(tile)
     return order_L, Tiles(
         grid=counts,
         sizes_N=sizes_N,
-        starts_N=starts_N,
+        starts_N=sizes_N.cumsum(0) - sizes_N,
         tile_L=sorted_L,
         num_slots=slots,
         is_uniform=bool((sizes_N == slots).all()),
-        slots_NS=starts_N[:, None] + torch.where(is_real_NS, slot_S, 0),
-        is_real_NS=is_real_NS,
     )
 
 

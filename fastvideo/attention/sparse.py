@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastvideo.attention.layout import Layout, Lists, Tiles
-from fastvideo.attention.pattern import Vsa
 
 
 class Fine(Protocol):
@@ -36,7 +35,7 @@ def attend(
 ) -> Tensor:
     """Attend under the layout's sparse pattern (VSA 2505.13389, section 2.3).
 
-    For VSA, `gate_BLHD` weighs the coarse branch; without one its weight is 1. `means` is a
+    For VSA, `gate_BLHD` weighs the coarse branch, which is left out without one. `means` is a
     backend's own way to do what `mean` does.
     """
     tiles = layout.tiles
@@ -44,36 +43,39 @@ def attend(
     if layout.lists is not None:
         assert gate_BLHD is None, f"{layout.pattern} has no coarse branch to weigh"
         return fine(q_BLHD, k_BLHD, v_BLHD, tiles, layout.lists)
-    assert isinstance(layout.pattern, Vsa), f"nothing says what {layout.pattern} sees"
-    scores_BHNN, coarse_BNHD = coarse(q_BLHD, k_BLHD, v_BLHD, tiles, means or mean)
-    lists = Lists(select(scores_BHNN, layout.pattern.num_selected(tiles.num)))
+    assert layout.num_selected, f"nothing says what {layout.pattern} sees"
+    q_BNHD, k_BNHD = ((means or mean)(x, tiles) for x in (q_BLHD, k_BLHD))
+    scores_BHNN = scores(q_BNHD, k_BNHD)
+    lists = Lists(select(scores_BHNN, layout.num_selected))
     out_BLHD = fine(q_BLHD, k_BLHD, v_BLHD, tiles, lists)
-    spread_BLHD = coarse_BNHD.to(out_BLHD.dtype).index_select(1, tiles.tile_L)
     if gate_BLHD is None:
-        return out_BLHD + spread_BLHD
+        return out_BLHD
+    coarse_BNHD = coarse(scores_BHNN, (means or mean)(v_BLHD, tiles))
+    spread_BLHD = coarse_BNHD.to(out_BLHD.dtype).index_select(1, tiles.tile_L)
     return torch.addcmul(out_BLHD, spread_BLHD, gate_BLHD)
 
 
-def coarse(
-    q_BLHD: Tensor,
-    k_BLHD: Tensor,
-    v_BLHD: Tensor,
-    tiles: Tiles,
-    means: Callable[[Tensor, Tiles], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the scores of tiles for tiles (B, H, N, N) and dense attention of their means.
+def scores(q_BNHD: Tensor, k_BNHD: Tensor) -> Tensor:
+    """Return the scores of tiles for tiles, (B, H, N, N), in float32 or wider.
 
-    Means are summed in float32 and rounded to the inputs' dtype; a small tile counts as much as a
-    whole one.
+    They are few beside those of tokens; in bfloat16 they would be rounded by 0.4 %, and many equal.
     """
-    q_BHND, k_BHND, v_BHND = (means(x, tiles).transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    scores_BHNN = q_BHND @ k_BHND.transpose(-1, -2) * (1 / math.sqrt(q_BLHD.shape[-1]))
-    out_BHND = scores_BHNN.softmax(-1) @ v_BHND
-    return scores_BHNN, out_BHND.transpose(1, 2)
+    wide = torch.promote_types(q_BNHD.dtype, torch.float32)
+    q_BHND, k_BHND = (x.transpose(1, 2).to(wide) for x in (q_BNHD, k_BNHD))
+    return (q_BHND * (1 / math.sqrt(q_BHND.shape[-1]))) @ k_BHND.transpose(-1, -2)
+
+
+def coarse(scores_BHNN: Tensor, v_BNHD: Tensor) -> Tensor:
+    """Return dense attention of the tiles' means, (B, N, H, D), in the dtype of the scores."""
+    out_BHND = scores_BHNN.softmax(-1) @ v_BNHD.transpose(1, 2).to(scores_BHNN.dtype)
+    return out_BHND.transpose(1, 2)
 
 
 def mean(x_BLHD: Tensor, tiles: Tiles) -> Tensor:
-    """Return the mean of each tile, (B, N, H, D)."""
+    """Return the mean of each tile, (B, N, H, D).
+
+    Summed in float32 and rounded to the input's dtype; a small tile counts as much as a whole one.
+    """
     wide = torch.promote_types(x_BLHD.dtype, torch.float32)
     if tiles.is_uniform:
         x_BNSHD = x_BLHD.reshape(len(x_BLHD), tiles.num, -1, *x_BLHD.shape[2:])
@@ -122,10 +124,15 @@ def work(tiles: Tiles, lists: Lists, *, multiple: int = 1) -> tuple[int, int]:
 
 def mask(tiles: Tiles, lists: Lists) -> Tensor:
     """Return which token sees which, bool (B or 1, H or 1, L, L): for references and tests."""
-    index, count = lists.index_BHNK, lists.count_BHN
-    is_listed = torch.ones_like(index, dtype=torch.bool)
-    if count is not None:
-        is_listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-    seen_BHNN = torch.zeros(*index.shape[:-1], tiles.num, dtype=torch.bool, device=index.device)
-    seen_BHNN = seen_BHNN.scatter_reduce(-1, index, is_listed, "amax")
-    return seen_BHNN[..., tiles.tile_L, :][..., tiles.tile_L]
+    return seen(lists, tiles.num)[..., tiles.tile_L, :][..., tiles.tile_L]
+
+
+def seen(lists: Lists, num: int) -> Tensor:
+    """Return which of `num` tiles sees which, bool (B or 1, H or 1, N, N)."""
+    index_BHNK = lists.index_BHNK
+    if lists.count_BHN is not None:
+        place_K = torch.arange(index_BHNK.shape[-1], device=index_BHNK.device)
+        index_BHNK = torch.where(place_K < lists.count_BHN[..., None], index_BHNK, num)
+    shape = (*index_BHNK.shape[:-1], num + 1)  # the last column takes what does not count
+    seen_BHNN = torch.zeros(shape, dtype=torch.bool, device=index_BHNK.device)
+    return seen_BHNN.scatter_(-1, index_BHNK, True)[..., :num]

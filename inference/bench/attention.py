@@ -12,14 +12,9 @@ size is appended to `--out`.
 from __future__ import annotations
 
 import argparse
-import datetime
 import html
-import json
 import math
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo import registry
-from fastvideo.attention import Dense, Layout, Vsa, plan, sparse
+from fastvideo import registry, timing
+from fastvideo.attention import Dense, Layout, Sta, Vsa, plan, sparse
 from fastvideo.attention.choice import PACKAGE, Need
 from fastvideo.attention.layout import Lists, Tiles
 from fastvideo.shapes import TokenGrid
@@ -56,8 +51,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     records = [measure(TokenGrid(*grid), args) for grid in args.grids]
     for record in records if args.out else []:
-        with Path(args.out).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        timing.append(args.out, record)
     if args.plot:
         Path(args.plot).write_text(draw(records, args.sparsity), encoding="utf-8")
 
@@ -77,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     default = [(21, 8, 8), (21, 16, 16), (8, 32, 32), (21, 30, 52)]
     parser.add_argument("--grids", type=grid, nargs="+", default=default, help="in tokens")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9])
+    parser.add_argument("--windows", type=grid, nargs="*", default=[], help="of STA, in tiles")
     parser.add_argument("--tile", type=grid, default=(4, 4, 4))
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -99,17 +94,14 @@ def measure(grid: TokenGrid, args: argparse.Namespace) -> Record:
         variant.call()
     names, rounds = list(variants), []
     for i in range(args.repeats):
-        turned = names[i % len(names) :] + names[: i % len(names)]
-        rounds.append({name: timed(variants[name], args.device) for name in turned})
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": machine(args.device),
-        "settings": {**vars(args), "grids": None, "grid": [grid.frames, grid.height, grid.width]},
-        "tokens": grid.num_tokens,
-        "variants": {n: summary(v, n, rounds, args.head_dim) for n, v in variants.items()},
-        "compile_s": compile_s(variants),
-    }
+        turn = timing.in_turn(names, i)
+        rounds.append({name: timed(variants[name], args.device) for name in turn})
+    record = timing.record(
+        settings={**vars(args), "grids": None, "grid": [grid.frames, grid.height, grid.width]},
+        tokens=grid.num_tokens,
+        variants={n: summary(v, n, rounds, args.head_dim) for n, v in variants.items()},
+        compile_s=compile_s(variants),
+    )
     report(record)
     return record
 
@@ -127,23 +119,39 @@ def build(grid: TokenGrid, args: argparse.Namespace) -> dict[str, Variant]:
     dense = plan(Dense(), grid, device)
     pairs = float(args.heads * grid.num_tokens**2)
     found = {DENSE: Variant(run(lambda: sdpa.attend(q, k, v, dense), (q, k, v)), pairs)}
-    for sparsity in args.sparsity:
-        layout = plan(Vsa(sparsity=sparsity, tile=args.tile), grid, device)
-        assert layout.tiles is not None, "VSA has tiles"
-        lists = selected(q, k, v, layout)
+    for pattern in patterns(args):
+        layout = plan(pattern, grid, device)
+        assert layout.tiles is not None, "sparse patterns have tiles"
+        lists = layout.lists or selected(q, k, v, layout)
+        heads = args.heads // math.prod(lists.index_BHNK.shape[:2])  # windows may stand for all
+        needed = heads * sparse.work(layout.tiles, lists)[1]
+        is_vsa = isinstance(pattern, Vsa)
+        weight = gate if is_vsa else None
         need = Need(layout, dtype, device, args.training, grid.num_tokens, args.head_dim)
+        label = f"{pattern.sparsity:g}" if isinstance(pattern, Vsa) else f"sta {words(pattern)}"
         for name in usable(args.backends, need):
             backend: Any = registry.module(PACKAGE, name)
-            ratio = vars(backend)["issued"](layout.tiles, lists) if has(backend, "issued") else 1.0
-            found[f"{name} {sparsity:g}"] = Variant(
-                call=attended(backend.fine, backend, layout, q, k, v, gate),
-                rest=attended(lambda q, *_: q, backend, layout, q, k, v, gate),
-                pairs=ratio * sparse.work(layout.tiles, lists)[1],
+            ratio = vars(backend)["issued"](layout.tiles, lists)
+            found[f"{name} {label}"] = Variant(
+                call=attended(backend.fine, backend, layout, q, k, v, weight),
+                rest=attended(lambda q, *_: q, backend, layout, q, k, v, gate) if is_vsa else None,
+                pairs=ratio * needed,
                 issued=ratio,
                 backend=name,
-                sparsity=sparsity,
+                sparsity=pattern.sparsity if isinstance(pattern, Vsa) else 1 - needed / pairs,
             )
     return found
+
+
+def words(pattern: Sta) -> str:
+    """Name a window, in tiles."""
+    return "x".join(map(str, pattern.windows[0]))
+
+
+def patterns(args: argparse.Namespace) -> list[Vsa | Sta]:
+    """Return the sparse patterns that are asked for."""
+    windows = [Sta((window,), args.tile) for window in args.windows]
+    return [*(Vsa(sparsity=p, tile=args.tile) for p in args.sparsity), *windows]
 
 
 def usable(names: Sequence[str] | None, need: Need) -> list[str]:
@@ -181,11 +189,12 @@ def selected(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Lists:
 
 
 def attended(
-    fine: Any, backend: Any, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate: Tensor
+    fine: Any, backend: Any, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None
 ) -> Callable[[], object]:
     """Return a call of sparse attention with `fine` in it, and the backend's own means."""
     means = {"means": backend.means} if has(backend, "means") else {}
-    return run(lambda: sparse.attend(fine, q, k, v, layout, gate, **means), (q, k, v, gate))
+    leaves = (q, k, v) if gate is None else (q, k, v, gate)
+    return run(lambda: sparse.attend(fine, q, k, v, layout, gate, **means), leaves)
 
 
 def run(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], object]:
@@ -205,12 +214,15 @@ def timed(variant: Variant, device: str) -> tuple[float, float]:
 
     def seconds(f: Callable[[], object]) -> float:
         settle(device)
-        began = time.perf_counter()
-        f()
-        settle(device)
-        return time.perf_counter() - began
+        return timing.timed(lambda: settled(f, device))
 
     return seconds(variant.call), seconds(variant.rest) if variant.rest else 0.0
+
+
+def settled(f: Callable[[], object], device: str) -> None:
+    """Call and wait for the result."""
+    f()
+    settle(device)
 
 
 def settle(device: str) -> None:
@@ -245,22 +257,10 @@ def compile_s(variants: Mapping[str, Variant]) -> dict[str, float]:
     return {n: round(vars(m)["compile_s"](), 1) for n, m in modules.items() if has(m, "compile_s")}
 
 
-def machine(device: str) -> Record:
-    """Return the processor and the versions that matter."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        model = next(names, model)
-    gpu = torch.cuda.get_device_name(device) if device != "cpu" else None
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": model, "capability": capability, "gpu": gpu, "torch": torch.__version__}
-
-
 def report(record: Record) -> None:
     """Print a record as a table in Markdown."""
     s = record["settings"]
-    where = record["machine"]["gpu"] or f"{s['threads']} threads"
+    where = f"{s['threads']} threads" if s["device"] == "cpu" else record["machine"]["gpu"]
     what = "forward and backward" if s["training"] else "forward"
     print(
         f"\n{record['tokens']} tokens ({'x'.join(map(str, s['grid']))}), {s['heads']} heads of"
@@ -279,13 +279,15 @@ def report(record: Record) -> None:
         )
 
 
-WIDTH, HEIGHT, MARGIN = 300, 220, 40
+WIDTH, HEIGHT, MARGIN = 370, 220, 40
 INK = "#57606a"
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df")
 
 
 def draw(records: Sequence[Record], sparsities: Sequence[float]) -> str:
     """Return an SVG: a panel a sparsity, speed-up over dense by tokens, both axes logarithmic."""
+    speedups = [v["speedup"] for record in records for v in record["variants"].values()]
+    low, top = 2 ** math.floor(math.log2(min(speedups))), 2 ** math.ceil(math.log2(max(speedups)))
     panels = []
     for i, sparsity in enumerate(sparsities):
         lines: dict[str, list[tuple[int, float]]] = {}
@@ -293,17 +295,18 @@ def draw(records: Sequence[Record], sparsities: Sequence[float]) -> str:
             for v in record["variants"].values():
                 if v["sparsity"] == sparsity and v["backend"] != "sdpa":
                     lines.setdefault(v["backend"], []).append((record["tokens"], v["speedup"]))
-        panels.append(f'<g transform="translate({i * WIDTH},0)">{panel(sparsity, lines)}</g>')
+        inner = panel(sparsity, lines, low=low, top=max(top, 2 * low))
+        panels.append(f'<g transform="translate({i * WIDTH},0)">{inner}</g>')
     size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}"'
     font = 'font-family="sans-serif" font-size="10"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(panels)}</svg>\n'
 
 
-def panel(sparsity: float, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Return one framed panel with a line a backend."""
+def panel(
+    sparsity: float, lines: Mapping[str, Sequence[tuple[int, float]]], *, low: float, top: float
+) -> str:
+    """Return one framed panel with a line a backend, for speed-ups of `low` to `top`."""
     tokens = sorted({x for points in lines.values() for x, _ in points})
-    top = max([2.0, *(y for points in lines.values() for _, y in points)])
-    low = min([1.0, *(y for points in lines.values() for _, y in points)])
     w, h = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
     span = math.log(tokens[-1] / tokens[0]) or 1.0
 
@@ -328,7 +331,8 @@ def panel(sparsity: float, lines: Mapping[str, Sequence[tuple[int, float]]]) -> 
         out.append(f'<path d="M{MARGIN} {y:.1f}h{w}" stroke="{INK}" stroke-width="0.5"{dash}/>')
         out.append(text(MARGIN - 3, y + 3, f"{mark:g}x", "end"))
     for count in tokens:
-        out.append(text(place(count, low)[0], MARGIN + h + 12, f"{count}", "middle"))
+        out.append(text(place(count, low)[0], MARGIN + h + 12, f"{count:,}", "middle"))
+    out.append(text(MARGIN + w / 2, MARGIN + h + 26, "tokens", "middle"))
     for i, ((name, points), colour) in enumerate(zip(lines.items(), COLOURS, strict=False)):
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')

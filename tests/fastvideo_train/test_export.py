@@ -116,6 +116,17 @@ def test_a_sparse_run_is_exported_with_its_pattern_and_gates(vae_folder, tmp_pat
     assert gates and any(weight.any() for weight in gates)
 
 
+def test_a_run_stopped_while_its_sparsity_rose_is_exported_with_the_last_one(vae_folder, tmp_path):
+    sparse = ["roles.student.config.gate_compress=true", "roles.student.attention.pattern=vsa"]
+    rises = ["roles.student.attention.anneal_every=1", "roles.student.attention.anneal_by=0.25"]
+    args = "roles.student.attention.args={sparsity=0.75, tile=[1,2,2]}"
+    finish(tiny("flow_matching", *sparse, args, *rises), tmp_path / "run", until=3)
+    changes = {"name": "tiny", "vae": str(vae_folder), "defaults": DEFAULTS}
+    export(tmp_path / "run", tmp_path / "out", changes=changes)
+    spec, _ = hub.open_spec(tmp_path / "out")
+    assert spec.attention.args == {"sparsity": 0.5, "tile": [1, 2, 2]}, "0, 0.25, 0.5"
+
+
 def test_a_folder_that_reads_back_wrong_never_takes_its_name(vae_run, tmp_path, monkeypatch):
     from fastvideo_train import export as module
 

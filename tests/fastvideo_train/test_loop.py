@@ -270,6 +270,36 @@ def test_a_sparse_run_resumes_bit_for_bit(tmp_path):
     assert _equal(*(job.strategy.gather("student") for job in (straight, resumed)))
 
 
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (
+            '{pattern="sta", args={windows=[[1,1,1],[1,1,1],[1,1,1]], tile=[1,2,2]}}',
+            r"roles\.student\.attention: sta has 3 windows; give one for all or 2, one a head",
+        ),
+        ('{backend="gathr"}', r"roles\.student\.attention: .*did you mean 'gather'"),
+    ],
+)
+def test_attention_that_no_clip_could_have_is_refused_before_the_run(attention, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Job.open(tiny("flow_matching", f"roles.student.attention={attention}"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ('{pattern="sta", args={windows=[[1,9,1]], tile=[1,2,2]}}', r"window .* nearest: \(1, "),
+        ('{pattern="vsa", args={sparsity=0.5}, backend="flex"}', "has no backward pass on a CPU"),
+    ],
+)
+def test_attention_that_does_not_fit_the_clips_is_refused_with_the_role(
+    attention, message, tmp_path
+):
+    recipe = tiny("flow_matching", f"roles.student.attention={attention}")
+    with pytest.raises(ValueError, match=r"^roles\.student\.attention: .*" + message):
+        finish(recipe, tmp_path)
+
+
 def test_gates_under_a_dense_pattern_are_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"roles\.student has the gates .*set roles\.student"):
         Job.open(tiny("flow_matching", SPARSE[0]), tmp_path)

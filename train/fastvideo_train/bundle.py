@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastvideo import attention as patterns
 from fastvideo import hub, schedulers, weights
 from fastvideo import registry as components
 from fastvideo.formats import diffusers as layout
@@ -18,7 +19,7 @@ from fastvideo_train.data._manifest import read_manifest
 from fastvideo_train.data.latents import encoder_hash
 from fastvideo_train.loop import make_method
 from fastvideo_train.origins import principal
-from fastvideo_train.recipe import Recipe
+from fastvideo_train.recipe import AttentionSpec, Recipe
 from fastvideo_train.roles import Role
 
 
@@ -93,13 +94,15 @@ def bundle(
     vae: Any,
     vae_family: str,
     scheduler: Scheduler,
+    step: int,
     name: str = "",
     defaults: Defaults | None = None,
     provenance: Provenance | None = None,
 ) -> Model:
     """Put the networks of a run and a VAE together as a model that can render.
 
-    `name` is the run's unless given; `defaults` are laid over what the method trained on.
+    `step` counts the steps taken: a sparsity that still rises is that of the last one. `name` is
+    the run's unless given; `defaults` are laid over what the method trained on.
     """
     dit, text = of_kind(roles, "dit"), of_kind(roles, "text")
     method: Any = make_method(recipe)
@@ -115,12 +118,20 @@ def bundle(
         text=Network(family=recipe.roles[text.name].family, config=dict(text.config)),
         compression=layout.compression(asdict(dit.net.config), asdict(vae.config)),
         scheduler=scheduler,
-        attention=Attention(pattern=dit.attention.pattern, args=dit.attention.args),
+        attention=_attention(dit.attention, step),
         defaults=Defaults(**{**trained_on, **told}),
         provenance=provenance or Provenance(),
     )
     first = next(dit.net.parameters())
     return Model(spec, dit.net, vae, text.net, method.tokenizer, first.device, dit.dtype)
+
+
+def _attention(attention: AttentionSpec, step: int) -> Attention:
+    """Return how a denoiser attends after so many steps."""
+    args = dict(attention.args)
+    if attention.anneal_every:
+        args["sparsity"] = patterns.unparse(attention.at(max(0, step - 1)))[1]["sparsity"]
+    return Attention(pattern=attention.pattern, args=args)
 
 
 def _place(folder: str | Path) -> Path:

@@ -255,6 +255,7 @@ def export_model(
         vae=vae,
         vae_family=read_vae(spec.vae).family,
         scheduler=spec.scheduler,
+        step=run.step,
         name=spec.name,
         defaults=spec.defaults,
         provenance=spec.provenance,

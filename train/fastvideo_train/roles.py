@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fastvideo import registry, rng
-from fastvideo.attention import Attend, Layout, plan, select
+from fastvideo.attention import Attend, Layout, check_fits, parse, plan, select
+from fastvideo.attention.choice import PACKAGE as BACKENDS
 from fastvideo.log import logger
 from fastvideo.registry import did_you_mean
-from fastvideo.shapes import LatentShape
+from fastvideo.shapes import LatentShape, TokenGrid
 from fastvideo.weights import load_into
 from fastvideo_train import lora, origins
 from fastvideo_train.methods import Wants
@@ -28,6 +30,9 @@ NETWORK_CLASS: dict[Kind, str] = {
     "classifier": "Classifier",
     "decoder": "Decoder",
 }
+
+_ANY_WINDOW_FITS = TokenGrid(*[1 << 60] * 3)
+"""Clips are not known yet when roles are built."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,16 @@ class Role:
     ) -> dict[str, Attend | Layout]:
         """Return `attend` and `layout` for a call of a denoiser on clips of this size.
 
-        Chosen once for each size and pattern; a sparsity that rises is that of the step.
+        Chosen once for each size and pattern; a sparsity that rises is that of the step. Raises
+        `ValueError`, naming the role, for a pattern or backend that does not fit the clips.
         """
         pattern = self.attention.at(step)
         config = self.family.Config.parse(self.config)
         if (pattern, latents) not in self._attends:
             device = next(self.net.parameters()).device
-            layout = plan(pattern, latents.tokens(config.patch_size), device)
-            self._attends[pattern, latents] = (
-                select(
+            with _naming(self.name):
+                layout = plan(pattern, latents.tokens(config.patch_size), device)
+                chosen: Attend = select(
                     self.attention.backend,
                     layout=layout,
                     num_text_tokens=num_text_tokens,
@@ -72,9 +78,8 @@ class Role:
                     device=device,
                     needs_grad=self.trainable,
                     head_dim=config.attention_head_dim,
-                ),
-                layout,
-            )
+                )
+            self._attends[pattern, latents] = (chosen, layout)
         attend, layout = self._attends[pattern, latents]
         return {"attend": attend, "layout": layout}
 
@@ -152,6 +157,7 @@ def _build_role(name: str, recipe: Recipe) -> Role:
     )
     if spec.kind == "dit":
         _check_gates(role)
+        _check_attention(role)
     first = origins.first_weights(spec, name) if spec.from_ else net.state_dict()
     load_into(
         net,
@@ -177,6 +183,25 @@ def _check_gates(role: Role) -> None:
             f" {role.attention.pattern!r} would drop; set roles.{role.name}.attention.pattern to"
             " 'vsa'"
         )
+
+
+def _check_attention(role: Role) -> None:
+    """Refuse a backend that does not exist and windows that are not the network's."""
+    config = role.family.Config.parse(role.config)
+    with _naming(role.name):
+        if role.attention.backend != "auto":
+            registry.module(BACKENDS, role.attention.backend)
+        pattern = parse(role.attention.pattern, role.attention.args)
+        check_fits(pattern, _ANY_WINDOW_FITS, num_heads=config.num_attention_heads)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in whose attention an illegal value stands."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"roles.{name}.attention: {error}") from error
 
 
 def _completed(weights: dict[str, Tensor], role: Role) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ class _Rendering:
             self._vae = self._load_vae()
 
     def __call__(self, roles: Mapping[str, Role], *, step: int) -> Mapping[str, float]:
-        p, model = self.prompts, self._model(roles)
+        p, model = self.prompts, self._model(roles, step)
         with _eager(roles):
             made = [m for first in range(0, p.count, p.batch) for m in self._batch(model, first)]
         _sheet(self.folder, step, [m.frames for m in made], p.sheet, [m.prompt for m in made])
@@ -163,7 +163,7 @@ class _Rendering:
             width=p.width,
         )
 
-    def _model(self, roles: Mapping[str, Role]) -> Model:
+    def _model(self, roles: Mapping[str, Role], step: int) -> Model:
         """Put the run's networks into the model folder that lends its VAE."""
         if self._vae is None:
             self._vae = self._load_vae()
@@ -173,6 +173,7 @@ class _Rendering:
             vae=self._vae,
             vae_family=read_vae(self.prompts.vae).family,
             scheduler=self.prompts.scheduler,
+            step=step,
         )
 
     def _load_vae(self) -> Any:

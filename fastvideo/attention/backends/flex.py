@@ -1,13 +1,13 @@
 """Block-sparse attention compiled by PyTorch: FlexAttention over tiles padded to equal blocks.
 
-The first call of a size compiles, 10 to 30 s on a CPU, so it is never chosen by itself: ask for it
-by name. Edge tiles are filled up to whole blocks, which costs what `issued` says.
+The first call of a size compiles, some 10 s on a free core, so it is never chosen by itself: ask
+for it by name. Edge tiles are filled up to whole blocks, which costs what `issued` says.
 """
 
 from __future__ import annotations
 
 import functools
-import time
+import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvideo.attention import sparse
+from fastvideo.attention.backends._first_calls import FirstCalls
 from fastvideo.attention.choice import Need
 from fastvideo.attention.layout import Layout, Lists, Tiles
-from fastvideo.log import logger
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILE_S = 10.0
-"""Estimate until one was measured; 8 to 17 s were seen on one core of Zen 4, 30 s under load."""
+"""Estimate until one was measured: 5 to 36 s were seen on Zen 4, most under load."""
 _GPU_BLOCK = 64
 
 
@@ -46,7 +46,7 @@ def rank(need: Need) -> int:
 
 def describe(need: Need) -> str:
     """Name the kernel and what its first call costs."""
-    return f"compiled FlexAttention; the first call of a size takes about {_COMPILE_S:.0f} s more"
+    return f"compiled FlexAttention; the first call of a size takes about {compile_s():.0f} s more"
 
 
 def attend(
@@ -76,8 +76,9 @@ def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Li
     if torch.compiler.is_compiling():
         out_BXHD = _flex(*arguments, block)
     else:
-        key = (q_BLHD.shape, q_BLHD.dtype, q_BLHD.device, block, torch.is_grad_enabled())
-        out_BXHD = _timed(key, lambda: _compiled()(*arguments, block))
+        needs_grad = tuple(torch.is_grad_enabled() and x.requires_grad for x in arguments[:3])
+        key = (q_BLHD.shape, q_BLHD.dtype, q_BLHD.device, tiles.num, block, needs_grad)
+        out_BXHD = _first_calls().timed(key, lambda: _compiled(key)(*arguments, block))
     place_L = tiles.tile_L * block + torch.arange(len(tiles.tile_L), device=q_BLHD.device)
     return out_BXHD.index_select(1, place_L - tiles.starts_N[tiles.tile_L])
 
@@ -91,7 +92,7 @@ def issued(tiles: Tiles, lists: Lists) -> float:
 
 def compile_s() -> float:
     """Return the seconds that the slowest compilation so far took, or an estimate before any."""
-    return max(_compile_s().values(), default=_COMPILE_S)
+    return max(_first_calls().seconds.values(), default=_COMPILE_S)
 
 
 def _block(num_slots: int, device: torch.device) -> int:
@@ -145,23 +146,19 @@ def _flex(
     return out.transpose(1, 2)
 
 
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """Return `_flex` compiled: all of it, as what runs uncompiled would not heed the lists."""
-    return torch.compile(_flex, dynamic=False, fullgraph=True)
+@functools.lru_cache(maxsize=64)
+def _compiled(key: Hashable) -> Callable[..., Tensor]:
+    """Return `_flex` compiled: all of it, as what runs uncompiled would not heed the lists.
+
+    A function of its own for each kind of call: PyTorch gives up on one that is compiled too often,
+    and counts by its code.
+    """
+    copy = types.FunctionType(
+        _flex.__code__.replace(), _flex.__globals__, _flex.__name__, closure=_flex.__closure__
+    )
+    return torch.compile(copy, dynamic=False, fullgraph=True)
 
 
 @functools.cache
-def _compile_s() -> dict[Hashable, float]:
-    """Seconds of the first call of each size."""
-    return {}
-
-
-def _timed(key: Hashable, call: Callable[[], Tensor]) -> Tensor:
-    if key in _compile_s():
-        return call()
-    began = time.perf_counter()
-    out = call()
-    _compile_s()[key] = time.perf_counter() - began
-    logger.info("flex: the first call took %.1f s to compile and run", _compile_s()[key])
-    return out
+def _first_calls() -> FirstCalls:
+    return FirstCalls("flex")

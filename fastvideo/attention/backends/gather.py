@@ -2,15 +2,18 @@
 
 Works and can be differentiated on every device without a compiler. A few query tiles are taken at a
 time, so that what is gathered for them stays in the cache. Only real tokens are gathered, and only
-query tiles of one size that see about as many keys are multiplied together: edge tiles cost what
-their tokens cost. To `torch.compile` it is one opaque operation.
+query tiles of one size are multiplied together. Their key lists are filled up to one length, a
+multiple of 16 or more, as far as that costs less than another call: `issued` tells. Scores are
+rounded to the input's dtype before the softmax, as `bmm` does: in bfloat16 the result is off by up
+to 3 % of its largest value where scores have a deviation of 4, by 1 % where it is 1. To
+`torch.compile` it is one opaque operation.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +28,10 @@ _CHUNK_NUMBERS = 1 << 21
 """Gathered keys, values and scores that exist at a time: few enough for a core's cache."""
 _CHUNKS_ON_GPU = 64
 """Times as many on a GPU, which has to be filled."""
+_CALL_PAIRS = 1 << 16
+"""Pairs of a query and a key that are multiplied in the time that another group's calls take."""
 _MULTIPLE = 16
-"""Key lists of uneven tiles are filled up to a multiple of so many tokens, long ones of more."""
+"""Key lists of uneven tiles are filled up to a multiple of so many tokens at least."""
 _NUM_LENGTHS = 64
 """A list grows by one part in so many at most; of few lengths, as oneDNN takes ms to meet each."""
 
@@ -145,10 +150,10 @@ class _Sight:
         length_R = (total_R + step - 1) // step * step
         base = longest + step
         shape_R = self.sizes_N[row_R % len(self.sizes_N)] * base + length_R
-        shapes = sorted(Counter(shape_R.tolist()).items())
-        parts = torch.split(shape_R.argsort(), [count for _, count in shapes])
-        for (shape, _), part_R in zip(shapes, parts, strict=True):
-            yield part_R, shape // base, shape % base
+        shapes = _joined(Counter(shape_R.tolist()), base)
+        parts = torch.split(shape_R.argsort(descending=True), [count for _, _, count in shapes])
+        for (size, length, _), part_R in zip(shapes, parts, strict=True):
+            yield part_R, size, length
 
     def chunks(self, num_tokens: int, head_dim: int) -> Iterator[_Chunk]:
         """Cut the groups into what is multiplied at a time."""
@@ -183,6 +188,26 @@ class _Sight:
             return key_RJ, None
         place_P = torch.arange(most, 0, -1, device=row_R.device)
         return key_RJ, (place_P <= missing_R1 * self.unit)[:, None]
+
+
+def _joined(count: Mapping[int, int], base: int) -> list[tuple[int, int, int]]:
+    """Join shapes (size * base + length) of one size; return size, longest length, rows of each.
+
+    From the longest on, as long as what fills the others up costs less than a call of their own.
+    """
+    found: list[tuple[int, int, int]] = []
+    filled = 0
+    for shape in sorted(count, reverse=True):
+        size, length = divmod(shape, base)
+        if found and found[-1][0] == size:
+            _, longest, rows = found[-1]
+            filled += (longest - length) * size * count[shape]
+            if filled <= _CALL_PAIRS:
+                found[-1] = (size, longest, rows + count[shape])
+                continue
+        found.append((size, length, count[shape]))
+        filled = 0
+    return found
 
 
 @torch.library.custom_op("fastvideo::gather_attention", mutates_args=())
@@ -288,7 +313,8 @@ def _remember_tiles(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 
 def _means_backward(ctx: Any, grad_BNHD: Tensor) -> tuple[Tensor, None, None]:
     tile_L, sizes_N = ctx.saved_tensors
-    share_BNHD = (grad_BNHD / sizes_N.view(-1, 1, 1)).to(grad_BNHD.dtype)
+    wide = torch.promote_types(grad_BNHD.dtype, torch.float32)
+    share_BNHD = (grad_BNHD.to(wide) / sizes_N.view(-1, 1, 1)).to(grad_BNHD.dtype)
     return share_BNHD.index_select(1, tile_L), None, None
 
 

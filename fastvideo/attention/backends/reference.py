@@ -55,6 +55,12 @@ def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Li
     return _attend(q_BLHD, k_BLHD, v_BLHD, sparse.mask(tiles, lists))
 
 
+def issued(tiles: Tiles, lists: Lists) -> float:
+    """Return the pairs of a query and a key that are multiplied, over those that have to be."""
+    all_pairs = len(tiles.tile_L) ** 2 * math.prod(lists.index_BHNK.shape[:2])
+    return all_pairs / sparse.work(tiles, lists)[1]
+
+
 def _attend(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seen_BHLS: Tensor | None) -> Tensor:
     scores_BHLS = torch.einsum("blhd,bshd->bhls", q_BLHD, k_BSHD) / math.sqrt(q_BLHD.shape[-1])
     if seen_BHLS is not None:

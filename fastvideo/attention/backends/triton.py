@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.attention import sparse
+from fastvideo.attention.backends._first_calls import FirstCalls
 from fastvideo.attention.choice import Need
 from fastvideo.attention.layout import Layout, Lists, Tiles
 
@@ -68,8 +69,11 @@ def rank(need: Need) -> int:
 
 
 def describe(need: Need) -> str:
-    """Say where the kernels run."""
-    return "Triton kernels" if need.device.type == "cuda" else "Triton kernels, interpreted"
+    """Say where the kernels run, and what their first calls cost."""
+    if need.device.type != "cuda":
+        return "Triton kernels, interpreted"
+    told = f"took {compile_s():.0f} s so far" if compile_s() else "takes seconds, told in the log"
+    return f"Triton kernels; compiling and tuning each at its first call {told}"
 
 
 def attend(
@@ -100,10 +104,15 @@ def issued(tiles: Tiles, lists: Lists) -> float:
     rows_N = torch.zeros_like(sizes_N)
     for size, blocks in _blocks(tiles).items():
         rows_N.index_add_(0, blocks[:, 0], rows_N.new_full((len(blocks),), size))
-    seen_BHNN = _seen(lists, tiles.num).double()
+    seen_BHNN = sparse.seen(lists, tiles.num).double()
     chunks_BHN = seen_BHNN @ (sizes_N / _CHUNK).ceil()
     keys_BHN = (chunks_BHN * _CHUNK / _BLOCK).ceil() * _BLOCK
     return float((keys_BHN @ rows_N).sum() / ((seen_BHNN @ sizes_N) @ sizes_N).sum())
+
+
+def compile_s() -> float:
+    """Return the seconds that the first calls of all kernels took together, so far."""
+    return sum(_first_calls().seconds.values())
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -125,7 +134,7 @@ class _Fine(torch.autograd.Function):
         batch, length, heads, _ = q.shape
         out_BLHD = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse_BHL = q.new_empty(batch, heads, length, dtype=torch.float32)
-        seen_BHNN, capacity = _seen(lists, tiles.num), lists.index_BHNK.numel()
+        seen_BHNN, capacity = sparse.seen(lists, tiles.num), lists.index_BHNK.numel()
         walks = _walks(seen_BHNN, tiles, capacity)
         _launch("forward", (q, k, v, out_BLHD, lse_BHL), tiles, walks)
         ctx.save_for_backward(q, k, v, out_BLHD, lse_BHL, seen_BHNN)
@@ -158,7 +167,7 @@ class _Means(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        share_BNHD = grads[0] / ctx.tiles.sizes_N.to(grads[0].dtype).view(-1, 1, 1)
+        share_BNHD = (grads[0].float() / ctx.tiles.sizes_N.view(-1, 1, 1)).to(grads[0].dtype)
         return share_BNHD.index_select(1, ctx.tiles.tile_L), None
 
 
@@ -166,17 +175,6 @@ def _with_rows(x_BLHD: Tensor) -> Tensor:
     """Return the tensor itself if its channels are neighbours; gradients may be expanded."""
     assert x_BLHD.shape[1] * x_BLHD.stride(1) < 1 << 31, "kernels count a clip's rows in 32 bits"
     return x_BLHD if x_BLHD.stride(-1) == 1 else x_BLHD.contiguous()
-
-
-def _seen(lists: Lists, num: int) -> Tensor:
-    """Return which tile sees which, bool (B or 1, H or 1, N, N)."""
-    index_BHNK = lists.index_BHNK
-    if lists.count_BHN is not None:
-        place_K = torch.arange(index_BHNK.shape[-1], device=index_BHNK.device)
-        index_BHNK = torch.where(place_K < lists.count_BHN[..., None], index_BHNK, num)
-    shape = (*index_BHNK.shape[:-1], num + 1)  # the last column takes what does not count
-    seen = torch.zeros(shape, dtype=torch.bool, device=index_BHNK.device)
-    return seen.scatter_(-1, index_BHNK, True)[..., :num]
 
 
 def _walks(seen_BHNN: Tensor, tiles: Tiles, capacity: int) -> tuple[Any, ...]:
@@ -218,10 +216,13 @@ def _launch(name: str, tensors: tuple[Tensor, ...], tiles: Tiles, walks: tuple[A
     for rows, blocks in _blocks(tiles).items():
         # Small tiles are few: not worth the time that a search would take.
         is_tuned = is_half and rows == _BLOCK
-        kernel = _tuned(name) if is_tuned else vars(_kernels())[name]
+        scale = tiles.num.bit_length() if is_tuned else 0  # a fast step for many tiles, or for few
+        kernel = _tuned(name, scale) if is_tuned else vars(_kernels())[name]
         options = {} if is_tuned else _FIXED_HALF if is_half else _FIXED
         work = _kernels().Work(blocks, *walks, length, root, root * _LOG2_E)
-        kernel[(len(blocks), heads, batch)](*views, work, HEAD=size, BLOCK_M=rows, **options)
+        run = functools.partial(kernel[(len(blocks), heads, batch)], *views, work)
+        key = (name, tensors[0].dtype, tensors[0].device, size, rows, scale)
+        _first_calls().timed(key, lambda: run(HEAD=size, BLOCK_M=rows, **options))  # noqa: B023
 
 
 @functools.lru_cache(maxsize=16)
@@ -249,13 +250,19 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
-def _tuned(name: str) -> Any:
+def _first_calls() -> FirstCalls:
+    return FirstCalls("triton")
+
+
+@functools.cache
+def _tuned(name: str, scale: int) -> Any:
+    """Return a kernel that tries its configurations once for each head size, and each `scale`."""
     triton = _kernels().triton
     configs = [
         triton.Config({"BLOCK_N": step}, num_warps=warps, num_stages=stages)
         for step, warps, stages in _CONFIGS[name]
     ]
-    return triton.autotune(configs, key=["HEAD"])(vars(_kernels())[name])
+    return triton.autotune(configs, key=["HEAD", "KEYS"])(vars(_kernels())[name])
 
 
 def _is_interpreted() -> bool:

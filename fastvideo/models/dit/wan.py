@@ -194,12 +194,11 @@ class Block(nn.Module):
     def _gate(self, h_BLC: Tensor, layout: Layout) -> Tensor | None:
         """Return the weight of VSA's coarse branch, per token and channel (2505.13389, eq. 6).
 
-        Zero for a network without gates, and none where the pattern has no such branch.
+        None for a network without gates, and where the pattern has no such branch.
         """
-        if not isinstance(layout.pattern, Vsa):
+        if self.to_gate_compress is None or not isinstance(layout.pattern, Vsa):
             return None
-        gates = self.to_gate_compress
-        gate_BLC: Tensor = h_BLC.new_zeros(h_BLC.shape) if gates is None else gates(h_BLC)
+        gate_BLC: Tensor = self.to_gate_compress(h_BLC)
         return gate_BLC.view(*h_BLC.shape[:2], self.attn1.heads, -1)
 
 

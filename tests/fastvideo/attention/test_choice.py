@@ -61,6 +61,26 @@ def test_the_decision_is_logged_with_what_was_passed_over(caplog):
     assert "not flash: needs an NVIDIA GPU" in caplog.text
 
 
+def test_a_sparse_decision_is_logged_with_what_is_computed_and_what_was_outranked(caplog):
+    layout = plan(Vsa(sparsity=0.75, tile=(2, 4, 4)), TokenGrid(4, 8, 8))
+    with caplog.at_level(logging.INFO, logger="fastvideo"):
+        best = name_of(choose(layout=layout, needs_grad=False, **COMMON))
+    text = "vsa(sparsity=0.75, tile=[2, 4, 4]), 8 tiles, 2 seen by each, 256 keys, head 96"
+    assert text in caplog.text
+    *_, slower = caplog.text.partition("expected slower: ")
+    rows = dict(table(layout.pattern, grid=layout.grid))
+    usable = {name for name, word in rows.items() if word in ("usable", "chosen")} - {best}
+    assert usable and set(slower.partition(";")[0].split(", ")) == usable
+    assert "not flash: " in slower
+
+
+def test_windows_are_logged_with_their_tiles(caplog):
+    layout = plan(parse("sta", {"windows": [1, 3, 3], "tile": [2, 2, 2]}), TokenGrid(4, 8, 8))
+    with caplog.at_level(logging.INFO, logger="fastvideo"):
+        choose(layout=layout, needs_grad=False, **COMMON)
+    assert "sta(windows=[[1, 3, 3]], tile=[2, 2, 2]), 32 tiles, 256 keys" in caplog.text
+
+
 def test_self_and_cross_attention_are_chosen_apart():
     both = select(layout=LARGE, num_text_tokens=32, needs_grad=True, **COMMON)
     assert (name_of(both.self_backend), name_of(both.cross_backend)) == ("sdpa", "bmm")

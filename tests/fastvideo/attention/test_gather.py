@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from fastvideo.attention import Vsa, plan, sparse
-from fastvideo.attention.backends import flex, gather, reference
+from fastvideo.attention.backends import flex, gather, masked, reference
 from fastvideo.attention.layout import Lists
 from fastvideo.shapes import TokenGrid
 
@@ -57,9 +60,13 @@ def test_whole_tiles_of_any_size_issue_no_more_than_they_need():
     assert gather.issued(tiles, lists) == flex.issued(tiles, lists) == 1.0
 
 
+@pytest.mark.parametrize("join", [0, gather._CALL_PAIRS], ids=["apart", "joined"])
 @pytest.mark.parametrize("grid", [TokenGrid(5, 6, 7), TokenGrid(9, 15, 13), TokenGrid(1, 9, 6)])
-def test_gather_fills_no_list_beyond_the_next_multiple_of_16_tokens(grid):
-    """Lists of up to 1,024 tokens; longer ones grow by 1 / 64 at most."""
+def test_gather_fills_lists_to_a_multiple_of_16_tokens_or_as_far_as_another_call_would_cost(
+    grid, join, monkeypatch
+):
+    """Lists of up to 1,024 tokens; longer ones grow by 1 / 64 at most before they are joined."""
+    monkeypatch.setattr(gather, "_CALL_PAIRS", join)
     tiles = plan(Vsa(sparsity=0.5), grid).tiles
     lists = any_lists(tiles, count=max(1, tiles.num // 4))
     sight = gather._Sight.of(*gather._tensors(tiles, lists))
@@ -68,10 +75,74 @@ def test_gather_fills_no_list_beyond_the_next_multiple_of_16_tokens(grid):
     for row_R, size, length in sight.groups():
         assert (tiles.sizes_N[row_R % tiles.num] == size).all()
         over_R = length - seen_R[row_R]
+        step = 16 if length <= 1024 else max(16, length / 64)
         assert (over_R >= 0).all()
-        assert (over_R < (16 if length <= 1024 else max(16, length / 64))).all()
+        assert int((over_R - step).clamp_min(0).sum()) * size <= join
+        assert join or (over_R < step).all()
         rows += row_R.tolist()
     assert sorted(rows) == list(range(len(seen_R)))
+
+
+def test_joined_lists_are_fewer_calls_and_give_the_same():
+    grid = TokenGrid(5, 9, 10)
+    tiles = plan(Vsa(sparsity=0.5), grid).tiles
+    lists, (q, k, v) = any_lists(tiles, count=4), draw(grid, count=3)
+    sight = gather._Sight.of(*gather._tensors(tiles, lists))
+    sizes = {size for _, size, _ in sight.groups()}
+    assert len(list(sight.groups())) == len(sizes), "one for each size of a tile"
+    torch.testing.assert_close(
+        gather.fine(q, k, v, tiles, lists), reference.fine(q, k, v, tiles, lists)
+    )
+
+
+def test_a_sparsity_that_rises_compiles_twice_at_most():
+    """With its first value, then with any: how many tiles are selected is data to the compiler."""
+    grid = TokenGrid(4, 8, 8)
+    leaves = [x.requires_grad_() for x in draw(grid)]
+
+    def attend(q, k, v, gate, layout, backend):
+        return backend.attend(q, k, v, layout, gate)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for backend in (gather, masked):
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for sparsity in (0.0, 0.1, 0.3, 0.5, 0.8):
+            layout = plan(Vsa(sparsity=sparsity, tile=(2, 2, 4)), grid)
+            out = compiled(*leaves, layout, backend)
+            torch.testing.assert_close(out, reference.attend(*leaves[:3], layout, leaves[3]))
+            torch.autograd.grad(out.sum(), leaves)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= before + 2
+
+
+MEMORY = """
+import resource, sys, torch
+from fastvideo.attention import Vsa, plan
+from fastvideo.attention.backends import gather
+from fastvideo.shapes import TokenGrid
+torch.set_num_threads(1)
+def call(grid):
+    layout = plan(Vsa(sparsity=0.8), grid)
+    q = torch.zeros(1, grid.num_tokens, 4, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        gather.attend(q, q, q, layout, q)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+call(TokenGrid(4, 4, 4))
+before = peak()
+call(TokenGrid(8, 32, 33))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_a_forward_adds_a_few_times_its_inputs_to_the_memory():
+    """8,448 uneven tokens: q is 4 MiB, the scores of all pairs would be 544 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 120, "MiB"
 
 
 # gather

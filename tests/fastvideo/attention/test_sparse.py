@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from fastvideo import registry
-from fastvideo.attention import Dense, Sta, Vsa, parse, plan, sparse, unparse
-from fastvideo.attention.backends import reference
+from fastvideo.attention import Dense, Sta, Vsa, choose, parse, plan, sparse, unparse
+from fastvideo.attention.backends import gather, masked, reference
 from fastvideo.attention.choice import PACKAGE, Need
 from fastvideo.attention.layout import Lists
 from fastvideo.shapes import TokenGrid
@@ -19,6 +20,7 @@ from fastvideo.shapes import TokenGrid
 SPARSE = [
     name for name in registry.names(PACKAGE) if hasattr(registry.module(PACKAGE, name), "fine")
 ]
+INSTANT = [name for name in SPARSE if name != "flex"]  # which compiles each size
 # whole tiles, one frame, one row, sizes that no tile divides, smaller than a tile
 GRIDS = [
     TokenGrid(4, 8, 8),
@@ -109,8 +111,11 @@ def test_tiles_hold_every_token_once_in_the_order_of_the_grid(grid, tile):
         by_tile.setdefault(tuple(p // s for p, s in zip(place, tile, strict=True)), []).append(i)
     assert layout.order_L.tolist() == [i for key in sorted(by_tile) for i in by_tile[key]]
     assert tiles.sizes_N.tolist() == [len(by_tile[key]) for key in sorted(by_tile)]
-    for key, slots, real in zip(sorted(by_tile), tiles.slots_NS, tiles.is_real_NS, strict=True):
-        assert layout.order_L[slots[real]].tolist() == by_tile[key]
+    for key, part in zip(
+        sorted(by_tile), layout.order_L.split(tiles.sizes_N.tolist()), strict=True
+    ):
+        assert part.tolist() == by_tile[key]
+    assert tiles.starts_N.tolist() == [0, *tiles.sizes_N.cumsum(0).tolist()[:-1]]
     x = torch.randn(2, grid.num_tokens)
     assert torch.equal(layout.restore(layout.arrange(x, 1), 1), x)
 
@@ -145,6 +150,22 @@ def test_a_window_larger_than_the_canvas_is_refused_with_the_nearest():
         plan(Sta(((1, 4, 1),), tile=(4, 4, 4)), TokenGrid(4, 8, 8))
 
 
+def test_a_tile_larger_than_the_canvas_is_one_tile_and_says_that_sparsity_means_nothing(caplog):
+    with caplog.at_level(logging.WARNING, logger="fastvideo"):
+        layout = plan(Vsa(sparsity=0.8, tile=(1 << 70, 9, 9)), TokenGrid(3, 5, 4))
+    assert (layout.tiles.num, layout.sees_all) == (1, True)
+    assert "every token sees every token, whatever the sparsity" in caplog.text
+
+
+def test_few_tiles_are_told_to_bring_no_speed(caplog):
+    with caplog.at_level(logging.INFO, logger="fastvideo"):
+        plan(Vsa(sparsity=0.8), TokenGrid(5, 8, 8))
+        assert "8 tiles of 5x8x8 tokens (frames, rows, columns) are few" in caplog.text
+        caplog.clear()
+        plan(Vsa(sparsity=0.8), TokenGrid(8, 16, 16))
+    assert not caplog.text
+
+
 # selection
 
 
@@ -163,6 +184,12 @@ def test_selection_equals_a_stable_sort(dtype):
     assert torch.equal(sparse.select(scores, 30), best.sort(-1).values)
 
 
+def test_scores_of_tiles_in_bfloat16_are_not_rounded():
+    q, k = draw(TokenGrid(1, 4, 8), count=2, dtype=torch.bfloat16)
+    exact = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) / 4
+    torch.testing.assert_close(sparse.scores(q, k), exact.float(), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_means_are_those_of_the_tokens_of_each_tile(grid):
     tiles = plan(Vsa(sparsity=0.5), grid).tiles
@@ -175,15 +202,29 @@ def test_means_are_those_of_the_tokens_of_each_tile(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_no_sparsity_and_no_gate_is_dense_attention(grid):
+@pytest.mark.parametrize("name", [*INSTANT, pytest.param("flex", marks=pytest.mark.full)])
+def test_no_sparsity_and_no_gate_is_dense_attention(name, grid):
     layout = plan(Vsa(sparsity=0.0), grid)
     q, k, v, _ = draw(grid)
     dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-    for name in SPARSE:
-        out = backend_for(name, layout, torch.float32, "cpu").attend(
-            q, k, v, layout, torch.zeros_like(q)
-        )
+    backend = backend_for(name, layout, torch.float32, "cpu", needs_grad=False)
+    for gate in (torch.zeros_like(q), None):
+        out = backend.attend(q, k, v, layout, gate)
         torch.testing.assert_close(out, dense.transpose(1, 2), atol=2e-6, rtol=1e-5)
+
+
+def test_no_sparsity_is_served_by_dense_attention_beside_the_coarse_branch():
+    layout = plan(Vsa(sparsity=0.0), GRIDS[3])
+    assert layout.sees_all and not plan(Vsa(sparsity=0.5), GRIDS[3]).sees_all
+    backend = choose(layout=layout, dtype=torch.float32, device="cpu", needs_grad=True)
+    assert backend is masked
+    results = []
+    for one in (masked, reference):
+        leaves = [x.requires_grad_() for x in draw(GRIDS[3])]
+        out = one.attend(*leaves[:3], layout, leaves[3])
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_vsa_equals_its_definition_spelled_out_token_by_token():
@@ -206,12 +247,12 @@ def test_vsa_equals_its_definition_spelled_out_token_by_token():
     torch.testing.assert_close(out[0, :, 0], torch.stack(rows))
 
 
-def test_without_a_gate_the_coarse_branch_counts_once():
+def test_without_a_gate_the_coarse_branch_does_not_count():
     layout = plan(Vsa(sparsity=0.5), GRIDS[3])
     q, k, v, _ = draw(GRIDS[3])
-    ones = torch.ones_like(q)
+    zeros = torch.zeros_like(q)
     torch.testing.assert_close(
-        reference.attend(q, k, v, layout), reference.attend(q, k, v, layout, ones)
+        reference.attend(q, k, v, layout), reference.attend(q, k, v, layout, zeros)
     )
 
 
@@ -227,9 +268,9 @@ def test_gradients_of_both_branches_and_the_gate_are_those_of_finite_differences
 # every backend on given lists
 
 
-def backend_for(name, layout, dtype, device, size=16):
+def backend_for(name, layout, dtype, device, size=16, needs_grad=True):
     backend = registry.module(PACKAGE, name)
-    need = Need(layout, dtype, torch.device(device), True, layout.grid.num_tokens, size)
+    need = Need(layout, dtype, torch.device(device), needs_grad, layout.grid.num_tokens, size)
     if reason := backend.unsupported(need):
         pytest.skip(f"{name}: {reason}")
     return backend
@@ -264,6 +305,19 @@ def test_many_tiles_are_served_in_chunks_without_a_seam(name, monkeypatch):
     if "_CHUNK_NUMBERS" in vars(backend):
         monkeypatch.setattr(backend, "_CHUNK_NUMBERS", 1)
     check(backend, layout.tiles, any_lists(layout.tiles, count=3), *draw(grid))
+
+
+@pytest.mark.parametrize(("std", "most"), [(1, 0.02), (4, 0.03)])
+def test_sharp_scores_in_bfloat16_cost_what_their_rounding_costs(std, most):
+    """`gather` and `masked` round scores as `bmm` does: by 2 ** -9 of what they are."""
+    grid = TokenGrid(8, 16, 16)
+    tiles = plan(Vsa(sparsity=0.8), grid).tiles
+    q, k, v = draw(grid, batch=1, heads=1, size=64, count=3, dtype=torch.bfloat16)
+    lists, q = any_lists(tiles, batch=1, heads=1), q * std
+    wanted = reference.fine(q.float(), k.float(), v.float(), tiles, lists)
+    for backend in (gather, masked):
+        error = (backend.fine(q, k, v, tiles, lists).float() - wanted).abs().max()
+        assert error <= most * wanted.abs().max()
 
 
 def check(backend, tiles, lists, q, k, v, g):
