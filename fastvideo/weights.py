@@ -145,12 +145,6 @@ class Checkpoint(Mapping[str, Tensor]):
             self._files[name] = file
 
 
-_DRAWS = frozenset(
-    [Tensor.normal_, Tensor.uniform_]
-    + [draw for name, draw in vars(nn.init).items() if name.endswith("_") and callable(draw)]
-)
-
-
 def build(factory: Callable[[], M]) -> M:
     """Build a module on the meta device: no memory, no values; `load_into` makes it real."""
     with torch.device("meta"), _Undrawn():
@@ -162,6 +156,12 @@ class _Undrawn(TorchFunctionMode):
     draw them there.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        named = vars(nn.init).items()
+        draws = [draw for name, draw in named if name.endswith("_") and callable(draw)]
+        self.draws = frozenset([Tensor.normal_, Tensor.uniform_, *draws])
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -171,7 +171,7 @@ class _Undrawn(TorchFunctionMode):
     ) -> Any:
         """Return the tensor as it is instead of filling it with random numbers."""
         kwargs = kwargs or {}
-        if func in _DRAWS:
+        if func in self.draws:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
