@@ -106,6 +106,9 @@ def test_a_typed_prompt_becomes_a_clip_that_plays(page: Any, tmp_path: Path):
 
 
 def test_progress_is_drawn_and_stop_ends_the_run(page: Any, tmp_path: Path):
+    model = page.get_by_label("Model", exact=True)  # a tiny one would end before it is stopped
+    model.fill("wan-nano")
+    model.press("Enter")
     page.get_by_label("number input for Steps", exact=True).fill("100")
     page.get_by_role("button", name="Generate", exact=True).click()
     page.locator("progress[max='100']").wait_for(timeout=60_000)
