@@ -1,4 +1,4 @@
-"""The only reader of the environment: two variables, read when asked for."""
+"""The only reader of the environment: four variables, read when asked for."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ def log_level() -> str:
 def is_offline() -> bool:
     """Whether model hubs must not be asked: the hub client's own `HF_HUB_OFFLINE`."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+
+
+def world_size() -> int:
+    """How many processes a launcher started together: `WORLD_SIZE`, set by it; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Which of its machine's processes this one is: `LOCAL_RANK`, set by the launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fastvideo.models.text.umt5 import Umt5Config, Umt5Encoder
 from fastvideo.models.vae.wan import WanVae, WanVaeConfig
 from fastvideo.shapes import Compression
 from fastvideo.spec import Attention, Defaults, Network, Scheduler, Spec
+from tests.ranks import Ranks
 
 WORDS = [
     "a",
@@ -37,6 +39,14 @@ WORDS = [
     "day",
 ]
 TEXT_DIM, Z_DIM = 32, 4
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for functions that several ranks call together."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

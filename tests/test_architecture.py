@@ -57,7 +57,7 @@ HOMES = {
     "ftfy": r"fastvideo/models/text/tokenizer\.py",
     "tokenizers": r"fastvideo/models/text/tokenizer\.py",
     "huggingface_hub": r"fastvideo/hub\.py",
-    "pydantic": r"fastvideo/(config|spec)\.py"
+    "pydantic": r"fastvideo/(config|spec|parallel/degrees)\.py"
     r"|inference/fastvideo_inference/(request|recipe|comparison)\.py"
     r"|train/fastvideo_train/(recipe|validate|export|(methods|strategies|data)/\w+)\.py",
     "typer": rf"fastvideo/cli\.py|{COMMANDS}",
@@ -94,6 +94,7 @@ TORCH_FREE = [
     "fastvideo.hub",
     "fastvideo.log",
     "fastvideo.media",
+    "fastvideo.parallel.degrees",
     "fastvideo.registry",
     "fastvideo.rng",
     "fastvideo.shapes",

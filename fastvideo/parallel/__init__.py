@@ -1,0 +1,1 @@
+"""Many devices: degrees, the meshes made of them, and what is spread over these. No globals."""

@@ -1,0 +1,128 @@
+"""Degrees become named meshes: who works with whom, as values that are passed, never globals.
+
+with meshes_of(Degrees(ulysses=2, guidance=2), device) as meshes:
+    axis = meshes.axis("ulysses")        # size, this process's place, its group
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastvideo import env
+from fastvideo.parallel.degrees import AXES, RUNS, Degrees
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The processes that this one shares an axis with; alone (size 1) it needs no group."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: Any = None
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks along the axis, in order."""
+        return [0] if self.group is None else dist.get_process_group_ranks(self.group)
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Every axis of the degrees, and every run of axes that something is spread over."""
+
+    degrees: Degrees
+    axes: Mapping[str, Axis]
+    device: torch.device
+    rank: int = 0
+
+    def axis(self, name: str) -> Axis:
+        """Return an axis (`AXES`) or a run of neighbouring ones (`RUNS`)."""
+        return self.axes[name]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    @cached_property
+    def replicas_by_weights(self) -> DeviceMesh:
+        """Mesh of the axes "data" (equal weights) and "weights" (parts of them), for FSDP2."""
+        sizes = (self.degrees.data, self.degrees.of("weights"))
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("data", "weights"))
+
+
+def alone(device: torch.device | str = "cpu") -> Meshes:
+    """Return the meshes of one process."""
+    names = (*AXES, *RUNS)
+    return Meshes(Degrees(), {name: Axis(name) for name in names}, torch.device(device))
+
+
+def build(degrees: Degrees, device: torch.device) -> Meshes:
+    """Make the meshes of a process group that exists; all its processes call this together.
+
+    Raises `ValueError` if the group has another size than the degrees' product.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    degrees.check(world_size)
+    if world_size == 1 and not dist.is_initialized():
+        return alone(device)
+    axes = {name: _axis(degrees, name, device) for name in (*AXES, *RUNS)}
+    return Meshes(degrees, axes, device, dist.get_rank())
+
+
+@contextmanager
+def joined(device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[torch.device]:
+    """Join the processes that torchrun, accelerate, deepspeed or SLURM's `srun torchrun` started.
+
+    For the time of a block; yields this process's own device: "cuda" becomes that of its local
+    rank, and talks by NCCL, others by gloo. Alone, or where somebody joined already, nothing is
+    joined. Raises `ValueError` if there are more processes than devices.
+    """
+    if env.world_size() == 1 or dist.is_initialized():
+        yield device
+        return
+    own = _own(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    backend = "nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
+
+
+def _own(device: torch.device) -> torch.device:
+    if device.type != "cuda" or device != torch.device("cuda"):  # a number was given
+        return device
+    local, count = env.local_rank(), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(
+            f"this machine has {count} CUDA devices, too few for local rank {local}; start as many"
+            " processes as it has devices"
+        )
+    return torch.device("cuda", local)
+
+
+def _axis(degrees: Degrees, name: str, device: torch.device) -> Axis:
+    """Take neighbouring axes as one of three: all before, these, all after."""
+    run = RUNS.get(name, (name,))
+    size = degrees.of(name)
+    if size == 1:
+        return Axis(name)
+    first, last = AXES.index(run[0]), AXES.index(run[-1])
+    before, after = (math.prod(map(degrees.of, axes)) for axes in (AXES[:first], AXES[last + 1 :]))
+    names = ("before", name, "after")
+    mesh = init_device_mesh(device.type, (before, size, after), mesh_dim_names=names)[name]
+    return Axis(name, size, mesh.get_local_rank(), mesh.get_group())
