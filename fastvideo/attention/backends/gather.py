@@ -65,7 +65,8 @@ def attend(
 
 def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Lists) -> Tensor:
     """Attend chunk by chunk of query tiles; the backward pass makes the weights again."""
-    out: Tensor = _fine(q_BLHD, k_BLHD, v_BLHD, *_tensors(tiles, lists))
+    call = _attended if _is_unwatched(q_BLHD, k_BLHD, v_BLHD) else _fine
+    out: Tensor = call(q_BLHD, k_BLHD, v_BLHD, *_tensors(tiles, lists))
     return out
 
 
@@ -73,7 +74,8 @@ def means(x_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """Do what `sparse.mean` does without keeping a float32 copy for the backward pass."""
     if tiles.is_uniform:
         return sparse.mean(x_BLHD, tiles)
-    out: Tensor = _means(x_BLHD, tiles.tile_L, tiles.sizes_N)
+    call = _tile_means if _is_unwatched(x_BLHD) else _means
+    out: Tensor = call(x_BLHD, tiles.tile_L, tiles.sizes_N)
     return out
 
 
@@ -82,6 +84,16 @@ def issued(tiles: Tiles, lists: Lists) -> float:
     sight = _Sight.of(*_tensors(tiles, lists))
     done = sum(len(row_R) * size * length for row_R, size, length in sight.groups())
     return done / sparse.work(tiles, lists)[1]
+
+
+def _is_unwatched(*inputs: Tensor) -> bool:
+    """Tell whether neither autograd nor a compiler needs to see an operation.
+
+    Then its function is called as it is: an operation imports torch's compiler on its first call,
+    which takes longer than a whole clip of a small model.
+    """
+    is_learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return not is_learning and not torch.compiler.is_compiling()
 
 
 def _tensors(tiles: Tiles, lists: Lists) -> tuple[Tensor, Tensor | None, Tensor, Tensor, int]:
@@ -221,6 +233,19 @@ def _fine(
     starts_N: Tensor,
     whole: int,
 ) -> Tensor:
+    return _attended(q_BLHD, k_BLHD, v_BLHD, index_BHNK, count_BHN, sizes_N, starts_N, whole)
+
+
+def _attended(
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    index_BHNK: Tensor,
+    count_BHN: Tensor | None,
+    sizes_N: Tensor,
+    starts_N: Tensor,
+    whole: int,
+) -> Tensor:
     batch, length, heads, size = q_BLHD.shape
     index_BHNK = index_BHNK.expand(batch, heads, -1, -1)
     sight = _Sight.of(index_BHNK, count_BHN, sizes_N, starts_N, whole)
@@ -296,6 +321,10 @@ _fine.register_autograd(_backward, setup_context=_remember)
 
 @torch.library.custom_op("fastvideo::tile_means", mutates_args=())
 def _means(x_BLHD: Tensor, tile_L: Tensor, sizes_N: Tensor) -> Tensor:
+    return _tile_means(x_BLHD, tile_L, sizes_N)
+
+
+def _tile_means(x_BLHD: Tensor, tile_L: Tensor, sizes_N: Tensor) -> Tensor:
     wide = torch.promote_types(x_BLHD.dtype, torch.float32)
     total_BNHD = x_BLHD.new_zeros(len(x_BLHD), len(sizes_N), *x_BLHD.shape[2:], dtype=wide)
     total_BNHD.index_add_(1, tile_L, x_BLHD.to(wide))

@@ -186,3 +186,34 @@ def test_gather_is_one_operation_to_the_compiler():
     grads = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, wanted))
     for actual, expected in zip(*grads, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+UNWATCHED = """
+import sys, torch
+from fastvideo.attention import Vsa, plan
+from fastvideo.attention.backends import gather
+from fastvideo.shapes import TokenGrid
+for grid in (TokenGrid(4, 4, 4), TokenGrid(3, 5, 4)):
+    layout = plan(Vsa(sparsity=0.5, tile=(2, 2, 4)), grid)
+    q = torch.randn(1, grid.num_tokens, 2, 16)
+    gather.attend(q, q, q, layout, q)
+assert "torch._dynamo" not in sys.modules, "nobody compiles here"
+leaf = q.clone().requires_grad_()
+gather.attend(leaf, q, q, layout, q)
+assert "torch._dynamo" in sys.modules, "an operation imports it: the test would notice"
+"""
+
+
+def test_inference_does_not_import_the_compiler_which_takes_longer_than_a_small_clip():
+    command = [sys.executable, "-c", UNWATCHED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inference_and_training_attend_to_the_same_bit():
+    grid = TokenGrid(3, 5, 4)
+    layout = plan(Vsa(sparsity=0.5, tile=(2, 2, 4)), grid)
+    q, k, v, gate = draw(grid)
+    unwatched = gather.attend(q, k, v, layout, gate)
+    watched = gather.attend(q.requires_grad_(), k, v, layout, gate)
+    assert torch.equal(unwatched, watched)
