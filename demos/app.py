@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import gradio as gr
 
-from fastvideo import Done, GenerateRequest, Progress, VideoPipeline, bundled_models
+from fastvideo import Done, GenerateRequest, Progress, VideoPipeline, bundled_models, open_spec
 
 EXAMPLES = [
     "a big red ball moving left at night",
@@ -72,6 +72,24 @@ def bar(progress: Progress) -> str:
     return f"{name} {progress.index}/{progress.total} <progress {place} style='{LOOK}'></progress>"
 
 
+def steps_of(model: str) -> gr.Slider:
+    """Return the slider of a model: at its default, and fixed where it has steps of its own."""
+    try:
+        spec, _ = open_spec(model)
+    except (ValueError, OSError) as error:
+        raise gr.Error(first_reason(error), print_exception=False) from error
+    is_fixed = spec.scheduler.name == "few_step"
+    return gr.Slider(
+        1,
+        100,
+        value=spec.defaults.num_inference_steps,
+        step=1,
+        label="Steps",
+        interactive=not is_fixed,
+        info="those that this model was distilled for" if is_fixed else None,
+    )
+
+
 def first_reason(error: Exception) -> str:
     """Return one line of an error; pydantic's begins with the rule that was broken."""
     details = getattr(error, "errors", None)
@@ -82,7 +100,6 @@ def build(pipeline: VideoPipeline) -> gr.Blocks:
     """Build the page; `launch` and its theme are the caller's."""
     page = Page(pipeline)
     loaded = pipeline.model_id.name_or_path
-    default_steps = pipeline.model.spec.defaults.num_inference_steps
     with gr.Blocks(title="fastvideo", delete_cache=(KEEP_S, KEEP_S)) as blocks:
         gr.Markdown("# fastvideo\nA prompt becomes a clip.")
         with gr.Row():
@@ -91,7 +108,7 @@ def build(pipeline: VideoPipeline) -> gr.Blocks:
                 gr.Examples(EXAMPLES, prompt)
                 models = sorted({*bundled_models(), loaded})
                 model = gr.Dropdown(models, value=loaded, label="Model")
-                steps = gr.Slider(1, 100, value=default_steps, step=1, label="Steps")
+                steps = steps_of(loaded)
                 seed = gr.Number(-1, precision=0, label="Seed", info="-1 draws one")
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary")
@@ -109,6 +126,7 @@ def build(pipeline: VideoPipeline) -> gr.Blocks:
             concurrency_limit=1,
             api_name="generate",
         )
+        model.change(steps_of, model, steps, api_visibility="private")
         stop.click(lambda: "stopped", None, status, cancels=[run], api_visibility="private")
     return blocks.queue(max_size=MAX_QUEUE)
 
@@ -118,9 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--model", default="wan-nano")
+    parser.add_argument("--model", default=argparse.SUPPRESS, help="bundled name or folder")
     args = parser.parse_args()
-    blocks = build(VideoPipeline.from_pretrained(args.model))
+    chosen = {"name_or_path": args.model} if "model" in args else {}
+    blocks = build(VideoPipeline.from_pretrained(**chosen))
     blocks.launch(
         server_name=args.host, server_port=args.port, show_error=True, theme=gr.themes.Soft()
     )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastvideo_inference.request import GenerateRequest
 
     from fastvideo.hub import bundled as bundled_models
+    from fastvideo.hub import open_spec
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "VideoPipeline",
     "__version__",
     "bundled_models",
+    "open_spec",
 ]
 
 # public name: where it is
@@ -34,6 +36,7 @@ _PUBLIC = {
     "Video": "fastvideo_inference.pipeline:Video",
     "VideoPipeline": "fastvideo_inference.pipeline:VideoPipeline",
     "bundled_models": "fastvideo.hub:bundled",
+    "open_spec": "fastvideo.hub:open_spec",
 }
 
 

@@ -109,13 +109,29 @@ def test_progress_is_drawn_and_stop_ends_the_run(page: Any, tmp_path: Path):
     model = page.get_by_label("Model", exact=True)  # a tiny one would end before it is stopped
     model.fill("wan-nano")
     model.press("Enter")
-    page.get_by_label("number input for Steps", exact=True).fill("100")
+    steps = page.get_by_label("number input for Steps", exact=True)
+    page.wait_for_function("e => e.value === '10'", arg=steps.element_handle(), timeout=30_000)
+    steps.fill("100")
     page.get_by_role("button", name="Generate", exact=True).click()
     page.locator("progress[max='100']").wait_for(timeout=60_000)
     page.screenshot(path=shots(tmp_path) / "progress.png")
     page.get_by_role("button", name="Stop", exact=True).click()
     page.get_by_text("stopped", exact=True).wait_for(timeout=30_000)
     assert page.locator("video").count() == 0
+    assert _own_errors(page) == []
+
+
+def test_a_model_of_few_steps_fixes_their_number(page: Any, tmp_path: Path):
+    model = page.get_by_label("Model", exact=True)
+    model.fill("fastwan-nano")
+    model.press("Enter")
+    steps = page.get_by_label("number input for Steps", exact=True)
+    page.wait_for_function("e => e.value === '3'", arg=steps.element_handle(), timeout=30_000)
+    assert steps.is_disabled()
+    page.get_by_label("Prompt", exact=True).fill("a big red ball moving left")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_function("document.querySelector('video')?.readyState >= 3", timeout=120_000)
+    page.screenshot(path=shots(tmp_path) / "few.png", full_page=True)
     assert _own_errors(page) == []
 
 
