@@ -70,6 +70,14 @@ def test_a_run_of_several_roles_without_a_student_is_ambiguous(dmd_run, tmp_path
         origins.first_weights(_role("vae", dmd_run.folder), "vae")
 
 
+def test_a_teacher_is_told_the_text_states_that_it_knows(dense_run, tmp_path):
+    other = finish(tiny("flow_matching", "run.steps=1", "run.seed=7"), tmp_path / "other").folder
+    words = [f"roles.{name}.from={dense_run.folder}" for name in ("student", "teacher", "text")]
+    origins.check_text(tiny("perflow", *words))
+    with pytest.raises(ValueError, match=rf"roles\.teacher is from {other}, whose text encoder"):
+        origins.check_text(tiny("perflow", *words, f"roles.teacher.from={other}"))
+
+
 def test_dims_come_from_the_folder_and_the_recipes_own_go_on_top(dense_run, tiny_folder):
     student = dict(dense_run.roles["student"].config)
     assert origins.dims(_role("dit", dense_run.folder), "teacher") == student

@@ -195,6 +195,9 @@ def test_the_student_is_sampled_at_its_windows_without_new_noise():
         ("method.args.text_dropout=0.1", "text_dropout in method.args .* is unknown"),
         ("roles.teacher.trainable=true", r"roles\.teacher\.trainable must be False"),
         ("roles.text.trainable=true", r"roles\.text\.trainable must be False"),
+        ("method.args.guidance=inf", "guidance .* finite"),
+        ("roles.teacher.config.text_dim=24", r"roles\.teacher has text_dim 24; .* 16 channels"),
+        ("roles.teacher.config.in_channels=8", r"roles\.teacher has 8 channels in and 4 out"),
     ],
 )
 def test_a_wrong_recipe_is_refused(word, message, tmp_path):

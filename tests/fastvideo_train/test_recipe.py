@@ -74,6 +74,17 @@ def test_a_method_or_scheduler_of_another_name_takes_nothing_from_the_extended_r
     assert few.export["defaults"]["height"] == base.export["defaults"]["height"]
 
 
+def test_an_attention_of_another_pattern_takes_nothing_from_the_one_before(tmp_path: Path):
+    dense = tmp_path / "dense.toml"
+    above = f'extends = "{CONFIGS / "dit-perflow.toml"}"\n'
+    dense.write_text(above + '[roles.student.attention]\npattern = "dense"\n')
+    words = ["roles.teacher.attention.pattern=dense"]
+    attentions = [role.attention for role in recipes.load(dense, sets=words).roles.values()]
+    assert {(a.pattern, len(a.args)) for a in attentions} == {("dense", 0)}
+    kept = recipes.load(CONFIGS / "dit-perflow.toml", sets=["roles.teacher.attention.pattern=vsa"])
+    assert kept.roles["teacher"].attention.args["sparsity"] == 0.5
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path):
     (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
     (tmp_path / "b.toml").write_text(f'extends = "../{tmp_path.name}/a.toml"\n')

@@ -29,6 +29,7 @@ def tiny(method: str, *sets: str) -> Recipe:
     base = recipes.dump(recipes.load(CONFIGS / file, smoke=True))
     for role in base["roles"].values():
         del role["attention"]
+        role["config"].pop("gate_compress", None)
     quick = ["run.steps=6", "run.save_every_s=1e9", "run.threads=0", "optim.warmup=2"]
     tree = merge(base, assignments([*quick, *sets]))
     return parse(Recipe, tree, source="test")

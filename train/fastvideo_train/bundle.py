@@ -31,16 +31,27 @@ def of_kind(roles: Mapping[str, Role], kind: str) -> Role:
     return roles[name]
 
 
-def check_scheduler(recipe: Recipe, scheduler: Scheduler, source: str) -> None:
-    """Refuse a scheduler other than the one that the run's student is distilled for."""
+def check_scheduler(
+    recipe: Recipe, scheduler: Scheduler, source: str, *, steps: int, guidance: float
+) -> None:
+    """Refuse a way to sample other than the one that the run's student is distilled for."""
     method: Any = make_method(recipe)
     wanted: Scheduler | None = method.sampler
-    if wanted is None or _resolved(scheduler) == _resolved(wanted):
+    if wanted is None:
         return
-    raise ValueError(
-        f"{source} scheduler {scheduler.name} {scheduler.args} is not what method"
-        f" {recipe.method.name} distils for; set it to {wanted.name} {wanted.args}"
-    )
+    if _resolved(scheduler) != _resolved(wanted):
+        raise ValueError(
+            f"{source} scheduler {scheduler.name} {scheduler.args} is not what method"
+            f" {recipe.method.name} distils for; set it to {wanted.name} {wanted.args}"
+        )
+    own = len(wanted.args["sigmas"])
+    if steps != own:
+        raise ValueError(f"{source} {steps} steps are not those that are distilled; nearest: {own}")
+    if guidance != 1:
+        raise ValueError(
+            f"{source} guidance {guidance:g} would guide a student that is distilled without;"
+            " nearest: 1"
+        )
 
 
 def _resolved(scheduler: Scheduler) -> Any:

@@ -44,8 +44,8 @@ from fastvideo_train.data.latents import statistics
 from fastvideo_train.export_lora import LoraExport
 from fastvideo_train.loop import make_method
 from fastvideo_train.methods import Wants
-from fastvideo_train.origins import principal
-from fastvideo_train.recipe import Recipe
+from fastvideo_train.origins import check_text, principal
+from fastvideo_train.recipe import LatentsSpec, Recipe
 from fastvideo_train.roles import Role
 from fastvideo_train.validate import Clips
 
@@ -152,15 +152,26 @@ def check(recipe: Recipe) -> None:
     Its VAE may be made while the run trains, so that a missing one is only logged.
     """
     _check_teacher(recipe)
+    check_text(recipe)
     if not recipe.export:
         return
     spec = _parse(recipe, recipe.export)
     if isinstance(spec, ModelExport):
-        check_scheduler(recipe, spec.scheduler, f"[export] of {recipe.run.name}:")
+        _check_sampling(recipe, spec)
         try:
             read_vae(spec.vae)
         except ValueError as error:
             logger.warning("[export] vae of %s is needed after the run: %s", recipe.run.name, error)
+
+
+def _check_sampling(recipe: Recipe, spec: ModelExport) -> None:
+    check_scheduler(
+        recipe,
+        spec.scheduler,
+        f"[export] of {recipe.run.name}:",
+        steps=spec.defaults.num_inference_steps,
+        guidance=spec.defaults.guidance_scale,
+    )
 
 
 def _check_teacher(recipe: Recipe) -> None:
@@ -246,7 +257,7 @@ def export_model(
     run: Trained, folder: str | Path, spec: ModelExport, *, overwrite: bool = False
 ) -> Exported:
     """Write a whole model: the run's denoiser and text encoder, and the VAE of another folder."""
-    check_scheduler(run.recipe, spec.scheduler, f"[export] of {run.recipe.run.name}:")
+    _check_sampling(run.recipe, spec)
     vae = load_vae(spec.vae)
     check_latents(run.recipe, vae, spec.vae)
     live = bundle(
@@ -315,7 +326,10 @@ def _to_read(recipe: Recipe, folder: str) -> Recipe:
         for name, role in recipe.roles.items()
     }
     run = recipe.run.model_copy(update={"dtype": "float32", "device": "cpu"})
-    return recipe.model_copy(update={"roles": roles, "run": run})
+    data = recipe.data
+    if isinstance(data, LatentsSpec):
+        data = data.model_copy(update={"text": "encoder"})  # it becomes a part of the model
+    return recipe.model_copy(update={"roles": roles, "run": run, "data": data})
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvideo.config import parse
@@ -78,6 +79,25 @@ def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
     return dict(formats.find(folder).tensors(folder, spec.kind))
 
 
+def check_text(recipe: Recipe) -> None:
+    """Refuse a frozen denoiser whose model has another text encoder than the run has.
+
+    It would be told text states that it never saw, and no number would show it.
+    """
+    text = next((r for r in recipe.roles.values() if r.kind == "text"), None)
+    if text is None or text.trainable or not text.from_:
+        return
+    for name, role in recipe.roles.items():
+        if role.kind != "dit" or role.trainable or role.from_ in ("", text.from_):
+            continue
+        own = _text_beside(role, name)
+        if own and not _equal_rounded(own, first_weights(text, "text")):
+            raise ValueError(
+                f"roles.{name} is from {role.from_}, whose text encoder is not that of roles.text,"
+                f" {text.from_}; set roles.text.from to {role.from_}"
+            )
+
+
 def learned(run: str | Path, name: str) -> tuple[Recipe, int, dict[str, Tensor]]:
     """Return a run's recipe, its step, and what a role learned of its own: averages, if any."""
     store = Checkpoints(Path(run) / "checkpoints")
@@ -107,6 +127,21 @@ def _weights_of_run(checkpoint: Path, spec: RoleSpec, name: str) -> dict[str, Te
     if lora.fingerprint(base) != state[source]["base"]:
         raise ValueError(f"{checkpoint} learned a LoRA on other weights than {there.from_} has now")
     return lora.merge(base, learned, there.lora.scale)
+
+
+def _text_beside(role: RoleSpec, name: str) -> dict[str, Tensor]:
+    """Return the text encoder of the model behind a denoiser; nothing if it stands alone."""
+    try:
+        return first_weights(role.model_copy(update={"kind": "text", "config": {}}), name)
+    except ValueError:
+        return {}
+
+
+def _equal_rounded(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Tell whether weights are equal in bfloat16, in which a run's are exported."""
+    if one.keys() != other.keys():
+        return False
+    return all(torch.equal(one[n].bfloat16(), other[n].bfloat16()) for n in one)
 
 
 def _average(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@
 
 Torch-free, so that a wrong recipe is refused before anything is loaded. A recipe's `[smoke]` table
 is a second layer, used with `--smoke` only: tiny networks and three steps. A recipe that
-`extends = "other.toml"`, a path from its own folder, states only what differs; a method, data or
-scheduler of another name takes nothing from the one that it replaces.
+`extends = "other.toml"`, a path from its own folder, states only what differs; a method, data,
+scheduler or attention of another name takes nothing from the one that it replaces.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from pydantic import Field, model_validator
 
 from fastvideo import attention as patterns
 from fastvideo.config import Strict, assignments, merge, parse, read_toml
+from fastvideo.parallel.degrees import Degrees
 
 Kind = Literal["dit", "vae", "text", "classifier", "decoder"]
 Dtype = Literal["float32", "bfloat16"]
+
+SHARDING = ("fsdp2", "deepspeed")
+"""Strategies that cut weights into parts: processes that no degree names hold one each."""
 
 
 class Run(Strict):
@@ -35,8 +39,12 @@ class Run(Strict):
     dtype: Dtype = "bfloat16"
     device: str = "cpu"
     strategy: str = "single"
+    strategy_args: dict[str, Any] = Field(default_factory=dict)
     threads: int = Field(default=0, ge=0, description="0 leaves the number to torch")
     compile: bool = False
+    recompute: bool = Field(
+        default=False, description="layers of learning denoisers once more in the backward pass"
+    )
     save_every: int = Field(default=0, ge=0, description="steps; 0 saves by time and at the end")
     save_every_s: float = Field(default=600.0, gt=0)
     validate_every: int = Field(default=0, ge=0, description="steps; 0 never")
@@ -149,7 +157,10 @@ class ClipsSpec(Strict):
 
 
 class LatentsSpec(Strict):
-    """Latents and captions from shards on disk (`data/latents.py`)."""
+    """Latents and captions from shards on disk (`data/latents.py`).
+
+    With `text = "stored"` their text states stand in for the text encoder, which is not loaded.
+    """
 
     name: Literal["latents"]
     folder: str
@@ -157,6 +168,7 @@ class LatentsSpec(Strict):
     spread: int | None = Field(
         default=None, ge=1, description="so many latent frames, evenly spaced over any part of it"
     )
+    text: Literal["encoder", "stored"] = "encoder"
 
 
 class SyntheticSpec(Strict):
@@ -212,6 +224,7 @@ class Recipe(Strict):
     data: DataSpec
     optim: OptimSpec
     ema: EmaSpec = EmaSpec()
+    parallel: Degrees = Degrees()
     validation: dict[str, Any] = Field(default_factory=dict, alias="validate")
     export: dict[str, Any] = Field(default_factory=dict)
 
@@ -222,6 +235,37 @@ class Recipe(Strict):
         for name in self.roles:
             self.optim_of(name)
         return self
+
+    @model_validator(mode="after")
+    def _guidance_is_whole(self) -> Recipe:
+        if self.parallel.guidance > 1:
+            raise ValueError(
+                f"parallel.guidance {self.parallel.guidance} must be 1 in training, where both"
+                " forwards are one batch; use data, shard, ring or ulysses"
+            )
+        return self
+
+    def degrees(self, world_size: int) -> Degrees:
+        """Return `[parallel]` with what it leaves of the processes given to its strategy.
+
+        Raises `ValueError` if they do not fit, or the batch cannot be cut into equal parts.
+        """
+        axis = "shard" if self.run.strategy in SHARDING else "data"
+        degrees = self.parallel.filled(world_size, axis)
+        batch, parts = self.run.batch, degrees.of("batch")
+        if batch % parts:
+            near = sorted({max(1, batch // parts) * parts, -(-batch // parts) * parts})
+            raise ValueError(
+                f"run.batch {batch} must be a multiple of {parts}, the processes that share it"
+                f" (data x shard); nearest: {', '.join(map(str, near))}"
+            )
+        return degrees
+
+    @property
+    def stored_text(self) -> str:
+        """The folder whose text states stand in for the text encoder; empty if it is loaded."""
+        is_stored = isinstance(self.data, LatentsSpec) and self.data.text == "stored"
+        return self.data.folder if is_stored else ""  # type: ignore[union-attr]
 
     def optim_of(self, role: str) -> OptimSpec:
         """Return `[optim]` with the role's own keys on top."""
@@ -240,7 +284,7 @@ def load(path: str | Path, *, sets: Iterable[str] = (), smoke: bool = False) -> 
         if not small:
             raise ValueError(f"{path} has no [smoke] table, so --smoke has nothing to shrink to")
         tree = _laid(tree, small)
-    return parse(Recipe, merge(tree, assignments(sets)), source=str(path))
+    return parse(Recipe, _laid(tree, assignments(sets)), source=str(path))
 
 
 def _extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -261,7 +305,7 @@ def _laid(tree: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[st
     for key, value in over.items():
         old = out.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            is_other = "name" in value and value["name"] != old.get("name")
+            is_other = any(k in value and value[k] != old.get(k) for k in ("name", "pattern"))
             is_label = f"{path}{key}" in ("run", "export")  # their name chooses no component
             value = value if is_other and not is_label else _laid(old, value, f"{path}{key}.")
         out[key] = value

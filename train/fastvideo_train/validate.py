@@ -136,7 +136,13 @@ class _Rendering:
     def __init__(self, prompts: Prompts, recipe: Recipe, folder: Path) -> None:
         self.prompts, self.recipe, self.folder = prompts, recipe, folder
         self._vae: Any = None
-        check_scheduler(recipe, prompts.scheduler, f"[validate] of {recipe.run.name}:")
+        check_scheduler(
+            recipe,
+            prompts.scheduler,
+            f"[validate] of {recipe.run.name}:",
+            steps=prompts.steps,
+            guidance=prompts.guidance,
+        )
         if 0 < recipe.run.validate_every <= recipe.run.steps:  # a wrong VAE is refused now
             self._vae = self._load_vae()
 

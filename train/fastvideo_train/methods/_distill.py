@@ -30,8 +30,12 @@ class StudentConfig(TextConfig):
     """The points that the student is made for, and the teacher's guidance and shift."""
 
     sigmas: tuple[float, ...] = THIRDS
-    guidance: float = Field(default=4.0, ge=0, description="S of vu + S (vc - vu); 1 is none")
-    shift: float = Field(default=5.0, gt=0, description="the teacher's own, towards noise")
+    guidance: float = Field(
+        default=4.0, ge=0, allow_inf_nan=False, description="S of vu + S (vc - vu); 1 is none"
+    )
+    shift: float = Field(
+        default=5.0, gt=0, allow_inf_nan=False, description="the teacher's own, towards noise"
+    )
 
     @field_validator("sigmas")
     @classmethod
@@ -90,7 +94,8 @@ class Clips:
         )
 
         def call(x_BCTHW: Tensor, t_BT: Tensor, cond: Any, cache: Any = None) -> Tensor:
-            out: Tensor = role.net(x_BCTHW.to(role.dtype), t_BT, cond, **told, frame_T=self.frame_T)
+            x = x_BCTHW.to(role.dtype)
+            out: Tensor = role.denoise(x, t_BT, cond, **told, frame_T=self.frame_T)
             return out
 
         return call
@@ -101,6 +106,24 @@ S = TypeVar("S", bound=StudentConfig)
 
 class Distillation(Prompted[S]):
     """The part of a method that knows batches of latents and captions."""
+
+    def initialise(self, roles: Mapping[str, Role]) -> None:
+        """Refuse denoisers that do not see the same latents and text states."""
+        super().initialise(roles)
+        width = roles["text"].net.config.d_model
+        first = roles["student"].net.config.in_channels
+        for role in (r for r in roles.values() if r.kind == "dit"):
+            c = role.net.config
+            if {c.in_channels, c.out_channels} != {first}:
+                raise ValueError(
+                    f"roles.{role.name} has {c.in_channels} channels in and {c.out_channels} out;"
+                    f" the latents of roles.student have {first}"
+                )
+            if c.text_dim != width:
+                raise ValueError(
+                    f"roles.{role.name} has text_dim {c.text_dim}; the states of roles.text have"
+                    f" {width} channels"
+                )
 
     def clips(self, batch: Batch, roles: Mapping[str, Role], key: StepKey) -> Clips:
         """Encode the captions once for all roles of a micro-batch."""
