@@ -34,7 +34,18 @@ MAY_IMPORT = {
 # one line may import each other as long as they make no circle.
 LAYERS = [
     {"", "__main__", "cli", "config", "env", "files", "log", "registry", "rng", "shapes", "spec"},
-    {"attention", "cpu", "flow", "layers", "media", "parallel", "timing", "weights", "worlds"},
+    {
+        "attention",
+        "cpu",
+        "flow",
+        "footage",
+        "layers",
+        "media",
+        "parallel",
+        "timing",
+        "weights",
+        "worlds",
+    },
     {"metrics", "models", "schedulers"},
     {"causal", "formats", "hub", "lora", "measure", "model", "render", "sample"},
 ]
@@ -50,7 +61,8 @@ FORBIDDEN = {
 EVERYWHERE = {"numpy", "torch"}
 COMMANDS = r"(inference|train)/fastvideo_\w+/commands/\w+\.py"
 HOMES = {
-    "av": r"fastvideo/media\.py",
+    # what others wrote needs times, matrices and side data, which imageio does not show
+    "av": r"fastvideo/(media|footage)\.py",
     "imageio": r"fastvideo/media\.py",
     "PIL": r"fastvideo/media\.py",
     "safetensors": r"fastvideo/weights\.py",
@@ -62,8 +74,10 @@ HOMES = {
     r"|train/fastvideo_train/(recipe|validate|export|(methods|strategies|data)/\w+)\.py",
     "typer": rf"fastvideo/cli\.py|{COMMANDS}",
     "rich": rf"fastvideo/cli\.py|{COMMANDS}",
+    "pyarrow": r"train/fastvideo_train/data/listing\.py",  # listings in parquet
     "tensorboard": r"train/fastvideo_train/logs\.py",
     "accelerate": r"train/fastvideo_train/strategies/accelerate\.py",
+    "deepspeed": r"train/fastvideo_train/strategies/deepspeed\.py",
     "flash_attn": r"fastvideo/attention/backends/flash\.py",
     "flash_attn_interface": r"fastvideo/attention/backends/flash\.py",
     # the kernels are Triton's own language, in a file that is imported when a GPU is there
@@ -90,11 +104,13 @@ TORCH_FREE = [
     "fastvideo.config",
     "fastvideo.env",
     "fastvideo.files",
+    "fastvideo.footage",
     "fastvideo.formats",
     "fastvideo.hub",
     "fastvideo.log",
     "fastvideo.media",
     "fastvideo.parallel.degrees",
+    "fastvideo.parallel.rules",
     "fastvideo.registry",
     "fastvideo.rng",
     "fastvideo.shapes",
@@ -102,8 +118,11 @@ TORCH_FREE = [
     "fastvideo_inference",
     "fastvideo_inference.commands",
     "fastvideo_inference.request",
+    "fastvideo_inference.sharing",
     "fastvideo_train",
     "fastvideo_train.commands",
+    "fastvideo_train.commands.data",
+    "fastvideo_train.data.plan",
     "fastvideo_train.recipe",
 ]
 

@@ -1,0 +1,327 @@
+"""A network spread over processes is the network: output and gradients of one process, exactly.
+
+Every check runs the network whole as well, on each process, and returns the largest difference of
+any tensor, relative to that tensor's largest magnitude.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+from fastvideo import registry
+from fastvideo.attention import Dense, Pattern, Sta, Vsa, plan, select
+from fastvideo.models.dit.wan import Conditioning, Config, DiT
+from fastvideo.parallel import mesh, rules
+from fastvideo.parallel.collectives import sum_gradients
+from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.sequence import spread
+from fastvideo.shapes import LatentShape
+
+BOUND = 1e-5
+LATENTS = (5, 10, 14)  # 175 tokens: no multiple of 2, 3 or 4
+DENSE, VSA = Dense(), Vsa(sparsity=0.5, tile=(2, 2, 3))
+SMALL = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 6,
+    "num_layers": 2,
+    "ffn_dim": 40,
+    "text_dim": 12,
+    "freq_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+}
+
+
+def sta(heads: int) -> Sta:
+    """Make windows of which no two neighbours are alike."""
+    sizes = [(1, 3, 3), (3, 1, 2), (2, 3, 1), (3, 3, 3)]
+    return Sta(tuple(sizes[i % 4] for i in range(heads)), tile=(2, 2, 3))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a network: what it is given, and how it attends."""
+
+    net: Any
+    x: Tensor
+    t: Tensor
+    cond: Any
+    told: dict[str, Any]
+    direction: Tensor
+
+
+def case(
+    heads: int,
+    pattern: Pattern,
+    batch: int,
+    *,
+    is_prepared: bool = False,
+    per_frame: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    config = Config(**{**SMALL, "num_attention_heads": heads})
+    net = drawn(DiT(dataclasses.replace(config, gate_compress=isinstance(pattern, Vsa))))
+    net = net.to(dtype)
+    g = torch.Generator().manual_seed(1)
+    x, direction = (torch.randn(batch, 4, *LATENTS, generator=g) for _ in range(2))
+    t = 1000 * torch.rand(batch, LATENTS[0] if per_frame else 1, generator=g)
+    # Words of unlike lengths: of like ones, a bias of all keys would make almost no difference.
+    text = torch.randn(batch, 7, 12, generator=g) * torch.linspace(0.1, 3, 7)[:, None]
+    cond = Conditioning(text.to(dtype))
+    grid = LatentShape(*LATENTS).tokens(net.config.patch_size)
+    layout = plan(pattern, grid)
+    attend = select(
+        layout=layout,
+        num_text_tokens=7,
+        dtype=dtype,
+        device="cpu",
+        needs_grad=True,
+        head_dim=6,
+    )
+    told = {"attend": attend, "layout": layout}
+    cond = net.prepare(cond) if is_prepared else cond
+    return Case(net, x.to(dtype).requires_grad_(), t, cond, told, direction)
+
+
+def drawn(net: nn.Module) -> nn.Module:
+    """Give every parameter values that matter, gates and zero-born projections too."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            scale = 0.3 if p.ndim < 2 or "table" in name else p[0].numel() ** -0.5
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            p.copy_(centre + scale * torch.randn(p.shape, generator=g))
+    return net
+
+
+def found(case: Case, call: Callable[..., Tensor], meshes: mesh.Meshes) -> dict[str, Tensor]:
+    """Return the output and all gradients of one call and its backward pass."""
+    v = call(case.x, case.t, case.cond, **case.told)
+    v.backward(case.direction.to(v.dtype), retain_graph=True)  # prepared text is used twice
+    sum_gradients(case.net.parameters(), meshes.axis("sequence"))
+    return {"output": v.detach(), **gradients(case)}
+
+
+def gradients(case: Case) -> dict[str, Tensor]:
+    """Take all gradients away."""
+    named = {**dict(case.net.named_parameters()), "latents": case.x}
+    grads = {name: p.grad for name, p in named.items() if p.grad is not None}
+    for p in named.values():
+        p.grad = None
+    return grads
+
+
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    assert actual.keys() == expected.keys()
+    return max(
+        (((actual[name] - x).abs().max() / x.abs().max()).item(), name)
+        for name, x in expected.items()
+    )
+
+
+def built(degrees: Degrees) -> mesh.Meshes:
+    return mesh.build(degrees, torch.device("cpu"))
+
+
+def compared(
+    rank: int, size: int, degrees: Degrees, heads: int, patterns: list[Pattern], batch: int
+) -> list[tuple[float, str]]:
+    """Compare under each pattern; a batch of 2 has its text prepared, and times for each frame."""
+    meshes, errors = built(degrees), []
+    for pattern in patterns:
+        one = case(heads, pattern, batch, is_prepared=batch == 2, per_frame=batch == 2)
+        expected = found(one, one.net, mesh.alone())
+        assert expected["output"].shape == one.x.shape
+        assert {"blocks.0.to_gate_compress.weight"} <= expected.keys() or pattern != VSA
+        errors.append(worst(found(one, spread(one.net, meshes), meshes), expected))
+    return errors
+
+
+def in_bfloat16(rank: int, size: int, degrees: Degrees, pattern: Pattern) -> tuple[float, str]:
+    one = case(3, pattern, 1, dtype=torch.bfloat16)
+    meshes = built(degrees)
+    actual = found(one, spread(one.net, meshes), meshes)
+    assert all(x.dtype == torch.bfloat16 for x in actual.values())
+    return worst(actual, found(one, one.net, mesh.alone()))
+
+
+def in_a_row(rank: int, size: int, degrees: Degrees) -> tuple[float, str]:
+    """Give a call's result to a second call, so that gradients pass through latents."""
+    one, meshes = case(3, VSA, 1), built(degrees)
+
+    def twice(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *args: Any, **told: Any) -> Tensor:
+            middle = x - 0.3 * call(x, *args, **told)
+            return middle - 0.5 * call(middle, *args, **told)
+
+        return run
+
+    expected = found(one, twice(one.net), mesh.alone())
+    return worst(found(one, twice(spread(one.net, meshes)), meshes), expected)
+
+
+def checkpointed(rank: int, size: int, degrees: Degrees, pattern: Pattern) -> tuple[float, str]:
+    one, meshes = case(3, pattern, 1), built(degrees)
+    expected = found(one, one.net, mesh.alone())
+    for block in one.net.blocks:
+        block.forward = again(block.forward)
+    return worst(found(one, spread(one.net, meshes), meshes), expected)
+
+
+def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: checkpoint(forward, *args, use_reentrant=False)
+
+
+def sharded(rank: int, size: int, degrees: Degrees) -> tuple[float, str]:
+    """Shard the weights of a spread network (FSDP2), which averages gradients over processes."""
+    one, meshes = case(3, VSA, 1), built(degrees)
+    expected = found(one, one.net, mesh.alone())
+    weights = meshes.replicas_by_weights["weights"]
+    for part in (*one.net.blocks, one.net):
+        fully_shard(part, mesh=weights)
+    for name in ("embed", "head", "prepare"):
+        register_fsdp_forward_method(one.net, name)
+    v = spread(one.net, meshes)(one.x, one.t, one.cond, **one.told)
+    v.backward(one.direction)
+    grads = gradients(one)
+    latents = grads.pop("latents")
+    sums = {name: size * grad.full_tensor() for name, grad in grads.items()}
+    return worst({"output": v.detach(), "latents": latents, **sums}, expected)
+
+
+def families(rank: int, size: int) -> dict[str, tuple[float, str]]:
+    """Compare every family of the library at a small size."""
+    meshes, errors = built(Degrees(ulysses=size)), {}
+    for name in registry.names("fastvideo.models.dit"):
+        family = registry.module("fastvideo.models.dit", name)
+        fields = {field.name for field in dataclasses.fields(family.Config)}
+        config = family.Config(**{k: v for k, v in SMALL.items() if k in fields})
+        net = drawn(family.DiT(config))
+        assert sum(p.numel() for p in net.parameters()) < 100_000, f"{name} is not small"
+        g = torch.Generator().manual_seed(1)
+        x, direction = (torch.randn(1, 4, *LATENTS, generator=g) for _ in range(2))
+        cond = family.Conditioning(torch.randn(1, 7, 12, generator=g))
+        one = Case(net, x.requires_grad_(), torch.full((1, 1), 500.0), cond, {}, direction)
+        expected = found(one, net, mesh.alone())
+        errors[name] = worst(found(one, spread(net, meshes), meshes), expected)
+    return errors
+
+
+def refused(rank: int, size: int) -> list[str]:
+    one = case(3, VSA, 1)
+    few = {"x_BCTHW": one.x[:, :, :1, :2, :2], "attend": one.told["attend"]}
+    wrong: list[tuple[Degrees, dict[str, Any]]] = [
+        (Degrees(ring=size), {"x_BCTHW": one.x, **one.told}),
+        (
+            Degrees(ulysses=size),
+            {**few, "layout": plan(VSA, LatentShape(1, 2, 2).tokens((1, 2, 2)))},
+        ),
+    ]
+    texts = []
+    for degrees, told in wrong:
+        with pytest.raises(ValueError) as error:
+            spread(one.net, built(degrees))(t_BT=one.t, cond=one.cond, **told)
+        texts.append(str(error.value))
+    return texts
+
+
+def worst_of(results: list[Any]) -> tuple[float, str]:
+    return max(itertools.chain.from_iterable(results))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("heads", [12, 10, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ulysses_equals_one_process_under_every_pattern(ranks, size, heads, batch):
+    patterns = [DENSE, VSA, sta(heads)]
+    results = ranks(size, compared, Degrees(ulysses=size), heads, patterns, batch)
+    error, name = worst_of(results)
+    assert error <= BOUND, name
+
+
+@pytest.mark.parametrize("heads, batch", [(12, 2), (10, 1), (3, 2)])
+@pytest.mark.parametrize(
+    "degrees", [Degrees(ring=2), Degrees(ring=3), Degrees(ring=4), Degrees(ring=2, ulysses=2)]
+)
+def test_a_ring_and_its_product_with_ulysses_equal_one_process(ranks, degrees, heads, batch):
+    results = ranks(degrees.world_size, compared, degrees, heads, [DENSE], batch)
+    error, name = worst_of(results)
+    assert error <= BOUND, name
+
+
+def test_a_process_without_heads_takes_part_in_a_ring_of_others(ranks):
+    results = ranks(4, compared, Degrees(ring=2, ulysses=2), 1, [DENSE], 2)
+    error, name = worst_of(results)
+    assert error <= BOUND, name
+
+
+@pytest.mark.parametrize("degrees", [Degrees(ulysses=4), Degrees(ulysses=3)])
+def test_gradients_through_latents_equal_one_process(ranks, degrees):
+    error, name = max(ranks(degrees.world_size, in_a_row, degrees))
+    assert error <= BOUND, name
+
+
+@pytest.mark.parametrize(
+    "degrees, pattern",
+    [(Degrees(ulysses=2), VSA), (Degrees(ulysses=4), VSA), (Degrees(ring=2, ulysses=2), DENSE)],
+)
+def test_checkpointed_blocks_equal_one_process(ranks, degrees, pattern):
+    error, name = max(ranks(degrees.world_size, checkpointed, degrees, pattern))
+    assert error <= BOUND, name
+
+
+@pytest.mark.parametrize(
+    "degrees, pattern",
+    [(Degrees(ulysses=2), VSA), (Degrees(ulysses=2), DENSE), (Degrees(ring=2), DENSE)],
+)
+def test_bfloat16_stays_near_one_process(ranks, degrees, pattern):
+    error, name = max(ranks(2, in_bfloat16, degrees, pattern))
+    assert error <= 0.1, name
+
+
+def test_sharded_weights_gather_for_a_spread_network_and_average_its_gradients(ranks):
+    error, name = max(ranks(2, sharded, Degrees(ulysses=2)))
+    assert error <= BOUND, name
+
+
+def test_every_family_of_networks_can_be_spread(ranks):
+    for errors in ranks(2, families):
+        assert errors and all(error <= BOUND for error, _ in errors.values()), errors
+
+
+def test_one_process_gets_the_network_itself():
+    net = case(3, DENSE, 1).net
+    assert spread(net, mesh.alone()) is net
+
+
+def test_calls_that_cannot_be_spread_are_refused(ranks):
+    for pattern_text, size_text in ranks(2, refused):
+        assert "ring=2 cuts sequences" in pattern_text
+        assert "1 tokens cannot be spread over 2 processes" in size_text
+
+
+def test_patterns_that_need_whole_sequences_are_refused_under_a_ring_before_weights_load():
+    for pattern in (VSA, sta(1)):
+        with pytest.raises(ValueError, match=r"needs whole; nearest: ulysses=4 without ring"):
+            rules.check(Degrees(ring=2, ulysses=2), pattern)
+        rules.check(Degrees(ulysses=4), pattern)
+    rules.check(Degrees(ring=2), DENSE)
+
+
+def test_processes_without_heads_are_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        rules.check(Degrees(ulysses=3), DENSE, num_heads=3)
+        assert not caplog.records
+        rules.check(Degrees(ulysses=4), DENSE, num_heads=3)
+    assert "1 of its processes take no part" in caplog.text
