@@ -1,4 +1,4 @@
-"""The only reader of the environment: four variables, read when asked for."""
+"""The only reader of the environment: five variables, read when asked for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def is_offline() -> bool:
 def world_size() -> int:
     """How many processes a launcher started together: `WORLD_SIZE`, set by it; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of the launcher's processes this one is: `RANK`, set by it; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:

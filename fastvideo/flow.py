@@ -35,6 +35,12 @@ def noise_from(x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
     return x + (1 - sigma) * v
 
 
+def guided(v_uncond: Tensor, v_cond: Tensor, scale: float) -> Tensor:
+    """Return v_uncond + scale (v_cond - v_uncond) in float32 (guidance, 2207.12598)."""
+    base = v_uncond.float()
+    return base + scale * (v_cond.float() - base)
+
+
 def shift(u: Sigma, k: float) -> Sigma:
     """Shift a time u in [0, 1] towards noise: k u / (1 + (k - 1) u) (2403.03206, eq. 23)."""
     return k * u / (1 + (k - 1) * u)

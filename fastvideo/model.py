@@ -18,6 +18,7 @@ from fastvideo.log import logger
 from fastvideo.lora import Loras
 from fastvideo.models import decoder as decoders
 from fastvideo.models.text.tokenizer import Tokenizer
+from fastvideo.parallel.mesh import Meshes, alone
 from fastvideo.spec import Spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +33,8 @@ class Model:
     folder: where it was loaded from; None for a model put together in memory.
     loras: what is merged into the denoiser's weights now.
     decoder: what makes pixels of normalised latents in place of the VAE; None for the VAE itself.
+    meshes: the processes that render together, each with whole networks of its own; `render` alone
+        looks at it.
     """
 
     spec: Spec
@@ -44,6 +47,7 @@ class Model:
     folder: Path | None = None
     loras: Loras = field(default_factory=Loras)
     decoder: Any = None
+    meshes: Meshes = field(default_factory=alone)
 
 
 class Absent:

@@ -21,7 +21,10 @@ from torch import Tensor
 from fastvideo import attention, registry, rng, schedulers
 from fastvideo.log import logger
 from fastvideo.models.text import encode_prompts
-from fastvideo.sample import Denoiser, Step, guide, sample
+from fastvideo.parallel import decode as bands
+from fastvideo.parallel import guidance
+from fastvideo.parallel.sequence import spread
+from fastvideo.sample import Denoiser, Step, Velocity, guide, sample
 from fastvideo.shapes import LatentShape
 
 if TYPE_CHECKING:
@@ -81,7 +84,8 @@ def denoise(
     """
     scheduler = schedulers.create(model.spec.scheduler.name, model.spec.scheduler.args)
     prepare = model.dit.prepare  # what no step changes, once for all steps
-    velocity = guide(
+    velocity = _guide(
+        model,
         with_attention(model, latents, backend, pattern=pattern, drop_gates=drop_gates),
         scale=guidance_scale,
         cond=prepare(cond),
@@ -100,6 +104,15 @@ def denoise(
     )
 
 
+def _guide(
+    model: Model, denoiser: Denoiser[Any], *, scale: float, cond: Any, uncond: Any, batched: bool
+) -> Velocity:
+    halves = model.meshes.axis("guidance")
+    if halves.size == 1 or uncond is None:
+        return guide(denoiser, scale=scale, cond=cond, uncond=uncond, batched=batched)
+    return guidance.guide(denoiser, halves, scale=scale, cond=cond, uncond=uncond)
+
+
 def with_attention(
     model: Model,
     latents: Tensor,
@@ -109,7 +122,7 @@ def with_attention(
     drop_gates: bool = False,
 ) -> Denoiser[Any]:
     """Bind the denoiser to an attention for latents of this size, under the spec's pattern or
-    another.
+    another, and spread it over the processes that share a sequence.
 
     Raises `ValueError` for a network with VSA's gates under a pattern without them, unless
     `drop_gates`.
@@ -128,7 +141,7 @@ def with_attention(
         needs_grad=False,
         head_dim=model.dit.config.attention_head_dim,
     )
-    return partial(model.dit, attend=attend, layout=layout)
+    return partial(spread(model.dit, model.meshes), attend=attend, layout=layout)
 
 
 @torch.no_grad()
@@ -136,14 +149,15 @@ def decode(model: Model, latents: Tensor, *, chunk: int | None = None) -> Iterat
     """Yield frames of one clip, uint8 (t, H, W, 3), as its normalised latents are decoded.
 
     `chunk` latent frames at a time: 1 shows the first frame soonest, None is fastest in all. A
-    small decoder takes the latents normalised, the VAE's own takes them raw.
+    small decoder takes the latents normalised, the VAE's own takes them raw. Processes that work on
+    one clip decode a band of rows each, and all get all frames; a small decoder runs on each.
     """
     assert len(latents) == 1, "frames of several clips cannot share one stream"
-    parts = (
-        model.vae.stream(model.vae.denormalize(latents.float()), chunk)
-        if model.decoder is None
-        else model.decoder.stream(latents.float(), chunk)
-    )
+    if model.decoder is None:
+        z = model.vae.denormalize(latents.float())
+        parts = bands.stream(model.vae, z, model.meshes.axis("sample"), chunk=chunk)
+    else:
+        parts = model.decoder.stream(latents.float(), chunk)
     for pixels_BCTHW in parts:
         yield to_uint8(pixels_BCTHW[0])
 

@@ -76,17 +76,14 @@ def guide(
             f"guidance_scale {scale} needs a negative prompt's conditioning; nearest: 1"
         )
 
-    def combine(v_uncond: Tensor, v_cond: Tensor) -> Tensor:
-        base = v_uncond.float()
-        return base + scale * (v_cond.float() - base)
-
     if not batched:
-        return lambda x, t: combine(denoiser(x, t, uncond), denoiser(x, t, cond))
+        return lambda x, t: flow.guided(denoiser(x, t, uncond), denoiser(x, t, cond), scale)
     both = cond.cat([uncond, cond])
 
     def twice(x: Tensor, t: Tensor) -> Tensor:
         v = denoiser(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, C, T, H, W)
-        return combine(*v.chunk(2))
+        v_uncond, v_cond = v.chunk(2)
+        return flow.guided(v_uncond, v_cond, scale)
 
     return twice
 

@@ -1,21 +1,27 @@
 """A model that is loaded once and turns prompts into clips.
 
-pipe = VideoPipeline.from_pretrained("wan-nano")
+pipe = VideoPipeline.from_pretrained("fastwan-nano")
 pipe("a big red ball moving left at night", seed=1).save("ball.mp4")
+
+Under `torchrun`, processes make a clip together: `from_pretrained(..., parallel="ulysses=2")`. Each
+of them runs the same script, makes the same calls and gets the same clip; one writes it.
 """
 
 from __future__ import annotations
 
+import atexit
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastvideo import hub, media
+from fastvideo import env, hub, media
 from fastvideo.config import parse
 from fastvideo.registry import did_you_mean
-from fastvideo_inference import recipe, stages
+from fastvideo_inference import recipe, sharing, stages
 from fastvideo_inference.events import Chunk, Done, Event
 from fastvideo_inference.recipe import DecoderId, ModelId, Recipe
 from fastvideo_inference.request import GenerateRequest, LoraUse, Plan, read_layers
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastvideo.model import Model
+    from fastvideo.parallel.degrees import Degrees
+    from fastvideo.parallel.mesh import Meshes
 
     Frames = npt.NDArray[np.uint8]
 
@@ -36,13 +44,17 @@ _PRESET_OF = {"frames": "text_to_video", "latents": "text_to_latents"}
 
 @dataclass(frozen=True)
 class Video:
-    """A clip: `frames` T H W 3 uint8 or `latents` B C T H W normalised; `timings` in seconds."""
+    """A clip: `frames` T H W 3 uint8 or `latents` B C T H W normalised; `timings` in seconds.
+
+    Of the processes that made it together one `writes`; `save` does nothing on the others.
+    """
 
     fps: int
     recipe: dict[str, Any]
     timings: dict[str, float]
     frames: Frames | None = None
     latents: Tensor | None = None
+    writes: bool = True
 
     @property
     def frames_sha256(self) -> str:
@@ -62,6 +74,8 @@ class Video:
 
         if self.frames is None:
             raise ValueError('there are no frames to save: the clip was made with output="latents"')
+        if not self.writes:
+            return Path(path)
         tags = {"title": self.recipe["request"]["prompt"], recipe.TAG: json.dumps(self.recipe)}
         return media.write_video(
             path, self.frames, fps=self.fps, metadata=tags, overwrite=overwrite
@@ -86,15 +100,25 @@ class VideoPipeline:
         device: str = "auto",
         dtype: str = "auto",
         decoder: str | Path | None = None,
+        parallel: str | None = None,
     ) -> VideoPipeline:
         """Load a bundled name, folder or hub id; raise `ValueError` naming what does not fit.
 
         `decoder` is a small one to use in place of the VAE's: its name in the model's decoders/, a
-        folder, or a published file of TAEHV's.
+        folder, or a published file of TAEHV's. `parallel` says how the processes that torchrun
+        started make a clip together, such as "ulysses=2,guidance=2" for four; with "data=2" each
+        half of them makes clips of its own. They stay joined until the script ends.
         """
         from fastvideo.model import load
 
-        model = load(name_or_path, device=device, dtype=dtype, decoder=decoder)
+        degrees = sharing.read(parallel, world_size=env.world_size())
+        meshes = _joined(degrees, device) if degrees.world_size > 1 else None
+        model = load(
+            name_or_path, device=meshes.device if meshes else device, dtype=dtype, decoder=decoder
+        )
+        if meshes:
+            sharing.warn_of_idle(degrees, model.spec)
+            model = dataclasses.replace(model, meshes=meshes)
         assert model.folder is not None, "a loaded model comes from a folder"
         model_id = ModelId(
             name_or_path=str(name_or_path),
@@ -170,10 +194,25 @@ class VideoPipeline:
     ) -> Iterator[Event]:
         """Resolve the request and return its events; drop the iterator to cancel."""
         plan = self._with_loras(request).resolve(self.model.spec)
+        plan, latents = self._agreed(plan, latents)
         self._merge(plan.lora)  # now, so that one that does not fit fails here
         row = stages.PRESETS[preset]
         stages.check(row)
         return stages.run(row, self.model, State(plan, noise=latents))
+
+    def _agreed(self, plan: Plan, latents: Tensor | None) -> tuple[Plan, Tensor | None]:
+        """Check that the processes at hand can make a clip, and take what the first of them asks.
+
+        A seed that each had drawn for itself would make another clip on each.
+        """
+        from fastvideo.parallel.agree import with_first
+
+        meshes, has_small = self.model.meshes, self.model.decoder is not None
+        sharing.check(meshes.degrees, plan, self.model.spec, has_small_decoder=has_small)
+        if meshes.axis("sample").size == 1:
+            return plan, latents
+        asked = (plan, None if latents is None else latents.cpu())
+        return with_first(asked, meshes.axis("sample"), meshes.device)
 
     def load_lora(self, path: str | Path, *, strength: float = 1.0, name: str | None = None) -> str:
         """Let every clip use a LoRA (a file, a folder or a hub name), and return its name here.
@@ -239,7 +278,20 @@ class VideoPipeline:
             timings=dict(state.timings),
             frames=state.frames,
             latents=state.latents if undecoded else None,
+            writes=self.model.meshes.axis("sample").rank == 0,
         )
+
+
+def _joined(degrees: Degrees, device: str) -> Meshes:
+    """Join the launcher's processes until the script ends, and make the meshes."""
+    from fastvideo.model import pick_device
+    from fastvideo.parallel import mesh
+
+    with ExitStack() as stack:
+        own = stack.enter_context(mesh.joined(pick_device(device)))
+        meshes = mesh.build(degrees, own)
+        atexit.register(stack.pop_all().close)
+    return meshes
 
 
 def _parse_lora(path: str | Path, strength: float, file_hash: str = "") -> LoraUse:

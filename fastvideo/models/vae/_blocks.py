@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo.layers.upsample import doubling_kernel
-from fastvideo.models.vae._causal import CausalConv3d, Past, starts_clip
+from fastvideo.models.vae._causal import CausalConv3d, Past, rows_of, starts_clip
 from fastvideo.models.vae._norm import RmsNorm
 
 
@@ -46,11 +46,13 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """Return x's shape; frames do not see each other, so no past is needed."""
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        """Return x's shape; frames do not see each other, of the past only the rows matter."""
         B, C, T, H, W = x_BCTHW.shape
         x = _to_BTHWC(self.norm(x_BCTHW)).reshape(B * T, 1, H * W, C)
         q, k, v = _pointwise(self.to_qkv, x).chunk(3, dim=-1)
+        if (rows := rows_of(past)) is not None:
+            k, v = rows.gather(torch.stack([k, v]), dim=-2)
         x = _pointwise(self.proj, F.scaled_dot_product_attention(q, k, v))
         return add(_to_BCTHW(x.view(B, T, H, W, C)), x_BCTHW)
 
@@ -66,7 +68,7 @@ class MidBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
         """Return x's shape."""
         x_BCTHW = self.resnets[0](x_BCTHW, past)
-        x_BCTHW = self.attentions[0](x_BCTHW)
+        x_BCTHW = self.attentions[0](x_BCTHW, past)
         x_BCTHW = self.resnets[1](x_BCTHW, past)
         return x_BCTHW
 
@@ -111,9 +113,15 @@ class Upsample(nn.Module):
         """Return (B, out_dim, T', 2H, 2W)."""
         if self.time_conv is not None:
             x_BCTHW = self._double_time(x_BCTHW, past)
+        conv, edge = cast(nn.Conv2d, self.resample[1]), 1
+        if (rows := rows_of(past)) is not None:
+            x_BCTHW, edge = (
+                rows.pad(x_BCTHW),
+                3,
+            )  # two rows more are made of each row that was added
         x = _frames_as_batch(x_BCTHW)
-        conv = cast(nn.Conv2d, self.resample[1])
-        x = F.conv_transpose2d(x, doubling_kernel(conv.weight), conv.bias, stride=2, padding=1)
+        kernel = doubling_kernel(conv.weight)
+        x = F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=(edge, 1))
         return _batch_as_frames(x, x_BCTHW.shape[0])
 
     def _double_time(self, x: Tensor, past: Past | None) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastvideo.models.vae._causal import CausalConv3d, Past
+from fastvideo.models.vae._causal import CausalConv3d, Past, Rows
 from fastvideo.models.vae._nets import Decoder, Encoder
 from fastvideo.registry import did_you_mean
 from fastvideo.shapes import Compression, PixelShape
@@ -177,24 +177,29 @@ class WanVae(nn.Module):
             return self._decode(z_BCTHW, None, clamp=clamp)
         return torch.cat(list(self._decode_chunks(z_BCTHW, None, clamp=clamp)), dim=2)
 
-    def stream(self, z_BCTHW: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+    def stream(
+        self, z_BCTHW: Tensor, chunk: int | None = None, *, rows: Rows | None = None
+    ) -> Iterator[Tensor]:
         """Yield the pixels of `decode` from `chunk` latent frames at a time; no gradient is kept.
 
         The first piece has `temporal_stride - 1` frames less than the others. None for `chunk`
-        takes as many latent frames as fit the caches of a CPU or a part of a GPU's memory.
+        takes as many latent frames as fit the caches of a CPU or a part of a GPU's memory. With
+        `rows` the latents are those of some rows, and so are the pixels.
         """
         self._check_latents(z_BCTHW)
-        return self._decode_chunks(z_BCTHW, chunk, clamp=True)
+        return self._decode_chunks(z_BCTHW, chunk, clamp=True, rows=rows)
 
     @torch.no_grad()
-    def _decode_chunks(self, z: Tensor, chunk: int | None, *, clamp: bool) -> Iterator[Tensor]:
-        past = Past()
-        chunk = self._fitting_chunk(z) if chunk is None else _checked_chunk(chunk)
+    def _decode_chunks(
+        self, z: Tensor, chunk: int | None, *, clamp: bool, rows: Rows | None = None
+    ) -> Iterator[Tensor]:
+        past = Past(rows=rows)
+        chunk = self.fitting_chunk(z) if chunk is None else _checked_chunk(chunk)
         for part in _chunks(z, first=chunk, size=chunk):
             yield self._decode(part, past, clamp=clamp)
             past.first = False
 
-    def _fitting_chunk(self, z: Tensor) -> int:
+    def fitting_chunk(self, z: Tensor) -> int:
         """Return the number of latent frames whose widest activation stays within a budget."""
         c = self.config
         positions = (z[:, 0, 0].numel() << 2 * (len(c.dim_mult) - 1)) * c.temporal_stride

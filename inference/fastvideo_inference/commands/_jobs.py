@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo import hub, media
+from fastvideo import env, hub, media
 from fastvideo.config import assignments, read_toml
+from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.shapes import parse_size
 from fastvideo.spec import Spec
-from fastvideo_inference import naming, prompts
+from fastvideo_inference import naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 from fastvideo_inference.request import Plan, read_layers
 
@@ -55,6 +56,7 @@ class Words:
     dtype: str | None
     decoder: str | None
     flags: Mapping[str, Any]
+    parallel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class Batch:
     dtype: str
     decoder: str | None
     jobs: tuple[Job, ...]
+    degrees: Degrees
 
 
 def read(words: Words) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
-    check_place(words.device, words.dtype)
+    check_place(words.device, words.dtype, num_processes=env.world_size())
     repeated = read_recipe(words.repeat) if words.repeat else None
     layers, name, decoder = _layers(words, repeated)
     if not isinstance(name, str):
@@ -94,10 +97,37 @@ def read(words: Words) -> Batch:
     return Batch(
         model=name,
         device=words.device or (repeated.device if repeated else "auto"),
+        degrees=_degrees(words.parallel, plans, spec, has_small_decoder=used is not None),
         dtype=words.dtype or (repeated.dtype if repeated else "auto"),
         decoder=used.name_or_path if used else None,
         jobs=_place(plans, words.output),
     )
+
+
+def _degrees(
+    text: str | None, plans: list[Plan], spec: Spec, *, has_small_decoder: bool
+) -> Degrees:
+    def check(degrees: Degrees) -> None:
+        if degrees.data > len(plans):
+            raise ValueError(
+                f"parallel data={degrees.data} deals out prompts, of which there are {len(plans)};"
+                f" nearest: data={len(plans)}"
+            )
+        for plan in plans:
+            sharing.check(degrees, plan, spec, has_small_decoder=has_small_decoder)
+
+    def is_legal(degrees: Degrees) -> bool:
+        try:
+            check(degrees)
+        except ValueError:
+            return False
+        return True
+
+    degrees = sharing.read(
+        text, world_size=env.world_size(), origin="--parallel", is_legal=is_legal
+    )
+    check(degrees)
+    return degrees
 
 
 def _open(name: str, words: Words, repeated: Recipe | None) -> tuple[Spec, Path]:
@@ -161,8 +191,13 @@ def _plan(
     return read_layers(*ordered).resolve(spec, origin=origin)
 
 
-def check_place(device: str | None, dtype: str | None) -> None:
+def check_place(device: str | None, dtype: str | None, *, num_processes: int = 1) -> None:
     """Refuse a device or dtype that torch could not mean; None is what was not typed."""
+    if device is not None and ":" in device and num_processes > 1:
+        raise ValueError(
+            f"--device {device} is one device for {num_processes} processes, each of which takes"
+            f" its own; say {device.partition(':')[0]}"
+        )
     if device is not None and not DEVICE.fullmatch(device):
         raise ValueError(f"--device {device!r} is unknown; use auto, cpu, mps, cuda, cuda:N or xpu")
     if dtype is not None and dtype not in DTYPES:

@@ -82,9 +82,28 @@ class TextReport:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class NoReport:
+    """Nothing: another process tells what this one does too."""
+
+    def start(self, *, index: int, total: int, prompt: str, seed: int) -> None:
+        pass
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def saved(self, path: str, *, seed: int, timings: dict[str, float]) -> None:
+        pass
+
+    def failed(self, prompt: str, message: str) -> None:
+        pass
+
+
 @contextmanager
-def reporting(*, as_json: bool) -> Iterator[Report]:
-    """Open the listener that the user asked for."""
+def reporting(*, as_json: bool, is_silent: bool = False) -> Iterator[Report]:
+    """Open the listener that the user asked for; a silent one for a process that only follows."""
+    if is_silent:
+        yield NoReport()
+        return
     if as_json:
         yield JsonReport()
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import time
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from fastvideo import files, hub
+from fastvideo import env, files, hub
 from fastvideo.cli import FAILED, OK, one_line, refusing
-from fastvideo_inference import naming
-from fastvideo_inference.commands._jobs import Batch, Job, Words, read
+from fastvideo_inference import naming, sharing
+from fastvideo_inference.commands._jobs import Batch, Job, Words, check_place, read
 from fastvideo_inference.commands._report import Report, reporting
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ Lora = Annotated[
 Decoder = Annotated[
     str | None,
     Option(help="A small decoder of the model, its path, or vae. [vae, the VAE's own]"),
+]
+Parallel = Annotated[
+    str | None, Option(help="How torchrun's processes share a clip: ulysses=2,guidance=2.")
 ]
 Output = Annotated[
     str | None,
@@ -76,6 +80,7 @@ def generate(
     as_json: Annotated[bool, Option("--json", help="One event a line on stdout.")] = False,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1. [auto]")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16. [auto]")] = None,
+    parallel: Parallel = None,
 ) -> int:
     """Make clips from prompts. What is not given is the model's default."""
     words = Words(
@@ -90,6 +95,7 @@ def generate(
         device=device,
         dtype=dtype,
         decoder=decoder,
+        parallel=parallel,
         flags={
             "seed": seed,
             "num_inference_steps": steps,
@@ -103,30 +109,59 @@ def generate(
             "lora": lora or None,
         },
     )
+    start = _run_alone if env.world_size() == 1 else _run_in_many
+    return start(words, as_json=as_json)
+
+
+def _run_alone(words: Words, *, as_json: bool) -> int:
     with refusing():
         batch = read(words)
-    with reporting(as_json=as_json) as report:
-        return _run(batch, report)
+    return _run(batch, as_json=as_json)
 
 
-def _run(batch: Batch, report: Report) -> int:
+def _run_in_many(words: Words, *, as_json: bool) -> int:
+    """Let the first process read the request; the others do what it was told."""
+    with refusing():
+        check_place(words.device, words.dtype, num_processes=env.world_size())
+        batch = read(words) if env.rank() == 0 else None
+    from fastvideo_inference.commands._together import from_first, together  # torch comes in here
+
+    with together(words.device or "auto") as device:
+        batch = from_first(batch, device)
+        assert batch is not None, "the first process has read it"
+        return _run(dataclasses.replace(batch, device=str(device)), as_json=as_json)
+
+
+def _run(batch: Batch, *, as_json: bool) -> int:
     started = time.perf_counter()
     from fastvideo_inference.pipeline import VideoPipeline  # torch comes in here
 
     pipe = VideoPipeline.from_pretrained(
-        batch.model, device=batch.device, dtype=batch.dtype, decoder=batch.decoder
+        batch.model,
+        device=batch.device,
+        dtype=batch.dtype,
+        decoder=batch.decoder,
+        parallel=sharing.write(batch.degrees) or None,
     )
     gc.freeze()  # what is loaded stays; imageio collects garbage twice a clip
     load_s = time.perf_counter() - started
-    code = OK
-    for index, job in enumerate(batch.jobs):
+    is_silent = pipe.model.meshes.axis("sample").rank > 0
+    with reporting(as_json=as_json, is_silent=is_silent) as report:
+        return _make_all(pipe, batch, report, load_s=load_s)
+
+
+def _make_all(pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: float) -> int:
+    code, total = OK, len(batch.jobs)
+    replica = pipe.model.meshes.axis("data")
+    for index in range(replica.rank, total, replica.size):
+        job = batch.jobs[index]
         plan = job.plan
-        report.start(index=index, total=len(batch.jobs), prompt=plan.prompt, seed=plan.seed)
+        report.start(index=index, total=total, prompt=plan.prompt, seed=plan.seed)
         try:
-            timings = _make(pipe, job, report, load_s=load_s if index == 0 else 0.0)
+            timings = _make(pipe, job, report, load_s=load_s if index == replica.rank else 0.0)
         except (ValueError, OSError, RuntimeError) as error:
             report.failed(plan.prompt, one_line(error))
-            if len(batch.jobs) == 1:
+            if total == 1 or batch.degrees.world_size > 1:  # others wait for this one
                 raise
             code = FAILED
         else:
@@ -142,13 +177,17 @@ def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> di
         report.event(last)
     assert isinstance(last, Done), "stages end in Done"
     video = pipe.video(last.state)
+    if not video.writes:
+        return {}
     started = time.perf_counter()
     video.save(job.path)
     load = {"load": load_s} if load_s else {}
     timings = {**load, **video.timings, "save": time.perf_counter() - started}
     timings = {name: round(seconds, 4) for name, seconds in timings.items()}
+    degrees = sharing.write(pipe.model.meshes.degrees)
     beside = {
         "recipe": video.recipe,
+        **({"parallel": degrees} if degrees else {}),  # beside it: it decides nothing
         "frames_sha256": video.frames_sha256,
         "timings_s": timings,
         "output": job.path.name,

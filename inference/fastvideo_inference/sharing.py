@@ -1,0 +1,84 @@
+"""How processes share a clip: read, and checked against a request before any weights are read.
+
+degrees = read("ulysses=2,guidance=2", world_size=4)
+check(degrees, plan, spec)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from fastvideo import attention as patterns
+from fastvideo.parallel import rules
+from fastvideo.parallel.degrees import AXES, Degrees, parse
+from fastvideo.spec import Spec
+from fastvideo_inference.request import Plan
+
+
+def read(
+    text: str | None,
+    *,
+    world_size: int,
+    origin: str = "parallel",
+    is_legal: Callable[[Degrees], bool] = lambda _: True,
+) -> Degrees:
+    """Return the degrees in "ulysses=2,guidance=2"; None is one process.
+
+    Raises `ValueError` for another number of processes than there are, for a `shard`, and for None
+    where a launcher started several: then it names choices for which `is_legal` holds.
+    """
+    if text is None:
+        if world_size == 1:
+            return Degrees()
+        choices = list(filter(is_legal, _choices(world_size)))[:2]
+        raise ValueError(
+            f"{origin} must say how {world_size} processes share the work: "
+            + (" or ".join(map(write, choices)) or "this request can only be made by one")
+        )
+    degrees = parse(text)
+    if degrees.shard > 1:
+        raise ValueError(
+            f"{origin} {text} has shard={degrees.shard}, which cuts the weights of a training;"
+            " a clip is made by processes with whole weights each: ulysses, ring, guidance"
+        )
+    try:
+        degrees.check(world_size)
+    except ValueError as error:
+        hint = f" (torchrun --nproc-per-node {degrees.world_size})" if world_size == 1 else ""
+        raise ValueError(f"{error}{hint} (from {origin})") from None
+    return degrees
+
+
+def check(degrees: Degrees, plan: Plan, spec: Spec, *, has_small_decoder: bool = False) -> None:
+    """Raise `ValueError` if a clip cannot be made by so many processes; torch-free."""
+    if degrees.guidance > 1 and plan.guidance_scale == 1:
+        raise ValueError(
+            f"parallel guidance={degrees.guidance} has no second forward to run: guidance_scale is"
+            f" 1; nearest: ulysses={degrees.guidance * degrees.ulysses} without guidance"
+        )
+    rules.check(degrees, patterns.read(plan.attention))
+    if not has_small_decoder:  # it decodes on every process
+        shape = spec.latent_shape(frames=plan.num_frames, height=plan.height, width=plan.width)
+        rules.check_rows(shape.height, degrees.of("sample"))
+
+
+def warn_of_idle(degrees: Degrees, spec: Spec) -> None:
+    """Log a warning if there are more ways to split the heads than heads."""
+    num_heads = spec.dit.config.get("num_attention_heads")
+    rules.check(Degrees(ulysses=degrees.ulysses), patterns.Dense(), num_heads=num_heads)
+
+
+def write(degrees: Degrees) -> str:
+    """Return the text that `read` takes; one process is the empty one."""
+    sizes = {axis: degrees.of(axis) for axis in AXES}
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
+def _choices(world_size: int) -> Iterator[Degrees]:
+    yield Degrees(ulysses=world_size)
+    if world_size == 2:
+        yield Degrees(guidance=2)
+    elif world_size % 2 == 0:
+        yield Degrees(guidance=2, ulysses=world_size // 2)
+    yield Degrees(ring=world_size)
+    yield Degrees(data=world_size)
