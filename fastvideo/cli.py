@@ -28,7 +28,7 @@ VERBS = {
         "fastvideo_inference.commands.doctor:doctor",
         "Check this machine: devices, attention backends, codecs, disk.",
     ),
-    "data": ("fastvideo_train.commands.data:data", "Render or encode training data."),
+    "data": ("fastvideo_train.commands.data:data", "Check, preview and encode training data."),
     "train": ("fastvideo_train.commands.train:train", "Train a model from a recipe (TOML)."),
     "export": ("fastvideo_train.commands.export:export", "Turn a run into a model folder."),
     "lora": ("fastvideo_inference.commands.lora:lora", "Merge LoRAs into a model folder."),

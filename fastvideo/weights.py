@@ -232,7 +232,8 @@ def save(
 ) -> Path:
     """Write a safetensors file atomically (a reader sees the old file or the whole new one).
 
-    Raises `ValueError` with the system's reason if the file cannot be written.
+    The same content gives the same bytes. Raises `ValueError` with the system's reason if the file
+    cannot be written.
     """
     seen: set[int] = set()
     plain: dict[str, Tensor] = {}
@@ -246,10 +247,22 @@ def save(
     try:
         with files.atomic(Path(path), overwrite=True) as new:
             save_file(plain, new, metadata={"format": "pt", **(metadata or {})})
+            _sort_metadata(new)
             new.chmod(0o644)  # the library leaves files that only their owner can read
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {path}: {error}") from None
     return Path(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the text entries of a header in order; the library writes them in a random one."""
+    header, start = _parse_header(path)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(raw) <= start - 8:
+        with path.open("rb+") as file:
+            file.seek(8)
+            file.write(raw.ljust(start - 8))
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int]:

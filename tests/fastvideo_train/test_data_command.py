@@ -66,7 +66,7 @@ def test_encode_makes_latents_that_a_recipe_can_name(tiny_folder, tmp_path, caps
         (["preview", "-o", "x.png", "--split", "test"], "split 'test' is unknown"),
         (["render", "-o", "x", "--world", "shape"], "did you mean 'shapes'"),
         (["encode", "-o", "x", "--vae", "nowhere"], "nowhere"),
-        (["encode", "-o", "x"], "Missing option '--vae'"),
+        (["encode", "-o", "x"], "Missing option '--model' / '--vae'"),
         (["encode", "-o", "x", "--vae", "y", "--size", "16x16"], "must be at least 32"),
     ],
 )

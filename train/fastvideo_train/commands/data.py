@@ -1,12 +1,10 @@
-"""`fastvideo data`: look at a world's clips, write them as files, encode them into latents."""
+"""`fastvideo data`: look at a world's clips or a folder of videos, and encode them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,39 +12,113 @@ from fastvideo import files, media
 from fastvideo.cli import OK, refusing
 from fastvideo.shapes import Compression, PixelShape, parse_size
 from fastvideo.worlds import World, open_world
-
-if TYPE_CHECKING:
-    from fastvideo_train.data.latents import Report
+from fastvideo_train.commands import _videos
+from fastvideo_train.commands._progress import progress
 
 data = typer.Typer(
-    help="Render or encode training data.",
+    help="Check, look at and encode training data: a folder of videos, or a world.",
     rich_markup_mode=None,
     add_completion=False,
     no_args_is_help=True,
 )
 
 WorldName = Annotated[str, typer.Option(help="A world: a file under fastvideo/worlds/.")]
+WORLD_SIZE = "128x128"
+
 Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")]
 NumFrames = Annotated[int, typer.Option("--frames", min=1, help="Number of frames, 4k+1.")]
 Fps = Annotated[int, typer.Option(min=1, help="Frames per second; speeds are per second.")]
+Folder = Annotated[Path, typer.Argument(help="A folder of videos with captions.")]
+Videos = Annotated[
+    Path | None, typer.Argument(help="A folder of videos with captions; else clips of a world.")
+]
+Captions = Annotated[
+    Path | None, typer.Option(help="A jsonl, csv or parquet file; default: found in the folder.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--size", help="WIDTHxHEIGHT; of videos the budget of all shapes, or the model's."
+    ),
+]
+Lengths = Annotated[
+    str | None, typer.Option("--frames", help="Number of frames, 4k+1; of videos also 17,81.")
+]
+Rate = Annotated[float | None, typer.Option("--fps", min=1, help="Frames per second.")]
+ModelName = Annotated[str | None, typer.Option(help="A model: its size, length, rate, tokenizer.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A rule for videos: max_upscale=1.5, min_kept=0.5. Repeatable."),
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode or render ahead.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed is another set of clips.")]
 Split = Annotated[str, typer.Option(help="train, or heldout: combinations never trained on.")]
 
 
 @data.command()
+def validate(
+    videos: Folder,
+    captions: Captions = None,
+    model: ModelName = None,
+    size: Budget = None,
+    frames: Lengths = None,
+    fps: Rate = None,
+    sets: Sets = None,
+    workers: Workers = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read every packet, decode only first frames.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """List the files of a folder that cannot be used, and why; exit code 1 if any is bad."""
+    asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+    return _videos.validate(asked, quick=quick, as_json=as_json)
+
+
+@data.command()
+def stats(
+    videos: Folder,
+    captions: Captions = None,
+    model: ModelName = None,
+    size: Budget = None,
+    frames: Lengths = None,
+    fps: Rate = None,
+    sets: Sets = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> int:
+    """Print durations, sizes, rates, caption lengths and buckets of a folder of videos."""
+    asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+    return _videos.stats(asked, as_json=as_json)
+
+
+@data.command()
 def preview(
     output: Annotated[Path, typer.Option("--output", "-o", help="The .png to write.")],
+    videos: Videos = None,
     world: WorldName = "shapes",
-    count: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 8,
-    size: Size = "128x128",
-    frames: NumFrames = 81,
-    fps: Fps = 16,
+    count: Annotated[int, typer.Option(min=1, help="Number of clips, of each bucket.")] = 8,
+    captions: Captions = None,
+    model: ModelName = None,
+    size: Budget = None,
+    frames: Lengths = None,
+    fps: Rate = None,
+    sets: Sets = None,
+    workers: Workers = None,
     seed: Seed = 0,
     split: Split = "train",
 ) -> int:
-    """Write a contact sheet of clips with their captions, and what the parser read in them."""
+    """Write a contact sheet of clips with their captions, as training would see them.
+
+    Of a folder of videos one for each bucket; of a world with what the parser read in its clips.
+    """
+    if videos is not None:
+        asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+        return _videos.preview(asked, output, count)
     with refusing():
-        opened = _open(world, size, frames, fps)
+        _refuse(captions=captions, model=model, sets=sets)
+        opened = _open(world, size or WORLD_SIZE, *_length_and_rate(frames, fps))
         clips = [opened.clip(seed, index, split) for index in range(count)]
     wrong = 0
     for index, clip in enumerate(clips):
@@ -80,7 +152,7 @@ def render(
         opened.clip(seed, 0, split)
         output.mkdir(parents=True, exist_ok=True)
     lines = []
-    with _progress("render") as report:
+    with progress("render") as report:
         for index in range(count):
             clip, path = opened.clip(seed, index, split), output / f"{index:06d}.mp4"
             metadata = {
@@ -104,84 +176,121 @@ def render(
 @data.command()
 def encode(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    vae: Annotated[str, typer.Option(help="Bundled name, or a model folder with a vae/.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", "--vae", help="A model; for a world a folder with a vae/ will do."),
+    ],
+    videos: Videos = None,
     world: WorldName = "shapes",
-    clips: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 1024,
-    size: Size = "128x128",
-    frames: NumFrames = 81,
-    fps: Fps = 16,
+    clips: Annotated[int, typer.Option(min=1, help="Number of a world's clips.")] = 1024,
+    captions: Captions = None,
+    size: Budget = None,
+    frames: Lengths = None,
+    fps: Rate = None,
+    sets: Sets = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Store its text state beside the captions. Repeatable.")
+    ] = None,
     seed: Seed = 0,
     split: Split = "train",
-    batch: Annotated[int, typer.Option(min=1, help="Clips encoded at once.")] = 4,
+    batch: Annotated[int | None, typer.Option(min=1, help="Clips encoded at once.")] = None,
     shard: Annotated[int, typer.Option(min=1, help="Clips a file; a multiple of batch.")] = 256,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that render ahead.")] = 0,
+    workers: Workers = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    device: Annotated[str, typer.Option(help="For videos: auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32, bfloat16.")] = "bfloat16",
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Four videos and the shortest clips, in OUTPUT-smoke.")
+    ] = False,
 ) -> int:
-    """Encode a world's clips into shards of latents, which `data.folder` of a recipe names.
+    """Encode clips into shards of latents, which `data.folder` of a recipe names.
 
-    The same command goes on after a kill; a larger --clips adds to the folder.
+    Of a folder of videos also the text states of their captions. The same command goes on after a
+    kill; a larger --clips adds a world's clips to the folder.
     """
+    if videos is not None:
+        asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+        place: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+        place |= {"shard": shard, "batch": batch or 1}
+        return _videos.encode(asked, output, prompts=prompt or [], smoke=smoke, **place)
     with refusing():
-        width, height = parse_size(size)
-        _open(world, size, frames, fps).clip(seed, 0, split)
-        import torch  # here, after what can be refused without it
+        _refuse(captions=captions, sets=sets, prompt=prompt, smoke=smoke)
+        num_frames, rate = _length_and_rate(frames, fps)
+        width, height = parse_size(size or WORLD_SIZE)
+        chosen: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
+        open_world(world, fps=rate, **chosen).clip(seed, 0, split)
+        net = _load_vae(model, PixelShape(num_frames, height, width), dtype)
+    chosen |= {"seed": seed, "fps": rate, "split": split, "shard_size": shard, "batch": batch or 4}
+    return _encode_world(net, world, output, clips, chosen, workers=workers or 0, threads=threads)
 
-        from fastvideo.model import pick_dtype
-        from fastvideo_train.bundle import load_vae
-        from fastvideo_train.data.latents import encode_world
 
-        net = load_vae(vae, dtype=pick_dtype(dtype, torch.device("cpu")))
-        strides = Compression(net.config.temporal_stride, net.config.spatial_stride, (1, 1, 1))
-        PixelShape(frames, height, width).latent(strides)
+def _load_vae(model: str, clip: PixelShape, dtype: str) -> Any:
+    """Load a VAE; `ValueError` if it cannot encode clips of this size."""
+    import torch  # here, after what can be refused without it
+
+    from fastvideo.model import pick_dtype
+    from fastvideo_train.bundle import load_vae
+
+    net = load_vae(model, dtype=pick_dtype(dtype, torch.device("cpu")))
+    clip.latent(Compression(net.config.temporal_stride, net.config.spatial_stride, (1, 1, 1)))
+    return net
+
+
+def _encode_world(
+    vae: Any,
+    world: str,
+    output: Path,
+    count: int,
+    chosen: dict[str, Any],
+    *,
+    workers: int,
+    threads: int | None,
+) -> int:
+    import torch
+
+    from fastvideo_train.data.latents import encode_world
+
     if threads:
         torch.set_num_threads(threads)
-    with _progress("encode") as report:
+    with progress("encode") as report:
         manifest = encode_world(
-            net,
-            world,
-            output,
-            num_clips=clips,
-            seed=seed,
-            num_frames=frames,
-            height=height,
-            width=width,
-            fps=fps,
-            split=split,
-            shard_size=shard,
-            batch=batch,
-            workers=workers,
-            report=report,
+            vae, world, output, num_clips=count, workers=workers, report=report, **chosen
         )
     print(f"{output}: {manifest.count} clips in {manifest.num_shards} shards")
     return OK
 
 
+def _asked(
+    videos: Path,
+    captions: Path | None,
+    model: str | None,
+    size: str | None,
+    frames: str | None,
+    fps: float | None,
+    sets: list[str] | None,
+    workers: int | None,
+) -> _videos.Asked:
+    return _videos.Asked(videos, captions, model, size, frames, fps, tuple(sets or ()), workers)
+
+
+def _refuse(**given: object) -> None:
+    """Refuse options that mean nothing to a world."""
+    for name, value in given.items():
+        if value:
+            word = "set" if name == "sets" else name
+            raise ValueError(f"--{word} is for a folder of videos, and none was given")
+
+
+def _length_and_rate(frames: str | None, fps: float | None) -> tuple[int, int]:
+    """Return a world's one length and whole rate."""
+    (length, *others), rate = _videos.lengths(frames or "81"), fps or 16
+    if others or length < 1:
+        raise ValueError(f"--frames {frames} must be one number, at least 1, for clips of a world")
+    if rate != int(rate):
+        raise ValueError(f"--fps {rate} must be a whole number for clips of a world")
+    return length, int(rate)
+
+
 def _open(world: str, size: str, num_frames: int, fps: int) -> World:
     width, height = parse_size(size)
     return open_world(world, height=height, width=width, num_frames=num_frames, fps=fps)
-
-
-@contextmanager
-def _progress(verb: str) -> Iterator[Report]:
-    """Show a bar on a terminal, and a line for every tenth of the work elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    console = Console(stderr=True)
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeLeft())
-    due = 1
-
-    def say(done: int, total: int) -> None:
-        nonlocal due
-        if 10 * done >= due * total:
-            console.print(f"{verb}: {done} of {total}")
-            due = 10 * done // total + 1
-
-    if not console.is_terminal:
-        yield say
-        return
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(verb)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

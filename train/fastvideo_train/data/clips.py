@@ -19,6 +19,7 @@ import numpy as np
 
 from fastvideo import rng
 from fastvideo.worlds import Clip, World, open_world
+from fastvideo_train.data import WHOLE, Part, items
 from fastvideo_train.data._workers import in_order
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class _Renderer:
     split: str
     render_frames: int
     crops_per_clip: int
+    part: Part
 
     @cached_property
     def _opened(self) -> World:
@@ -73,18 +75,19 @@ class _Renderer:
 
     def __call__(self, step: int) -> _Rendered:
         h, w = self.crop
-        pixels = np.empty((self.batch, 3, self.num_frames, h, w), np.uint8)
+        own = items(self.batch, self.part)
+        pixels = np.empty((len(own), 3, self.num_frames, h, w), np.uint8)
         captions, ids, truths = [], [], []
         clip: Clip | None = None
-        for item in range(self.batch):
+        for place, item in enumerate(own):
             sample = step * self.batch + item
-            index, part = divmod(sample, self.crops_per_clip)
-            if clip is None or part == 0:
+            index, crop = divmod(sample, self.crops_per_clip)
+            if clip is None or crop == 0:
                 clip = self._opened.clip(self.seed, index, self.split)
-            pixels[item] = self._cut(clip.frames_THWC, sample).transpose(3, 0, 1, 2)
+            pixels[place] = self._cut(clip.frames_THWC, sample).transpose(3, 0, 1, 2)
             captions.append(clip.caption)
             truths.append(clip.truth)
-            ids.append(f"{self.split}/{self.seed}/{index}" + (f"/{part}" if part else ""))
+            ids.append(f"{self.split}/{self.seed}/{index}" + (f"/{crop}" if crop else ""))
         return _Rendered(pixels, captions, ids, truths)
 
     def _cut(self, frames_THWC: Array, sample: int) -> Array:
@@ -107,6 +110,7 @@ class ClipBatches:
     in any process and after any restart. `window=True` renders `render_frames` frames and cuts a
     random window of `num_frames`; without it a clip is the world's first `num_frames`.
     `crops_per_clip` cuts that many samples from each render, for when rendering is the bottleneck.
+    A process that holds a `part` of every batch renders only the clips of that part.
     With `workers`, `prefetch` renders in that many processes, one finished batch waiting in each.
 
     Raises `ValueError` if the crop or the window is larger than the render, or the batch is not a
@@ -130,6 +134,7 @@ class ClipBatches:
         workers: int = 0,
         split: str = "train",
         start_step: int = 0,
+        part: Part = WHOLE,
     ) -> None:
         self.size, self.workers, self.start_step = batch, workers, start_step
         self._render = _Renderer(
@@ -144,6 +149,7 @@ class ClipBatches:
             split=split,
             render_frames=render_frames if window else num_frames,
             crops_per_clip=crops_per_clip,
+            part=part,
         )
         _check(self._render)
 

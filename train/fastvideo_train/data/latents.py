@@ -1,4 +1,4 @@
-"""Latents of a world's clips, encoded once into shards and served as shuffled batches.
+"""Latents of clips, encoded once into shards and served as shuffled batches.
 
 encode_world(vae, "shapes", "latents/", num_clips=20_000, seed=0,
              num_frames=81, height=128, width=128)
@@ -6,15 +6,14 @@ batches = LatentBatches("latents/", seed=0, batch=16, frames=17)
 
 A folder holds `manifest.json` and shards of raw posterior means with captions. Raw, because the
 statistics that normalise them may be improved without encoding again; the manifest carries them.
+`videos.py` writes such folders from videos; they are read here too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -25,10 +24,17 @@ from torch import Tensor, nn
 
 from fastvideo import files, rng, weights
 from fastvideo.worlds import generator_version
-from fastvideo_train.data._manifest import MANIFEST, Manifest, read_manifest
+from fastvideo_train.data import WHOLE, Part, hashes, items
+from fastvideo_train.data._manifest import (
+    MANIFEST,
+    Manifest,
+    differences,
+    latent_frames,
+    read_manifest,
+)
+from fastvideo_train.data._stores import Group, Rota, Shard, open_groups, shard_name
 from fastvideo_train.data.clips import ClipBatches
 
-ENCODER_PARTS = ("encoder.", "quant_conv.")
 MAY_CHANGE = ("count", "latents_mean", "latents_std")  # none of them touches a finished shard
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,7 +46,7 @@ class Vae(Protocol):
 
     config: Any
 
-    def encode(self, pixels_BCTHW: Tensor, /) -> Tensor: ...
+    def encode(self, pixels_BCTHW: Tensor, /, *, chunk: int | None = None) -> Tensor: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -111,12 +117,15 @@ def encode_world(
     return manifest
 
 
-def encode_pixels(vae: Vae, pixels_BCTHW: Tensor) -> Tensor:
-    """Encode uint8 pixels to raw posterior means, in the VAE's dtype and on its device."""
+def encode_pixels(vae: Vae, pixels_BCTHW: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Encode uint8 pixels to raw posterior means, in the VAE's dtype and on its device.
+
+    With `chunk`, so many latent frames at a time: the same numbers in less memory.
+    """
     like = next(vae.parameters())
     signed = pixels_BCTHW.to(like.device, torch.float32).div_(127.5).sub_(1).to(like.dtype)
     with torch.no_grad():
-        return vae.encode(signed)
+        return vae.encode(signed, chunk=chunk)
 
 
 def statistics(vae: Vae, clips: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -134,30 +143,15 @@ def statistics(vae: Vae, clips: Iterable[Tensor]) -> tuple[tuple[float, ...], tu
 
 
 def encoder_hash(vae: Vae) -> str:
-    """Return a fingerprint of the weights that decide the latents; the decoder's do not.
-
-    Weights count as rounded to bfloat16: stored in it or in float32, an encoder is the same one.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(vae.state_dict().items()):
-        if name.startswith(ENCODER_PARTS):
-            rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(f"{name} {rounded.dtype} {tuple(rounded.shape)}".encode())
-            digest.update(rounded.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Shard:
-    latents_NCTHW: Tensor
-    captions: list[str]
-    ids: list[str]
+    """Return a fingerprint of the weights that decide the latents; the decoder's do not."""
+    return hashes.of_weights(vae.state_dict(), hashes.VAE_PARTS)
 
 
 class LatentBatches:
     """Shuffled batches out of a folder of latents, each a function of (seed, step).
 
-    Every epoch is another permutation of all clips, decided by (seed, epoch). `frames` serves only
+    A batch holds clips of one bucket; buckets have batches in proportion to their clips. Every
+    epoch is another permutation of a bucket's clips, decided by (seed, epoch). `frames` serves only
     the first frames of each clip: a causal VAE encodes a prefix to a prefix of the latents. Files
     are mapped, not read, so that a folder may be larger than memory. Raises `ValueError` if the
     folder is unfinished, or was encoded by other weights than `encoder` (from `encoder_hash`).
@@ -177,35 +171,39 @@ class LatentBatches:
         spread: int | None = None,
         encoder: str | None = None,
         start_step: int = 0,
+        part: Part = WHOLE,
     ) -> None:
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         self.seed, self.size, self.start_step = seed, batch, start_step
+        self.own = items(batch, part)
         m = self.manifest
-        self.latent_frames = m.latent_shape[1] if frames is None else m.latent_frames(frames)
-        self.spread = self.latent_frames if spread is None else spread
-        if self.spread > self.latent_frames:
-            raise ValueError(
-                f"spread {spread} is more than the {self.latent_frames} latent frames of {folder}"
-            )
         if encoder is not None and encoder != m.encoder:
             raise ValueError(
                 f"latents in {folder} are stale: encoded by weights {m.encoder}, but the VAE at"
                 f" hand is {encoder}; encode them again"
             )
-        self._shards = [_open_shard(self.folder, m, i) for i in range(m.num_shards)]
-        self._permutation = lru_cache(maxsize=2)(self._shuffled)
+        self._groups = open_groups(self.folder, m)
+        self._lengths = [_served(group, frames) for group in self._groups]
+        self._spread = spread
+        if spread is not None and spread > min(self._lengths):
+            raise ValueError(
+                f"spread {spread} is more than the {min(self._lengths)} latent frames of {folder}"
+            )
+        self._rota = Rota(tuple(len(group) for group in self._groups), seed)
+        self._permutation = lru_cache(maxsize=2 * len(self._groups))(self._shuffled)
         sizes = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(m.latents_mean).view(sizes)
         self._std = torch.tensor(m.latents_std).view(sizes)
 
     def __len__(self) -> int:
         """Return the number of clips."""
-        return self.manifest.count
+        return sum(len(group) for group in self._groups)
 
     def batch(self, step: int) -> LatentBatch:
-        """Return the batch of one step."""
-        places = [self._place(step * self.size + item) for item in range(self.size)]
-        frames = self._frames(step)
+        """Return the batch of one step, or this process's part of it."""
+        group, turn = self._rota.place(step)
+        places = [self._place(group, turn * self.size + item) for item in self.own]
+        frames = self._frames(step, self._lengths[group])
         kept = slice(frames.start, frames.stop, frames.step)
         raw = torch.stack([s.latents_NCTHW[i, :, kept] for s, i in places]).float()
         return LatentBatch(
@@ -223,44 +221,45 @@ class LatentBatches:
 
     __iter__ = prefetch
 
-    def _frames(self, step: int) -> range:
-        count, gaps = self.latent_frames, self.spread - 1
+    def _frames(self, step: int, count: int) -> range:
+        gaps = (count if self._spread is None else self._spread) - 1
         generator = rng.numpy_generator(self.seed, "data/frames", step)
         stride = int(generator.integers(1, (count - 1) // gaps + 1)) if gaps else 1
         first = int(generator.integers(count - gaps * stride))
         return range(first, first + gaps * stride + 1, stride)
 
-    def _place(self, sample: int) -> tuple[_Shard, int]:
-        epoch, position = divmod(sample, self.manifest.count)
-        shard, index = divmod(int(self._permutation(epoch)[position]), self.manifest.shard_size)
-        return self._shards[shard], index
+    def _place(self, group: int, sample: int) -> tuple[Shard, int]:
+        epoch, position = divmod(sample, len(self._groups[group]))
+        return self._groups[group].place(int(self._permutation(group, epoch)[position]))
 
-    def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return rng.numpy_generator(self.seed, "epoch", epoch).permutation(self.manifest.count)
+    def _shuffled(self, group: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        clips = self._groups[group]
+        return rng.numpy_generator(self.seed, clips.purpose, epoch).permutation(len(clips))
+
+
+def _served(group: Group, frames: int | None) -> int:
+    stored = group.latent_shape[1]
+    return stored if frames is None else latent_frames(frames, group.num_frames, stored)
 
 
 def _claim(folder: Path, manifest: Manifest) -> None:
     if (folder / MANIFEST).exists():
-        have, want = read_manifest(folder).model_dump(), manifest.model_dump()
-        wrong = [
-            f"{key} {have[key]!r}, not {value!r}"
-            for key, value in want.items()
-            if key not in MAY_CHANGE and have[key] != value
-        ]
-        if wrong:
+        have = read_manifest(folder)
+        wrong = differences(have, manifest, but=MAY_CHANGE)
+        if wrong or not isinstance(have, Manifest):
             raise ValueError(
                 f"{folder} holds other latents ({'; '.join(wrong)}); delete it or choose another"
             )
-        if have["count"] > manifest.count:
+        if have.count > manifest.count:
             raise ValueError(
-                f"num_clips {manifest.count} is less than the {have['count']} that {folder} holds"
+                f"num_clips {manifest.count} is less than the {have.count} that {folder} holds"
             )
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n", overwrite=True)
 
 
 def _finished(folder: Path, manifest: Manifest, shard: int) -> bool:
-    path = _shard_path(folder, shard)
+    path = folder / shard_name("", shard)
     if not path.exists():
         return False
     return weights.read_header(path)["latents"].shape[0] == manifest.shard_count(shard)
@@ -287,26 +286,7 @@ def _encode_shard(
     if not bool(stacked.isfinite().all()):
         raise ValueError(f"latents of shard {shard} do not fit {manifest.dtype} or are not finite")
     words = {"captions": json.dumps(captions[:count]), "ids": json.dumps(ids[:count])}
-    weights.save(_shard_path(folder, shard), {"latents": stacked}, words)
-
-
-def _open_shard(folder: Path, manifest: Manifest, shard: int) -> _Shard:
-    path = _shard_path(folder, shard)
-    if not path.exists() or not _finished(folder, manifest, shard):
-        raise ValueError(
-            f"latents in {folder} are unfinished: {path.name} of {manifest.num_shards} shards is"
-            " missing; run the same encode command again"
-        )
-    words = weights.read_metadata(path)
-    return _Shard(
-        weights.Checkpoint(path).tensor("latents"),
-        json.loads(words["captions"]),
-        json.loads(words["ids"]),
-    )
-
-
-def _shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.safetensors"
+    weights.save(folder / shard_name("", shard), {"latents": stacked}, words)
 
 
 def _latent_shape(vae: Vae, pixels: tuple[int, int, int]) -> tuple[int, int, int, int]:

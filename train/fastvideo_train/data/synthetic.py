@@ -10,6 +10,7 @@ import torch
 
 from fastvideo import rng
 from fastvideo.worlds import open_world
+from fastvideo_train.data import WHOLE, Part, items
 
 
 class SyntheticBatch(TypedDict):
@@ -35,18 +36,20 @@ class SyntheticBatches:
         height: int,
         width: int,
         start_step: int = 0,
+        part: Part = WHOLE,
     ) -> None:
         self.seed, self.start_step = seed, start_step
+        self.own = items(batch, part)
         self.shape = (batch, channels, frames, height, width)
         # one small frame is enough: only the caption is used
         self._world = open_world(world, height=64, width=64, num_frames=1)
 
     def batch(self, step: int) -> SyntheticBatch:
-        """Return the batch of one step."""
-        count = self.shape[0]
-        indices = range(step * count, (step + 1) * count)
+        """Return the batch of one step, or this process's part of it."""
+        indices = [step * self.shape[0] + i for i in self.own]
+        whole = rng.noise(self.shape, seed=self.seed, purpose="data/synthetic", step=step)
         return SyntheticBatch(
-            latents=rng.noise(self.shape, seed=self.seed, purpose="data/synthetic", step=step),
+            latents=whole[self.own.start : self.own.stop],
             frame_T=torch.arange(self.shape[2]),
             captions=[self._world.clip(self.seed, i).caption for i in indices],
             ids=[f"synthetic/{self.seed}/{i}" for i in indices],

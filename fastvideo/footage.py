@@ -1,0 +1,365 @@
+"""Videos made by others: what a file holds, and its frames as they are meant to be seen.
+
+Upright, in square pixels, over black where they are transparent, and chosen by their times: frame k
+is what is on screen k / fps seconds after the first. Audio is ignored, HDR is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Frames = npt.NDArray[np.uint8]
+
+# Suffix: FFmpeg's name of the container that it promises.
+CONTAINERS = {
+    ".mp4": "mov",
+    ".m4v": "mov",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "webm",
+    ".avi": "avi",
+    ".mpg": "mpeg",
+    ".mpeg": "mpeg",
+    ".ts": "mpegts",
+    ".flv": "flv",
+    ".ogv": "ogg",
+    ".gif": "gif",
+}
+HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+UNSPECIFIED_COLORSPACE = 2
+HD_LINES = 720  # from here on untagged colours are BT.709 by convention, below BT.601
+# Matroska rounds times to milliseconds: a frame counts as on screen this much before its time.
+EARLY_S = Fraction(2, 1000)
+# A VP8 or VP9 stream hides its alpha in a second stream that only libvpx decodes.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+class UnusableError(ValueError):
+    """Why a file is no video that can be used; the text does not name the file."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """What a file says of its video; width and height are those of the upright picture."""
+
+    codec: str
+    width: int
+    height: int
+    duration_s: float
+    num_frames: int
+    is_variable: bool
+    is_turned: bool
+    has_alpha: bool
+    has_audio: bool
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, on average."""
+        return self.num_frames / self.duration_s
+
+
+@dataclass(frozen=True)
+class View:
+    """How an upright picture becomes a frame: scaled to a size, then a box is cut out of it."""
+
+    scaled: tuple[int, int]
+    """Width and height."""
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def probe(path: str | Path, *, decode: bool = False) -> Footage:
+    """Read every packet of a file and decode its first frame, or with `decode` every frame.
+
+    Raises `UnusableError` with the reason for whatever cannot be trained on.
+    """
+    path = Path(path)
+    with _opened(path) as (container, stream):
+        _check_whole(stream, path)
+        packets = [_Packet.of(p) for p in container.demux(stream) if p.size]
+        times = _times(packets, stream)
+        _check_length(packets, times, container, stream)
+    with _opened(path) as (container, stream):
+        frames = _decoded(container, stream)
+        first = next(frames, None)
+        if first is None:
+            raise UnusableError("holds no frame that can be decoded")
+        transfer = HDR.get(first.color_trc)
+        if transfer:
+            raise UnusableError(f"HDR ({transfer}) is not converted; make an SDR version of it")
+        is_transposed, *mirrors = _orientation(first)
+        if decode:
+            for frame in frames:
+                if frame.is_corrupt:
+                    raise UnusableError(f"damaged {_at(frame)}")
+        width, height = _square(first, stream)
+        return Footage(
+            codec=stream.codec_context.codec.canonical_name,
+            width=height if is_transposed else width,
+            height=width if is_transposed else height,
+            duration_s=float(times.end - times.starts[0]),
+            num_frames=len(times.starts),
+            is_variable=times.is_variable,
+            is_turned=is_transposed or any(mirrors),
+            has_alpha=_has_alpha(first),
+            has_audio=bool(container.streams.audio),
+        )
+
+
+def num_frames_at(duration_s: float, fps: float) -> int:
+    """Return how many frames a video of this length gives at a rate."""
+    spans = (Fraction(duration_s).limit_denominator(1_000_000) - EARLY_S) * Fraction(fps)
+    return max(1, -(-spans.numerator // spans.denominator))
+
+
+def read(path: str | Path, *, fps: float, num_frames: int, view: View) -> Frames:
+    """Return the first `num_frames` frames at a constant rate, uint8 (T, H, W, 3).
+
+    Raises `UnusableError` if the file is damaged, or shorter than it says.
+    """
+    import numpy as np
+
+    out = np.empty((num_frames, view.height, view.width, 3), np.uint8)
+    done, start, last = 0, None, None
+    with _opened(Path(path)) as (container, stream):
+        for frame in _decoded(container, stream):
+            if frame.is_corrupt:
+                raise UnusableError(f"damaged {_at(frame)}")
+            time = _time(frame, stream)
+            start = time if start is None else start
+            stop = min(_first_shown(time - start, fps), num_frames)
+            if stop > done and last is not None:
+                out[done:stop] = _picture(last, stream, view)
+                done = stop
+            last = frame
+            if done == num_frames:
+                return out
+        if last is None or start is None:
+            raise UnusableError("holds no frame that can be decoded")
+        end = _time(last, stream) - start + _span(last, stream)
+        if num_frames_at(float(end), fps) < num_frames:
+            raise UnusableError(f"ends after {float(end):.2f} s, before frame {num_frames}")
+        out[done:] = _picture(last, stream, view)
+    return out
+
+
+def _first_shown(time: Fraction, fps: float) -> int:
+    """Return the first k for which k / fps is not before a frame's time, 0 for the first frame."""
+    k = (time - EARLY_S) * Fraction(fps)
+    return max(0, -(-k.numerator // k.denominator))
+
+
+@dataclass(frozen=True)
+class _Packet:
+    """What is kept of a packet: the data of all of them may not fit into memory."""
+
+    stamp: int | None
+    duration: int
+    is_corrupt: bool
+    is_discard: bool
+
+    @classmethod
+    def of(cls, packet: Any) -> _Packet:
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        return cls(stamp, packet.duration or 0, packet.is_corrupt, packet.is_discard)
+
+
+@dataclass(frozen=True)
+class _Times:
+    starts: list[Fraction]
+    end: Fraction
+
+    @property
+    def is_variable(self) -> bool:
+        """Tell whether steps differ by more than the rounding of milliseconds."""
+        steps: list[Fraction] = [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]
+        steps.sort()
+        return bool(steps) and steps[-1] - steps[0] > EARLY_S
+
+
+def _times(packets: list[_Packet], stream: Any) -> _Times:
+    shown = [(p.stamp, p.duration) for p in packets if not p.is_discard]
+    if not shown:
+        raise UnusableError("holds no frames")
+    stamps: list[tuple[int, int]] = sorted((a, b) for a, b in shown if a is not None)
+    if len(stamps) < len(shown):
+        raise UnusableError("has frames without times")
+    base: Fraction = stream.time_base
+    starts: list[Fraction] = [stamp * base for stamp, _ in stamps]
+    step = (starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else Fraction(1, 25)
+    return _Times(starts, starts[-1] + (stamps[-1][1] * base or step))
+
+
+def _check_whole(stream: Any, path: Path) -> None:
+    """Refuse a file that ends before the last frame that its index lists."""
+    need = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    have = path.stat().st_size
+    if need > have:
+        raise UnusableError(f"truncated: {have:,} of at least {need:,} bytes")
+
+
+def _check_length(packets: list[_Packet], times: _Times, container: Any, stream: Any) -> None:
+    if any(p.is_corrupt for p in packets):
+        raise UnusableError("truncated: its last frame is cut")
+    says = _says_s(container, stream)
+    has = float(times.end - min(times.starts[0], Fraction(0)))
+    if says is not None and says - has > 2.5 * has / len(times.starts):
+        raise UnusableError(f"truncated: {has:.2f} of {says:.2f} s")
+
+
+def _says_s(container: Any, stream: Any) -> float | None:
+    """Return how long a file says its video is, None if it does not."""
+    if container.format.name == "avi":
+        return float(stream.frames / stream.average_rate) if stream.frames else None
+    if "DURATION" in stream.metadata:  # Matroska's, as hours:minutes:seconds
+        try:
+            h, m, s = (float(part) for part in stream.metadata["DURATION"].split(":"))
+        except ValueError:
+            return None
+        return 3600 * h + 60 * m + s
+    return float(stream.duration * stream.time_base) if stream.duration else None
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield frames in the order of showing; say where decoding failed."""
+    import av
+
+    time = 0.0
+    try:
+        for frame in _frames(container, stream):
+            time = float(frame.time or 0)
+            yield frame
+    except av.FFmpegError as error:
+        raise UnusableError(f"cannot be decoded after {time:.2f} s: {error.strerror}") from None
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    import av
+
+    name = stream.codec_context.codec.canonical_name
+    if stream.metadata.get("alpha_mode") != "1" or name not in ALPHA_DECODERS:
+        yield from container.decode(stream)
+        return
+    context: Any = av.CodecContext.create(ALPHA_DECODERS[name], "r")
+    for packet in container.demux(stream):
+        yield from context.decode(packet if packet.size else None)
+
+
+def _picture(frame: Any, stream: Any, view: View) -> Frames:
+    """Return a frame as it is seen (H W 3): over black, scaled, upright, cut."""
+    import av
+    import numpy as np
+    from av.video.reformatter import Colorspace, Interpolation
+
+    is_transposed, flip_x, flip_y = _orientation(frame)
+    width, height = reversed(view.scaled) if is_transposed else view.scaled
+    space = None
+    if frame.colorspace == UNSPECIFIED_COLORSPACE:
+        is_hd = min(frame.width, frame.height) >= HD_LINES
+        space = Colorspace.ITU709 if is_hd else Colorspace.ITU601
+    if _has_alpha(frame):
+        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+        over_black = (rgba[..., :3] * rgba[..., 3:] + 127) // 255
+        frame = av.VideoFrame.from_ndarray(over_black.astype(np.uint8), format="rgb24")
+        space = None
+    scaled = frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24",
+        src_colorspace=space,
+        # bicubic widens when it shrinks; the flags give the same bytes on every machine
+        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
+        threads=1,
+    )
+    rgb = scaled.to_ndarray()
+    rgb = rgb.swapaxes(0, 1) if is_transposed else rgb
+    rgb = rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    cut: Frames = rgb[view.top : view.top + view.height, view.left : view.left + view.width]
+    return cut
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """Return what makes a frame upright: whether to transpose it, then to flip x, then y.
+
+    A display matrix (a b u, c d v, x y w) sends (x, y) to (a x + c y, b x + d y).
+    """
+    import numpy as np
+    from av.sidedata.sidedata import Type
+
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return False, False, False
+    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(data), np.int32)[:5])
+    if bool(a) == bool(b) or bool(a) != bool(d) or bool(b) != bool(c):
+        raise UnusableError(f"is turned by {frame.rotation} degrees, no multiple of 90")
+    is_transposed = a == 0
+    return is_transposed, (c if is_transposed else a) < 0, (b if is_transposed else d) < 0
+
+
+def _square(frame: Any, stream: Any) -> tuple[int, int]:
+    """Return width and height of a frame before it is turned, in square pixels."""
+    ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    return max(1, round(frame.width * (ratio or 1))), frame.height
+
+
+def _has_alpha(frame: Any) -> bool:
+    return any(component.is_alpha for component in frame.format.components)
+
+
+def _time(frame: Any, stream: Any) -> Fraction:
+    stamp = frame.pts if frame.pts is not None else frame.dts
+    if stamp is None:
+        raise UnusableError("has frames without times")
+    time: Fraction = stamp * (frame.time_base or stream.time_base)
+    return time
+
+
+def _span(frame: Any, stream: Any) -> Fraction:
+    """Return how long the last frame is shown."""
+    if frame.duration:
+        span: Fraction = frame.duration * (frame.time_base or stream.time_base)
+        return span
+    return 1 / Fraction(stream.average_rate or 25)
+
+
+def _at(frame: Any) -> str:
+    return f"at {float(frame.time or 0):.2f} s"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a file's first video stream; every reason against it is an `UnusableError`."""
+    import av
+
+    promised = CONTAINERS.get(path.suffix.lower())
+    if promised is None:
+        legal = ", ".join(CONTAINERS)
+        raise UnusableError(f"suffix {path.suffix!r} is none of a video: {legal}")
+    try:
+        if not path.stat().st_size:
+            raise UnusableError("is empty: zero bytes")
+        with av.open(str(path)) as container:
+            names = container.format.name.split(",")
+            if promised not in names:
+                raise UnusableError(f"wrong extension: {path.suffix} holds {names[0]}")
+            if not container.streams.video:
+                raise UnusableError("has no video track")
+            yield container, container.streams.video[0]
+    except av.FFmpegError as error:
+        reason = "truncated, or not a video" if (error.errno or 0) > 1000 else error.strerror
+        raise UnusableError(f"cannot be read: {reason}") from None
+    except (IndexError, UnicodeError) as error:
+        raise UnusableError(f"cannot be read: {error}") from None
+    except OSError as error:
+        raise UnusableError(f"cannot be read: {error.strerror}") from None

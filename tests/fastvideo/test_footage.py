@@ -1,0 +1,234 @@
+"""Videos of others: seen upright and in time, or refused with a reason; real files throughout."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from odd_videos import SIZE, levels, truncated, write, write_sound
+from PIL import Image
+
+from fastvideo import footage
+from fastvideo.footage import UnusableError, View
+
+WHOLE = View(SIZE, 0, 0, *SIZE)
+
+
+def read(path: Path, *, fps: float = 16, count: int = 16, view: View = WHOLE) -> np.ndarray:
+    return footage.read(path, fps=fps, num_frames=count, view=view)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.webm", "libvpx-vp9")]
+)
+def test_at_its_own_rate_a_video_gives_each_frame_once(tmp_path, name, codec):
+    path = write(tmp_path / name, codec)
+    facts = footage.probe(path, decode=True)
+    assert (facts.width, facts.height, facts.num_frames) == (48, 32, 16)
+    assert not (facts.is_variable or facts.is_turned or facts.has_alpha or facts.has_audio)
+    assert footage.num_frames_at(facts.duration_s, 16) == 16
+    assert levels(read(path)) == list(range(16))
+
+
+@pytest.mark.parametrize("fps", [4, 8])
+def test_a_lower_rate_takes_frames_at_even_times(tmp_path, fps):
+    path = write(tmp_path / "a.webm", "libvpx-vp9")  # its times are rounded to milliseconds
+    count = footage.num_frames_at(footage.probe(path).duration_s, fps)
+    assert levels(read(path, fps=fps, count=count)) == list(range(0, 16, 16 // fps))
+
+
+def test_a_higher_rate_repeats_frames(tmp_path):
+    path = write(tmp_path / "a.mp4", count=4)
+    assert levels(read(path, fps=32, count=8)) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_frames_at_a_variable_rate_are_those_on_screen_at_their_times(tmp_path):
+    times = [0, 40, 80, 500, 520, 900, 1400, 1450]
+    path = write(tmp_path / "a.mp4", times_ms=times, count=len(times))
+    facts = footage.probe(path)
+    assert facts.is_variable
+    count = footage.num_frames_at(facts.duration_s, 8)
+    shown = [max(i for i, t in enumerate(times) if t <= 125 * k) for k in range(count)]
+    assert levels(read(path, fps=8, count=count)) == shown
+    assert count >= 12 and shown[2:4] == [2, 2]
+
+
+def corner(index: int) -> np.ndarray:
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:8, :16] = (255, 0, 0)
+    picture[-8:, :16] = (0, 255, 0)
+    return picture
+
+
+ORIENTATIONS = {
+    (1, 0, 0, 1): lambda x: x,
+    (0, 1, -1, 0): lambda x: np.rot90(x, -1),  # a phone held upright
+    (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
+    (0, -1, 1, 0): lambda x: np.rot90(x, 1),
+    (-1, 0, 0, 1): np.fliplr,
+    (1, 0, 0, -1): np.flipud,
+    (0, 1, 1, 0): lambda x: x.swapaxes(0, 1),
+    (0, -1, -1, 0): lambda x: np.rot90(x, 2).swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+def test_a_turned_video_is_upright_whatever_its_display_matrix(tmp_path, matrix):
+    path = write(tmp_path / "a.mov", "png", "rgb24", picture=corner, matrix=matrix, count=2)
+    expected = ORIENTATIONS[matrix](corner(0))
+    height, width = expected.shape[:2]
+    facts = footage.probe(path)
+    assert (facts.width, facts.height) == (width, height)
+    assert facts.is_turned == (matrix != (1, 0, 0, 1))
+    seen = read(path, count=1, view=View((width, height), 0, 0, width, height))
+    assert np.array_equal(seen[0], expected)
+
+
+def test_a_slanted_display_matrix_is_refused(tmp_path):
+    path = write(tmp_path / "a.mov", "png", "rgb24", matrix=(1, 1, -1, 1), count=2)
+    with pytest.raises(UnusableError, match="no multiple of 90"):
+        footage.probe(path)
+
+
+def see_through(index: int) -> np.ndarray:
+    picture = np.zeros((32, 48, 4), np.uint8)
+    picture[:, :24] = (200, 100, 50, 128)
+    picture[:, 24:] = (200, 100, 50, 0)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "tolerance"),
+    [
+        ("a.mov", "qtrle", "argb", 0),
+        ("a.mov", "png", "rgba", 0),
+        ("a.webm", "libvpx-vp9", "yuva420p", 6),
+    ],
+)
+def test_what_is_transparent_is_laid_over_black(tmp_path, name, codec, pixels, tolerance):
+    path = write(tmp_path / name, codec, pixels, picture=see_through, count=2)
+    assert footage.probe(path).has_alpha
+    seen = read(path, count=1)[0].astype(int)
+    assert np.abs(seen[:, 2:20] - [100, 50, 25]).max() <= tolerance
+    assert seen[:, 28:46].max() <= tolerance
+
+
+@pytest.mark.parametrize(("transfer", "name"), [("smpte2084", "PQ"), ("arib-std-b67", "HLG")])
+def test_hdr_is_refused_by_name(tmp_path, transfer, name):
+    options = {"x264-params": f"transfer={transfer}:colorprim=bt2020:colormatrix=bt2020nc"}
+    path = write(tmp_path / "a.mp4", options=options, count=2)
+    with pytest.raises(UnusableError, match=f"HDR .{name}. is not converted"):
+        footage.probe(path)
+
+
+def test_wide_pixels_become_square_ones(tmp_path):
+    path = write(tmp_path / "a.mp4", aspect=Fraction(2), count=2)
+    facts = footage.probe(path)
+    assert (facts.width, facts.height) == (96, 32)
+    assert read(path, count=1, view=View((96, 32), 8, 0, 80, 32)).shape == (1, 32, 80, 3)
+
+
+def test_a_view_scales_and_then_cuts(tmp_path):
+    path = write(tmp_path / "a.mov", "png", "rgb24", picture=corner, count=1)
+    seen = read(path, count=1, view=View((96, 64), 0, 48, 16, 16))[0]  # the green corner, doubled
+    assert np.abs(seen[4:].astype(int) - [0, 255, 0]).max() <= 8
+
+
+@pytest.mark.parametrize(("size", "space"), [((1280, 720), "ITU709"), ((48, 32), "ITU601")])
+def test_untagged_colours_are_those_of_the_size_s_convention(tmp_path, size, space):
+    from av.video.reformatter import Colorspace
+
+    colour = np.full((size[1], size[0], 3), (200, 40, 90), np.uint8)
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=16, options={"qscale": "1"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(colour, "rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace[space]
+        )
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    seen = read(tmp_path / "a.mp4", count=1, view=View(size, 0, 0, 16, 16))
+    assert np.abs(seen.astype(int) - [200, 40, 90]).max() <= 6
+
+
+def test_sound_is_ignored(tmp_path):
+    path = write(tmp_path / "a.mp4", audio=True)
+    assert footage.probe(path).has_audio and levels(read(path)) == list(range(16))
+
+
+def test_files_that_are_no_videos_are_refused_with_their_reason(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("hello " * 100)
+    Image.new("RGB", SIZE).save(tmp_path / "picture.png")
+    (tmp_path / "picture.png").rename(tmp_path / "picture.mp4")
+    write(tmp_path / "other.webm", "libvpx-vp9").rename(tmp_path / "other.mp4")
+    write_sound(tmp_path / "sound.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    reasons = {}
+    for path in tmp_path.iterdir():
+        with pytest.raises(UnusableError) as caught:
+            footage.probe(path)
+        reasons[path.stem] = str(caught.value)
+        assert "\n" not in reasons[path.stem]
+    assert reasons == {
+        "empty": "is empty: zero bytes",
+        "text": "cannot be read: truncated, or not a video",
+        "picture": "wrong extension: .mp4 holds png_pipe",
+        "other": "wrong extension: .mp4 holds matroska",
+        "sound": "has no video track",
+        "folder": "cannot be read: Is a directory",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.mp4", "libx264", {"movflags": "faststart"}),
+        ("a.mp4", "libx264", {}),
+        ("a.avi", "mpeg4", {}),
+        ("a.webm", "libvpx-vp9", {}),
+    ],
+)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_truncated_file_is_refused_without_decoding_it(tmp_path, name, codec, container, share):
+    whole = write(tmp_path / name, codec, container=container)
+    reasons = r"truncated|holds no frame|cannot be read|no video track"
+    with pytest.raises(UnusableError, match=reasons):
+        footage.probe(truncated(whole, tmp_path / f"cut{whole.suffix}", share))
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("wholes")
+    return [
+        write(folder / "a.mp4", container={"movflags": "faststart"}, count=6),
+        write(folder / "b.avi", "mpeg4", count=6),
+        write(folder / "c.webm", "libvpx-vp9", count=6),
+    ]
+
+
+@given(data=st.data())
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_whatever_is_cut_or_flipped_gives_frames_or_a_reason_and_never_a_crash(
+    wholes, tmp_path, data
+):
+    whole = data.draw(st.sampled_from(wholes))
+    raw = bytearray(whole.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(raw) - 1), max_size=4)):
+        raw[place] ^= data.draw(st.integers(1, 255))
+    del raw[data.draw(st.integers(len(raw) // 4, len(raw))) :]
+    path = tmp_path / f"damaged{whole.suffix}"
+    path.write_bytes(raw)
+    try:
+        facts = footage.probe(path, decode=True)
+        count = min(4, footage.num_frames_at(facts.duration_s, 16))
+        assert read(path, count=count).shape == (count, 32, 48, 3)
+    except UnusableError as error:
+        assert str(error) and "\n" not in str(error)

@@ -1,0 +1,94 @@
+"""Small real videos, plain and odd: each frame is told by its grey level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+STEP = 12  # grey levels from one frame to the next
+SIZE = (48, 32)
+
+Picture = Callable[[int], np.ndarray]
+
+
+def grey(index: int) -> np.ndarray:
+    return np.full((SIZE[1], SIZE[0], 3), STEP * index, np.uint8)
+
+
+def levels(frames: np.ndarray) -> list[int]:
+    """Read back the indices of grey frames."""
+    return [round(float(frame.mean()) / STEP) for frame in frames]
+
+
+def write(
+    path: Path,
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    *,
+    count: int = 16,
+    fps: int = 16,
+    times_ms: Sequence[int] | None = None,
+    picture: Picture = grey,
+    matrix: Sequence[int] | None = None,
+    options: dict[str, str] | None = None,
+    container: dict[str, str] | None = None,
+    aspect: Fraction | None = None,
+    audio: bool = False,
+) -> Path:
+    """Write a video; `times_ms` shows frames at those times, `matrix` turns it when it is shown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options=container or {}) as file:
+        stream: Any = file.add_stream(codec, rate=fps, options=options or {})
+        first = picture(0)
+        stream.width, stream.height, stream.pix_fmt = first.shape[1], first.shape[0], pixels
+        if times_ms is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if matrix is not None:
+            a, b, c, d = (65536 * value for value in matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+        sound: Any = file.add_stream("aac", rate=16000, layout="mono") if audio else None
+        for i in range(count):
+            array = picture(i)
+            frame = av.VideoFrame.from_ndarray(array, "rgba" if array.shape[2] == 4 else "rgb24")
+            frame.pts = i if times_ms is None else times_ms[i]
+            if times_ms is not None:
+                frame.time_base = Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+        if sound is not None:
+            _silence(file, sound)
+    return path
+
+
+def write_sound(path: Path) -> Path:
+    """Write a file with an audio track alone."""
+    with av.open(str(path), "w") as file:
+        _silence(file, file.add_stream("aac", rate=16000, layout="mono"))
+    return path
+
+
+def truncated(source: Path, path: Path, share: float) -> Path:
+    """Write the first part of a file."""
+    data = source.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+def _silence(file: Any, stream: Any) -> None:
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", layout="mono")
+    frame.sample_rate = 16000
+    file.mux(stream.encode(frame))
+    file.mux(stream.encode())
+
+
+def captioned(path: Path, caption: str) -> Path:
+    """Put a caption beside a video."""
+    path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+    return path

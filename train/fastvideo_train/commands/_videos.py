@@ -1,0 +1,260 @@
+"""The part of `fastvideo data` that looks at folders of videos, and encodes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvideo import hub, media
+from fastvideo.cli import FAILED, OK, refusing
+from fastvideo.config import assignments, merge, parse
+from fastvideo.footage import UnusableError
+from fastvideo.shapes import Compression, parse_size
+from fastvideo.spec import Defaults
+from fastvideo_train.commands._progress import progress
+from fastvideo_train.data import folder as folders
+from fastvideo_train.data import plan as plans
+from fastvideo_train.data.buckets import Rules
+from fastvideo_train.data.folder import Bad, Found
+from fastvideo_train.data.plan import Plan
+from fastvideo_train.data.stats import summary
+
+SMOKE_CLIPS = 4
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every command on videos is told."""
+
+    folder: Path
+    captions: Path | None = None
+    model: str | None = None
+    size: str | None = None
+    frames: str | None = None
+    fps: float | None = None
+    sets: tuple[str, ...] = ()
+    workers: int | None = None
+
+    def find(self) -> tuple[Found, Rules]:
+        """Return what names and captions tell, and the rules; `ValueError` for wrong words."""
+        return folders.find(self.folder, self.captions), self.rules()
+
+    def rules(self) -> Rules:
+        """Return the rules: a model's own size, lengths, rate and multiples unless given."""
+        defaults, compression = Defaults(), Compression()
+        if self.model is not None:
+            spec, _ = hub.open_spec(self.model)
+            defaults, compression = spec.defaults, spec.compression
+        width, height = parse_size(self.size) if self.size else (defaults.width, defaults.height)
+        values = {
+            "width": width,
+            "height": height,
+            "frames": lengths(self.frames) if self.frames else (defaults.num_frames,),
+            "fps": self.fps or defaults.fps,
+            "multiple": compression.pixel_multiple,
+            "temporal": compression.temporal,
+        }
+        return parse(Rules, merge(values, assignments(self.sets)), source="the rules for videos")
+
+    def num_workers(self) -> int:
+        """Return how many processes look at files."""
+        return min(MAX_WORKERS, os.cpu_count() or 1) if self.workers is None else self.workers
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Read `17,81`; `ValueError` if it is no list of numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--frames {text!r} must be a number, or several such as 17,81")
+    return tuple(int(part) for part in parts)
+
+
+def validate(asked: Asked, *, quick: bool, as_json: bool) -> int:
+    """List the files that cannot be used; exit code 1 if any is bad."""
+    _, plan = look(asked, decode=not quick)
+    counts = {"usable": len(plan.clips), "bad": len(plan.bad), "left_out": len(plan.unfit)}
+    if as_json:
+        listed = {"bad": plan.bad, "left_out": plan.unfit}
+        rows = {key: [{"file": b.name, "reason": b.reason} for b in v] for key, v in listed.items()}
+        _print_json({"folder": str(asked.folder), "usable": counts["usable"], **rows})
+    else:
+        _print_bad("bad", plan.bad)
+        _print_bad("left out", plan.unfit)
+        print(f"{asked.folder}: {_counts(counts)}")
+    return FAILED if plan.bad else OK
+
+
+def stats(asked: Asked, *, as_json: bool) -> int:
+    """Print what the folder holds, in numbers."""
+    found, plan = look(asked)
+    values = summary(found, plan, num_tokens=_num_tokens(asked.model, plan))
+    if as_json:
+        _print_json(values)
+        return OK
+    print(f"{asked.folder}: {_counts(values)} (fastvideo data validate says why)")
+    if not plan.clips:
+        return OK
+    used = f"{values['total_s']:.1f} s in all, {values['used_s']:.1f} s used"
+    rows = {
+        "durations": f"{_range(values['duration_s'], ' s')}; {used}",
+        "fps": f"{_range(values['fps'])}; variable in {values['variable_rate']}",
+        "sizes": _listed(values["sizes"]),
+        "codecs": _listed(values["codecs"]),
+        "handled": f"turned upright {values['turned']}, alpha laid over black {values['alpha']},"
+        f" audio ignored {values['audio']}",
+        "captions": f"{values['captions']} distinct, {_range(values['caption_words'], ' words')}",
+    }
+    if "caption_tokens" in values:
+        rows["tokens"] = _range(values["caption_tokens"], " of a caption")
+    for name, bucket in values["buckets"].items():
+        rows[name] = f"{bucket['clips']} clips, {bucket['kept']:.0%} of the picture"
+    if values["other_files"]:
+        rows["not videos"] = _listed(values["other_files"])
+    for key, text in rows.items():
+        print(f"  {key:<12}{text}")
+    return OK
+
+
+def preview(asked: Asked, output: Path, count: int) -> int:
+    """Write contact sheets, one for each bucket, of what training would see."""
+    _, plan = look(asked)
+    if not plan.clips:
+        raise ValueError(f"{asked.folder} has no usable video; fastvideo data validate says why")
+    names = [bucket.name for bucket in plan.buckets()]
+    for name in names:
+        path = output if len(names) == 1 else output.with_stem(f"{output.stem}-{name}")
+        shown, labels = [], []
+        for clip in plan.of(name)[:count]:
+            try:
+                shown.append(clip.frames(plan.rules.fps))
+                labels.append(f"{clip.video.name}: {clip.video.caption}")
+            except UnusableError as error:
+                _print_bad("bad", [Bad(clip.video.name, str(error))])
+        if shown:
+            sheet = media.contact_sheet(shown, labels=labels)
+            media.write_png(path, sheet)
+            print(f"{path}: {len(shown)} of {len(plan.of(name))} clips of {name}")
+    return OK
+
+
+def encode(
+    asked: Asked,
+    output: Path,
+    *,
+    shard: int,
+    batch: int,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    prompts: Sequence[str],
+    smoke: bool,
+) -> int:
+    """Encode a folder's videos and captions; the same command goes on after a kill."""
+    assert asked.model is not None, "the command demands one"
+    output = output.with_name(f"{output.name}-smoke") if smoke else output
+    with refusing():
+        found, rules = asked.find()
+        if smoke:
+            found, rules = _small(found, rules)
+        output.mkdir(parents=True, exist_ok=True)
+        plan = plans.make(found, _scan(found, asked, journal=output / "scan.jsonl"), rules)
+        import torch  # here, after what can be refused without it
+
+        from fastvideo_train.data.videos import Job
+
+        if threads:
+            torch.set_num_threads(threads)
+        settings: dict[str, Any] = {"shard": shard, "batch": batch, "prompts": prompts}
+        job = Job.open(plan, asked.model, output, device=device, dtype=dtype, **settings)
+    size = f"about {job.size_bytes / 1e6:.3g} MB"
+    print(f"{output}: {len(plan.clips)} clips, {len(job.prompts)} prompts, {size}")
+    with progress("text") as report:
+        job.encode_text(report)
+    with progress("clips") as report:
+        damaged = job.encode_clips(report, workers=asked.num_workers())
+    left = len(plan.bad) + len(plan.unfit) + len(damaged)
+    _print_bad("bad", damaged)
+    done = len(plan.clips) - len(damaged)
+    print(
+        f"{output}: {done} clips in {len(plan.buckets())} buckets; {left} left out (skipped.jsonl)"
+    )
+    return OK
+
+
+def look(asked: Asked, *, decode: bool = False) -> tuple[Found, Plan]:
+    """Look at every file and sort it."""
+    with refusing():
+        found, rules = asked.find()
+    return found, plans.make(found, _scan(found, asked, decode=decode), rules)
+
+
+def _scan(
+    found: Found, asked: Asked, *, decode: bool = False, journal: Path | None = None
+) -> list[folders.Scanned]:
+    """Look at the files that the journal does not know, and note each as soon as it is done."""
+    known: dict[str, folders.Scanned] = {}
+    if journal is not None and journal.is_file():
+        known = folders.from_lines(journal.read_text(encoding="utf-8"), found.videos)
+    out = []
+    with progress("scan") as report:
+        for one in folders.scan(
+            found.videos,
+            workers=asked.num_workers() if len(known) < len(found.videos) else 0,
+            decode=decode,
+            known=known,
+            report=report,
+        ):
+            out.append(one)
+            if journal is not None and one.video.name not in known:
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(folders.to_line(one))
+    return out
+
+
+def _small(found: Found, rules: Rules) -> tuple[Found, Rules]:
+    """Return the first videos and the shortest legal clips, for a look at the machinery."""
+    few = Found(found.videos[:SMOKE_CLIPS], (), found.others, found.captions)
+    return few, rules.model_copy(update={"frames": (rules.temporal + 1,)})
+
+
+def _num_tokens(model: str | None, plan: Plan) -> list[int] | None:
+    """Return the tokens of each clip's caption, before any cut to the model's limit."""
+    if model is None or not plan.clips:
+        return None
+    from fastvideo import formats
+    from fastvideo.models.text.tokenizer import Tokenizer
+
+    _, source = hub.open_spec(model)
+    tokenizer = Tokenizer.load(formats.find(source).tokenizer_folder(source))
+    captions = [clip.video.caption for clip in plan.clips]
+    longest = max(len(caption) for caption in captions)
+    _, mask_BL = tokenizer(captions, 4 * longest + 2)  # a letter is at most four bytes, and tokens
+    counts: list[int] = mask_BL.sum(1).tolist()
+    return counts
+
+
+def _print_bad(word: str, bad: Sequence[Bad]) -> None:
+    for one in bad:
+        print(f"{word}: {one.name}: {one.reason}")
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def _counts(values: dict[str, Any]) -> str:
+    return f"{values['usable']} usable, {values['bad']} bad, {values['left_out']} left out"
+
+
+def _range(values: dict[str, float], unit: str = "") -> str:
+    least, middle, most = (f"{values[key]:.4g}" for key in ("min", "median", "max"))
+    return f"{least} to {most}{unit}, median {middle}"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
