@@ -122,6 +122,34 @@ class Pointwise(nn.Module):
             )
 
     def forward(self, x_BCTHW: Tensor, t_BT: Tensor, cond: Any, **told: Any) -> Tensor:
+        return self.net(self._seen(x_BCTHW, t_BT)).movedim(-1, 1)
+
+    def features(self, x_BCTHW: Tensor, t_BT: Tensor, cond: Any, **told: Any) -> Tensor:
+        """What its last layer sees of each position, (B, L, width)."""
+        return self.net[:-1](self._seen(x_BCTHW, t_BT)).flatten(1, 3)
+
+    def _seen(self, x_BCTHW: Tensor, t_BT: Tensor) -> Tensor:
         x = x_BCTHW.movedim(1, -1)  # B T H W C
         s = (t_BT / 1000)[:, :, None, None, None].expand(*x.shape[:-1], 1)
-        return self.net(torch.cat([x, s, s.square(), s.sqrt()], -1)).movedim(-1, 1)
+        return torch.cat([x, s, s.square(), s.sqrt()], -1)
+
+
+class IdealGaussian(nn.Module):
+    """The few-step sampler of N(mean, std^2) in every channel; these numbers are all it learns.
+
+    On its own path x = (1 - s) x0 + s e, each step's x0 has that distribution whatever they are: e
+    is fresh noise if the sampler renoises; if not, the one draw of which x0 = mean + std e is made.
+    """
+
+    def __init__(self, channels: int, *, renoise: bool) -> None:
+        super().__init__()
+        self.mean_C = nn.Parameter(torch.zeros(channels))
+        self.log_std_C = nn.Parameter(torch.zeros(channels))
+        self.renoise = renoise
+
+    def forward(self, x_BCTHW: Tensor, t_BT: Tensor, cond: Any, **told: Any) -> Tensor:
+        s = (t_BT / 1000)[:, None, :, None, None]
+        mean, std = (p[:, None, None, None] for p in (self.mean_C, self.log_std_C.exp()))
+        size = torch.hypot((1 - s) * std, s) if self.renoise else (1 - s) * std + s
+        clean = mean + std * (x_BCTHW - (1 - s) * mean) / size
+        return (x_BCTHW - clean) / s

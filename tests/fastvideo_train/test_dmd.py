@@ -7,146 +7,95 @@ import math
 
 import pytest
 import torch
-from distill_toys import BATCH, KEY, Joined, guided, in_float64, lively
+from distill_toys import BATCH, KEY, Joined, lively, with_roles
+from dmd_by_hand import (
+    EVERY_5,
+    GAN,
+    SIGMAS,
+    critic_gan,
+    critic_loss,
+    direction,
+    key_with_exit,
+    made,
+    run,
+    slopes,
+    student_gan,
+    student_input,
+)
 from fastvideo_train import logs, loop
-from fastvideo_train.loop import DivergedError, make_method, train
-from fastvideo_train.methods import StepKey
+from fastvideo_train.loop import DivergedError, Job, make_method, train
 from tiny_recipes import finish, tiny
+from torch import nn
 
 from fastvideo import flow, schedulers
 from fastvideo.sample import sample
 
-SHAPE = (2, 4, 2, 8, 8)
-SIGMAS = [1.0, 0.909091, 0.714286]
-EVERY_5 = "method.args.student_every=5"
 
-
-def _run(tmp_path, rollout="data", *sets):
-    return lively("dmd", tmp_path, EVERY_5, f"method.args.rollout={rollout}", *sets)
-
-
-def _wide(sigma_B):
-    return sigma_B.double()[:, None, None, None, None]
-
-
-def _score_times(key, phase):
-    u = (key.uniform(f"dmd/{phase}/time", (2,)) * 1000).floor().double() / 1000
-    return (5 * u / (1 + 4 * u)).clamp(0.02, 0.98)
-
-
-def _data_rollout(job, phase, student=None):
-    """x0 = x_s - s v at a drawn step of each clip, in float64."""
-    drawn = (KEY.uniform(f"dmd/{phase}/step", (2,)) * 3).long()
-    s = torch.tensor(SIGMAS)[drawn]
-    noise = KEY.noise(f"dmd/{phase}/start", SHAPE).double()
-    x = (1 - _wide(s)) * BATCH["latents"].double() + _wide(s) * noise
-    student = student or in_float64(job.roles["student"], job, BATCH["captions"])
-    return x - _wide(s) * student(x, s)
-
-
-def _simulated_rollout(job, phase, *, renoise):
-    last = int(KEY.uniform(f"dmd/{phase}/exit", (1,)) * 3)
-    student = in_float64(job.roles["student"], job, BATCH["captions"])
-    x = KEY.noise(f"dmd/{phase}/start", SHAPE).double()
-    for i in range(last):
-        v = student(x, torch.full((2,), SIGMAS[i])).detach()
-        if renoise:
-            fresh = KEY.noise(f"dmd/{phase}/renoise{i}", SHAPE).double()
-            x = (1 - SIGMAS[i + 1]) * (x - SIGMAS[i] * v) + SIGMAS[i + 1] * fresh
-        else:
-            x = x + (SIGMAS[i + 1] - SIGMAS[i]) * v
-    return x - SIGMAS[last] * student(x, torch.full((2,), SIGMAS[last]))
-
-
-def _direction(job, x0, scale):
-    """(f - r) / mean |x0 - r| per clip, r = ru + S (rc - ru)."""
-    s = _score_times(KEY, "student")
-    x = (1 - _wide(s)) * x0 + _wide(s) * KEY.noise("dmd/student/score", SHAPE).double()
-    fake = x - _wide(s) * in_float64(job.roles["critic"], job, BATCH["captions"])(x, s)
-    real = x - _wide(s) * guided(job, scale)(x, s)
-    return (fake - real) / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
-
-
-def _critic_loss(job, x0):
-    s = _score_times(KEY, "critic")
-    noise = KEY.noise("dmd/critic/score", SHAPE).double()
-    x = (1 - _wide(s)) * x0 + _wide(s) * noise
-    v = in_float64(job.roles["critic"], job, BATCH["captions"])(x, s)
-    return (v - (noise - x0)).square().mean()
-
-
-@pytest.mark.parametrize("renoise", ["true", "false"])
+@pytest.mark.parametrize("renoise", [True, False])
 @pytest.mark.parametrize("rollout", ["data", "simulated"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_both_losses_are_the_hand_computed_ones(rollout, renoise, scale, tmp_path):
-    words = [f"method.args.renoise={renoise}", f"method.args.guidance={scale}"]
-    job = _run(tmp_path, rollout, *words)
+    words = [f"method.args.renoise={str(renoise).lower()}", f"method.args.guidance={scale}"]
+    job = run(tmp_path, rollout, *words)
     student, critic = job.method.step(BATCH, job.roles, KEY)
     with torch.no_grad():
-        if rollout == "data":
-            mine, its = (_data_rollout(job, phase) for phase in ("student", "critic"))
-        else:
-            is_renoised = renoise == "true"
-            mine, its = (
-                _simulated_rollout(job, phase, renoise=is_renoised)
-                for phase in ("student", "critic")
-            )
-        g, wanted = _direction(job, mine, scale), _critic_loss(job, its)
+        mine, its = (
+            made(job, *student_input(job, rollout, phase, renoise=renoise))
+            for phase in ("student", "critic")
+        )
+        g, wanted = direction(job, mine, scale), critic_loss(job, its)
     assert student.roles == ("student",) and critic.roles == ("critic",)
     assert float(student.loss.detach()) == pytest.approx(float(0.5 * g.square().mean()), rel=1e-4)
     assert float(student.metrics["student/direction"]) == pytest.approx(float(g.abs().mean()), 1e-4)
     assert float(critic.loss.detach()) == pytest.approx(float(wanted), rel=1e-4)
 
 
-def _slope(job, role, loss, value):
-    """A loss's derivative along a random direction of a role's weights: autograd, differences."""
-    params = list(job.roles[role].net.parameters())
-    generator = torch.Generator().manual_seed(3)
-    direction = [torch.randn(p.shape, generator=generator) for p in params]
-    grads = torch.autograd.grad(loss, params)
-    slope = float(sum((g * d).sum() for g, d in zip(grads, direction, strict=True)))
-    values = []
+@pytest.mark.parametrize("with_gan", [False, True])
+@pytest.mark.parametrize("rollout", ["data", "simulated"])
+def test_the_students_gradient_is_that_of_finite_differences(rollout, with_gan, tmp_path):
+    """The target of the scores is fixed, and so are a simulated rollout's steps before the last."""
+    job, key = run(tmp_path, rollout, *(GAN if with_gan else ())), key_with_exit(2)
+    update = next(job.method.step(BATCH, job.roles, key))
     with torch.no_grad():
-        for move in (1e-4, -2e-4):
-            for p, d in zip(params, direction, strict=True):
-                p += move * d
-            values.append(float(value()))
-    return slope, (values[0] - values[1]) / 2e-4
+        x, s = student_input(job, rollout, "student", key=key)
+        x0 = made(job, x, s)
+        target = x0 - direction(job, x0, 4.0, key=key)
 
+    def value():
+        x0 = made(job, x, s)
+        loss = 0.5 * (x0 - target).square().mean()
+        return loss + 0.7 * student_gan(job, x0, key=key) if with_gan else loss
 
-def test_the_students_gradient_is_that_of_finite_differences_with_a_fixed_target(tmp_path):
-    job = _run(tmp_path)
-    update = next(job.method.step(BATCH, job.roles, KEY))
-    with torch.no_grad():
-        x0 = _data_rollout(job, "student")
-        target = x0 - _direction(job, x0, 4.0)
-    slope, differences = _slope(
-        job,
-        "student",
-        update.loss,
-        lambda: 0.5 * (_data_rollout(job, "student") - target).square().mean(),
-    )
+    slope, differences = slopes(job, "student", update.loss, value)
     assert slope == pytest.approx(differences, rel=1e-2) and abs(slope) > 1e-3
 
 
-def test_the_critics_gradient_is_that_of_finite_differences(tmp_path):
-    job = _run(tmp_path)
+@pytest.mark.parametrize("with_gan", [False, True])
+@pytest.mark.parametrize("rollout", ["data", "simulated"])
+def test_the_critics_gradient_is_that_of_finite_differences(rollout, with_gan, tmp_path):
+    job = run(tmp_path, rollout, *(GAN if with_gan else ()))
     _, update = job.method.step(BATCH, job.roles, KEY)
     with torch.no_grad():
-        x0 = _data_rollout(job, "critic")
-    slope, differences = _slope(job, "critic", update.loss, lambda: _critic_loss(job, x0))
-    assert slope == pytest.approx(differences, rel=1e-2) and abs(slope) > 1e-3
+        x0 = made(job, *student_input(job, rollout, "critic"))
+
+    def value():
+        loss = critic_loss(job, x0)
+        return loss + 0.3 * critic_gan(job, x0) if with_gan else loss
+
+    for role in update.roles:
+        slope, differences = slopes(job, role, update.loss, value)
+        assert slope == pytest.approx(differences, rel=1e-2) and abs(slope) > 1e-3
 
 
 def test_a_simulated_rollout_stops_at_its_exit_and_learns_from_its_last_forward_alone(tmp_path):
-    job = _run(tmp_path, "simulated")
+    job = run(tmp_path, "simulated")
     calls: list[bool] = []
     net = job.roles["student"].net
     net.register_forward_pre_hook(lambda net, args: calls.append(torch.is_grad_enabled()))
     exits = set()
     for step in range(4, 60, 5):
         key = dataclasses.replace(KEY, step=step)
-        last = int(key.uniform("dmd/student/exit", (1,)) * 3)
+        last = int(key.shared("dmd/student/exit") * 3)
         exits.add(last)
         calls.clear()
         next(job.method.step(BATCH, job.roles, key))
@@ -155,7 +104,7 @@ def test_a_simulated_rollout_stops_at_its_exit_and_learns_from_its_last_forward_
 
 
 def test_all_lanes_of_a_step_leave_at_the_same_step_and_draw_other_noise(tmp_path):
-    job = _run(tmp_path, "simulated")
+    job = run(tmp_path, "simulated")
     net = job.roles["student"].net
     calls: list[torch.Tensor] = []
     net.register_forward_pre_hook(lambda net, args: calls.append(args[0].clone()))
@@ -168,8 +117,8 @@ def test_all_lanes_of_a_step_leave_at_the_same_step_and_draw_other_noise(tmp_pat
 
 
 def test_a_deterministic_rollout_is_the_students_own_sampler(tmp_path):
-    job = _run(tmp_path, "simulated", "method.args.renoise=false")
-    clips, student = job.method.clips(BATCH, job.roles, _key_with_exit(2)), job.roles["student"]
+    job = run(tmp_path, "simulated", "method.args.renoise=false")
+    clips, student = job.method.clips(BATCH, job.roles, key_with_exit(2)), job.roles["student"]
     with torch.no_grad():
         x0 = job.method.rollout(clips, student, "student")
         named = job.method.sampler
@@ -179,13 +128,8 @@ def test_a_deterministic_rollout_is_the_students_own_sampler(tmp_path):
     torch.testing.assert_close(x0, last.x, rtol=1e-5, atol=1e-5)
 
 
-def _key_with_exit(wanted: int) -> StepKey:
-    keys = (dataclasses.replace(KEY, step=step) for step in range(4, 1000, 5))
-    return next(k for k in keys if int(k.uniform("dmd/student/exit", (1,)) * 3) == wanted)
-
-
 def test_score_times_are_shifted_and_held_within_their_limits(tmp_path):
-    job = _run(tmp_path)
+    job = run(tmp_path)
     big = {**BATCH, "latents": torch.zeros(4000, 1, 1, 2, 2), "captions": ["a"] * 4000}
     clips = job.method.clips(big, job.roles, KEY)
     times = job.method.score_times(clips, "student")
@@ -197,18 +141,18 @@ def test_score_times_are_shifted_and_held_within_their_limits(tmp_path):
 
 
 def test_the_critic_learns_from_a_rollout_of_its_own_by_the_updated_student(tmp_path):
-    job = _run(tmp_path, "data")
+    job = run(tmp_path, "data")
     phases = job.method.step(BATCH, job.roles, KEY)
     next(phases)
     with torch.no_grad():
         for p in job.roles["student"].net.parameters():
             p.add_(0.05)
-        wanted = _critic_loss(job, _data_rollout(job, "critic"))
+        wanted = critic_loss(job, made(job, *student_input(job, "data", "critic")))
     assert float(next(phases).loss.detach()) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_each_phase_reaches_its_own_network_alone(tmp_path):
-    job = _run(tmp_path)
+    job = run(tmp_path)
     for update in job.method.step(BATCH, job.roles, KEY):
         update.loss.backward()
         (mine,) = update.roles
@@ -234,6 +178,41 @@ def test_the_student_moves_in_every_nth_step_and_its_average_and_warm_up_with_it
     assert all("train/student/loss" in r for r in records[2::3])
 
 
+def test_a_run_in_which_the_student_never_moves_is_refused_before_weights_load(tmp_path):
+    words = ["run.steps=4", EVERY_5, "roles.teacher.from=runs/nowhere"]
+    with pytest.raises(ValueError, match="nano-dit-dmd would never learn; nearest: 5"):
+        Job.open(tiny("dmd", *words), tmp_path)
+    with pytest.raises(ValueError, match="runs/nowhere does not exist"):
+        Job.open(tiny("dmd", *words, "run.steps=5"), tmp_path)
+
+
+class _Certain(nn.Module):
+    """Sees the same clean clip c behind everything: v = (x - c) / sigma."""
+
+    def __init__(self, clean):
+        super().__init__()
+        self.clean = nn.Parameter(torch.tensor(clean))
+
+    def forward(self, x, t_BT, cond, **told):
+        return (x - self.clean) / (t_BT / 1000)[:, None, :, None, None]
+
+
+def test_where_the_teacher_agrees_with_the_clip_the_floor_is_the_normaliser(tmp_path):
+    """|x0 - r| = 0: without a floor g would be infinite, or 0 / 0 where the critic agrees too."""
+    nets = {"student": _Certain(0.0), "teacher": _Certain(0.0), "critic": _Certain(0.25)}
+    words = ["run.dtype=float32", "method.args.floor=0.1", "method.args.student_every=1"]
+    job = with_roles(tiny("dmd", *words), tmp_path, nets)
+    clips = job.method.clips(BATCH, job.roles, KEY)
+    x0 = torch.zeros_like(clips.clean)
+    g = job.method.direction(clips, job.roles, x0).detach()
+    torch.testing.assert_close(g, torch.full_like(g, 0.25 / 0.1), rtol=1e-4, atol=0)
+    update = next(job.method.step(BATCH, job.roles, KEY))
+    assert float(update.loss.detach()) == pytest.approx(0.5 * 2.5**2, rel=1e-4)
+    with torch.no_grad():
+        nets["critic"].clean.zero_()
+    assert float(job.method.direction(clips, job.roles, x0).detach().abs().max()) < 1e-4
+
+
 def test_a_score_that_is_not_finite_stops_the_run(tmp_path):
     job = lively("dmd", tmp_path, "method.args.student_every=1")
     with torch.no_grad():
@@ -242,21 +221,23 @@ def test_a_score_that_is_not_finite_stops_the_run(tmp_path):
         list(train(job))
 
 
+@pytest.mark.parametrize("gan", [(), GAN])
 @pytest.mark.parametrize("rollout", ["data", "simulated"])
-def test_two_micro_batches_make_the_step_of_one_large_one(rollout, tmp_path, monkeypatch):
+def test_two_micro_batches_make_the_step_of_one_large_one(rollout, gan, tmp_path, monkeypatch):
     """Through the loop: both phases, so that the critic sees the student that the sum updated."""
     halves = [
         {**BATCH, **{k: BATCH[k][i : i + 1] for k in ("latents", "captions")}} for i in (0, 1)
     ]
-    parts = _run(tmp_path / "parts", rollout, "run.accumulate=2")
+    parts = run(tmp_path / "parts", rollout, "run.accumulate=2", *gan)
     parts.step = KEY.step
     numbers = [loop._one_step(parts, halves)]
     monkeypatch.setattr(loop, "StepKey", Joined)  # one lane that draws what the two drew
-    whole = _run(tmp_path / "whole", rollout)
+    whole = run(tmp_path / "whole", rollout, *gan)
     whole.step = KEY.step
     numbers.append(loop._one_step(whole, [BATCH]))
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3) and len(numbers[0]) == 8
-    for name in ("student", "critic"):
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
+    assert len(numbers[0]) == (12 if gan else 8)
+    for name in whole.strategy.state_dict():
         summed, grads = (job.strategy._trained[name].grads for job in (parts, whole))
         size = max(float(g.abs().max()) for g in grads.values())
         for key, grad in grads.items():
@@ -276,6 +257,7 @@ def test_the_student_is_sampled_as_it_was_simulated(renoise):
         ("method.args.rollout=real", "rollout .*'data' or 'simulated'"),
         ("method.args.w=3.0", "w in method.args .* is unknown"),
         ("method.args.student_every=0", "student_every 0 .* at least 1"),
+        ("method.args.student_every=7", "steps 6 is less than .*student_every 7, .*; nearest: 7"),
         ("roles.critic.trainable=false", r"roles\.critic\.trainable must be True"),
     ],
 )

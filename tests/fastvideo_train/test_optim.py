@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from fastvideo_train.optim import Muon, Optimizer, is_matrix, orthogonalise, rate
@@ -73,6 +76,39 @@ def test_the_schedule_warms_up_and_falls_to_its_floor():
     assert rate(spec, 104, 104) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_role_of_every_fifth_step_falls_from_where_its_own_warm_up_ended(schedule):
+    """30 updates, which end with step 150 of 500; then as a run of 350 steps without warm-up."""
+    spec = OptimSpec(lr=1.0, warmup=30, schedule=schedule)
+    turns = range(4, 500, 5)
+    rates = [rate(spec, step, 500, num_updates=n) for n, step in enumerate(turns)]
+    assert rates[:30] == [(n + 1) / 30 for n in range(30)] and rates[30] > 0.98
+    rest = OptimSpec(lr=1.0, schedule=schedule)
+    assert rates[30:] == [rate(rest, step - 150, 350) for step in turns[30:]]
+    assert rates[29:] == sorted(rates[29:], reverse=True)
+    steepest = max(a - b for a, b in itertools.pairwise(rates))
+    assert steepest < 0.03, "no jump after the warm-up"
+    assert rates[-1] == pytest.approx(spec.floor, abs=0.02)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 60])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_role_of_every_step_has_the_schedule_of_the_run_bit_for_bit(schedule, warmup):
+    spec = OptimSpec(lr=1.0, warmup=warmup, schedule=schedule)
+    for step in range(101):
+        past = step - warmup
+        done = min(1.0, max(0, past) / max(1, 100 - warmup))
+        falls = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done}
+        wanted = (
+            (step + 1) / warmup
+            if past < 0
+            else spec.floor + (1.0 - spec.floor) * falls[schedule]
+            if schedule in falls
+            else 1.0
+        )
+        assert rate(spec, step, 100) == rate(spec, step, 100, num_updates=step) == wanted
+
+
 def test_a_constant_schedule_stays():
     spec = OptimSpec(lr=1.0, schedule="constant")
     assert {rate(spec, step, 10) for step in range(12)} == {1.0}
@@ -106,6 +142,7 @@ def test_a_restored_optimizer_continues_bit_for_bit():
     after.load_state_dict(before.state_dict())
     _run(after, second, range(3, 6))
 
+    assert after.num_updates == 6 and Optimizer(_masters(), spec).num_updates == 0
     assert after.muon_names == ["mid.weight"]
     for name in straight:
         assert torch.equal(straight[name], second[name]), name

@@ -7,7 +7,8 @@ semi-orthogonal matrix by Newton-Schulz iterations, so that a matrix learns in a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def rate(spec: OptimSpec, step: int, num_steps: int, *, num_updates: int | None = None) -> float:
     """Return the factor on every learning rate at a 0-based step: warm-up, then the schedule.
 
-    A role that is not updated in every step warms up over its own `num_updates`; the schedule falls
-    with the run for all roles, so that each ends at its floor.
+    A role that is not updated in every step warms up over its own `num_updates`. From the step at
+    which that ended the schedule falls with the run, so that each role ends at its floor.
     """
     done_before = step if num_updates is None else num_updates
     if done_before < spec.warmup:
         return (done_before + 1) / spec.warmup
     if spec.schedule == "constant":
         return 1.0
-    done = min(1.0, max(0, step - spec.warmup) / max(1, num_steps - spec.warmup))
+    warm = spec.warmup * (step + 1) / (done_before + 1)  # steps that its warm-up took
+    done = min(1.0, max(0, step - warm) / max(1, num_steps - warm))
     falling = 1.0 - done if spec.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return spec.floor + (1.0 - spec.floor) * falling
 
@@ -63,20 +65,40 @@ def is_matrix(name: str, shape: tuple[int, ...], *, first: str, last: str) -> bo
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of every parameter this process holds, where parameters are cut along their first
+    axis.
+
+    shapes: whole shapes by name. whole: rows (r, C) and the whole shape to (R, C), all processes
+    together. own: back to one's rows.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    whole: Callable[[Tensor, tuple[int, int]], Tensor]
+    own: Callable[[Tensor], Tensor]
+
+
 class Muon:
     """Momentum and orthogonalised updates of a fixed set of matrices, same shapes stacked together.
 
     The momentum lives in one tensor per shape, (N, R, C) float32, in the order of the parameters.
+    Of matrices that are cut into rows each process keeps the momentum of its rows; their updates
+    are those of the whole matrices, which every process computes for itself.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], spec: MuonSpec) -> None:
-        self.spec = spec
+    def __init__(
+        self, params: Mapping[str, Tensor], spec: MuonSpec, rows: Rows | None = None
+    ) -> None:
+        self.spec, self._rows = spec, rows
         self._groups: dict[tuple[int, int], list[Tensor]] = {}
-        for param in params.values():
-            shape = (param.shape[0], param[0].numel())
-            self._groups.setdefault(shape, []).append(param)
+        for name, param in params.items():
+            whole = rows.shapes[name] if rows else param.shape
+            self._groups.setdefault((whole[0], math.prod(whole[1:])), []).append(param)
         self._momentum = {
-            shape: torch.zeros((len(group), *shape), dtype=torch.float32, device=group[0].device)
+            shape: torch.zeros(
+                (len(group), len(group[0]), shape[1]), dtype=torch.float32, device=group[0].device
+            )
             for shape, group in self._groups.items()
         }
 
@@ -85,15 +107,26 @@ class Muon:
         spec, lr = self.spec, self.spec.lr * factor
         for shape, params in self._groups.items():
             momentum = self._momentum[shape]
-            grad = torch.stack([_grad(p).reshape(shape) for p in params])
+            grad = torch.stack([_grad(p).reshape(len(p), shape[1]) for p in params])
             momentum.lerp_(grad, 1.0 - spec.momentum)
             nesterov = grad.lerp_(momentum, spec.momentum)
-            update = orthogonalise(nesterov, iterations=spec.iterations)
+            update = self._orthogonal(nesterov, shape)
             size = lr * spec.scale * math.sqrt(max(shape))
             if spec.weight_decay:
                 torch._foreach_mul_(params, 1.0 - lr * spec.weight_decay)
             deltas = [u.view_as(p) for u, p in zip(update.float().unbind(), params, strict=True)]
             torch._foreach_add_(params, deltas, alpha=-size)
+
+    def _orthogonal(self, x_NrC: Tensor, shape: tuple[int, int]) -> Tensor:
+        if self._rows is None:
+            return orthogonalise(x_NrC, iterations=self.spec.iterations)
+        # One at a time: all matrices of a shape are as large as the layers that nobody holds whole.
+        updates = []
+        for x_rC in x_NrC:
+            whole = self._rows.whole(x_rC, shape)[None]
+            update = orthogonalise(whole, iterations=self.spec.iterations)[0]
+            updates.append(self._rows.own(update))
+        return torch.stack(updates)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the momenta by shape."""
@@ -111,22 +144,24 @@ class Muon:
 class Optimizer:
     """AdamW and Muon over one role's float32 masters; learning rates are a function of the step."""
 
-    def __init__(self, masters: Mapping[str, Tensor], spec: OptimSpec) -> None:
+    def __init__(
+        self, masters: Mapping[str, Tensor], spec: OptimSpec, rows: Rows | None = None
+    ) -> None:
         self.spec = spec
+        shapes = rows.shapes if rows else {n: tuple(m.shape) for n, m in masters.items()}
         names = list(masters)
         weights = [n for n in names if masters[n].dim() >= 2]
         ends = {"first": weights[0] if weights else "", "last": weights[-1] if weights else ""}
-        chosen = {
-            n for n in names if spec.muon is not None and is_matrix(n, masters[n].shape, **ends)
-        }
+        chosen = {n for n in names if spec.muon is not None and is_matrix(n, shapes[n], **ends)}
         self.muon_names = sorted(chosen, key=names.index)
-        self.muon = Muon({n: masters[n] for n in self.muon_names}, spec.muon or MuonSpec())
-        decayed = [masters[n] for n in names if n not in chosen and masters[n].dim() >= 2]
-        plain = [masters[n] for n in names if n not in chosen and masters[n].dim() < 2]
+        self.muon = Muon({n: masters[n] for n in self.muon_names}, spec.muon or MuonSpec(), rows)
+        decayed = [n for n in names if n not in chosen and masters[n].dim() >= 2]
+        plain = [n for n in names if n not in chosen and masters[n].dim() < 2]
+        self.adamw_names = [*decayed, *plain]  # in the order of AdamW's own numbers
         groups = [
-            {"params": params, "weight_decay": decay}
-            for params, decay in ((decayed, spec.weight_decay), (plain, 0.0))
-            if params
+            {"params": [masters[n] for n in group], "weight_decay": decay}
+            for group, decay in ((decayed, spec.weight_decay), (plain, 0.0))
+            if group
         ]
         self.adamw = (
             torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
@@ -144,6 +179,12 @@ class Optimizer:
             self.adamw.step()
         self.muon.step(factor)
         return lr
+
+    @property
+    def num_updates(self) -> int:
+        """How often AdamW stepped, as its own state says."""
+        counts = self.adamw.state.values() if self.adamw is not None else ()
+        return max((int(state["step"]) for state in counts), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on."""

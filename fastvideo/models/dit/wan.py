@@ -205,11 +205,11 @@ class Block(nn.Module):
 class Blocks(nn.ModuleList):
     """The layers, called as one function of tokens and an attention."""
 
-    def forward(self, tokens: Tokens, attend: Attend) -> Tokens:
-        """Run every layer on `tokens`, whose conditioning is embedded already."""
-        cond = tokens.cond
-        texts = cond.keys_values or [cond.text_BLC] * len(self)
-        for block, text in zip(self, texts, strict=True):
+    def forward(self, tokens: Tokens, attend: Attend, *, num: int | None = None) -> Tokens:
+        """Run the first `num` layers, or all, on `tokens`, whose conditioning is embedded."""
+        cond, layers = tokens.cond, list(self)[:num]
+        texts = cond.keys_values[:num] or [cond.text_BLC] * len(layers)
+        for block, text in zip(layers, texts, strict=True):
             tokens = block(tokens, attend, text)
         return tokens
 
@@ -274,6 +274,22 @@ class WanDiT(nn.Module):
         tokens = self.embed(x_BCTHW, t_BT, cond, layout=layout, frame_T=frame_T)
         v_BCTHW = self.head(self.blocks(tokens, attend))
         return v_BCTHW.to(x_BCTHW.dtype)
+
+    def features(
+        self,
+        x_BCTHW: Tensor,
+        t_BT: Tensor,
+        cond: WanConditioning,
+        *,
+        num_layers: int,
+        attend: Attend = plain,
+        layout: Layout | None = None,
+        frame_T: Tensor | None = None,
+    ) -> Tensor:
+        """Return the tokens (B, L, C) after the first layers, in grid order; the rest as above."""
+        tokens = self.embed(x_BCTHW, t_BT, cond, layout=layout, frame_T=frame_T)
+        first: Tokens = self.blocks(tokens, attend, num=num_layers)
+        return first.layout.restore(first.x_BLC, 1)
 
     def embed(
         self,

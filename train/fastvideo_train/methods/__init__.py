@@ -11,7 +11,7 @@ back-propagates each `Update`, updates the roles that it names, and only then re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,8 @@ import torch
 from fastvideo import rng
 
 if TYPE_CHECKING:
+    from fastvideo.parallel.degrees import Degrees
+    from fastvideo_train.recipe import Recipe
     from fastvideo_train.roles import Role
 
 Batch = Mapping[str, Any]
@@ -47,32 +49,47 @@ class Update:
 class StepKey:
     """Names one micro-batch of one step; every random draw of a method comes from here.
 
-    `lane` counts micro-batches over ranks and accumulation, so that a step draws the same numbers
-    however it is spread over processes.
+    `lane` counts a step's micro-batches, `first` the clips of this one that other processes hold
+    before its own. A clip's draws are its own, so that it sees the same numbers however a
+    micro-batch is cut into parts, and no process draws for the clips of another.
     """
 
     seed: int
     step: int
     num_steps: int
     lane: int = 0
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """Return a CPU generator for one purpose of this micro-batch."""
-        return rng.torch_generator(self.seed, purpose, self.step, self.lane)
+    first: int = 0
 
     def noise(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Draw float32 standard normal noise on the CPU."""
-        return rng.noise(shape, seed=self.seed, purpose=purpose, step=self.step, rank=self.lane)
+        """Draw float32 standard normal noise (B, ...) for B clips, on the CPU."""
+        return self._stacked(torch.randn, purpose, shape)
 
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Draw float32 numbers in [0, 1) on the CPU."""
-        return torch.rand(shape, generator=self.generator(purpose))
+        """Draw float32 numbers (B, ...) in [0, 1) for B clips, on the CPU."""
+        return self._stacked(torch.rand, purpose, shape)
+
+    def shared(self, purpose: str) -> float:
+        """Draw one number in [0, 1) for all clips of a step."""
+        return float(torch.rand((), generator=rng.torch_generator(self.seed, purpose, self.step)))
+
+    def _stacked(
+        self, draw: Callable[..., torch.Tensor], purpose: str, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        clips = range(self.first, self.first + shape[0])
+        of_clip = (
+            rng.torch_generator(self.seed, f"{purpose}/{clip}", self.step, self.lane)
+            for clip in clips
+        )
+        return torch.stack([draw(shape[1:], generator=generator) for generator in of_clip])
 
 
 class Method(Protocol):
     """A training method; built as `Method(config)`, stateless between steps."""
 
     wants: Mapping[str, Wants]
+
+    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+        """Raise `ValueError` for a recipe that the method cannot serve, before weights load."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:
         """Adjust freshly drawn weights, once, before the first step of a run."""

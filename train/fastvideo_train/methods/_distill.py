@@ -83,19 +83,34 @@ class Clips:
             )
         )
 
+    def features(self, role: Role, num_layers: int) -> Velocity:
+        """Return what makes tokens (B, L, C) of latents and times: the role's first layers."""
+        told, cond = self._told(role), self._cond(role, self.text_BLC)
+
+        def call(x_BCTHW: Tensor, t_BT: Tensor) -> Tensor:
+            x = x_BCTHW.to(role.dtype)
+            out: Tensor = role.net.features(x, t_BT, cond, num_layers=num_layers, **told)
+            return out
+
+        return call
+
     def _cond(self, role: Role, states_BLC: Tensor) -> Any:
         return role.family.Conditioning(states_BLC.to(role.dtype))
 
-    def _denoiser(self, role: Role) -> Denoiser[Any]:
-        told = role.attend(
+    def _told(self, role: Role) -> dict[str, Any]:
+        attend = role.attend(
             LatentShape(*self.clean.shape[2:]),
             num_text_tokens=self.text_BLC.shape[1],
             step=self.key.step,
         )
+        return {**attend, "frame_T": self.frame_T}
+
+    def _denoiser(self, role: Role) -> Denoiser[Any]:
+        told = self._told(role)
 
         def call(x_BCTHW: Tensor, t_BT: Tensor, cond: Any, cache: Any = None) -> Tensor:
             x = x_BCTHW.to(role.dtype)
-            out: Tensor = role.denoise(x, t_BT, cond, **told, frame_T=self.frame_T)
+            out: Tensor = role.denoise(x, t_BT, cond, **told)
             return out
 
         return call

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvideo.config import Strict
+from fastvideo.parallel.degrees import Degrees
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
+from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 
 
@@ -35,6 +37,9 @@ class Method:
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+        """Accept every recipe."""
+
     def initialise(self, roles: Mapping[str, Role]) -> None:
         """Leave fresh weights as torch draws them."""
 
@@ -50,8 +55,8 @@ class Method:
     def disturb(self, clean_BCTHW: Tensor, key: StepKey) -> Tensor:
         """Blur each clip and add noise to it, each by a share drawn for the clip."""
         x, count = clean_BCTHW, len(clean_BCTHW)
-        share = key.uniform("classify/disturb", (2, count, 1, 1, 1, 1))
-        blur, noise = share.to(x.device)
+        share = key.uniform("classify/disturb", (count, 2, 1, 1, 1, 1))
+        blur, noise = share.to(x.device).unbind(1)
         soft = F.avg_pool3d(x, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
         grain = key.noise("classify/noise", tuple(x.shape)).to(x.device)
         disturbed: Tensor = (

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastvideo.config import Strict
 from fastvideo.models.decoder import check_fits
+from fastvideo.parallel.degrees import Degrees
 from fastvideo.shapes import Compression
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
 from fastvideo_train.methods.vae import gradient_l1, to_unit
+from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 
 
@@ -47,6 +49,9 @@ class Method:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+        """Accept every recipe."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:
         """Refuse a decoder that does not fit the VAE's latents; start a new one from grey."""

@@ -4,12 +4,16 @@ Yin et al. 2405.14867 on the flow path. The student moves against the difference
 its own noised clips: the guided teacher's, and that of a critic that learns the student's clips.
 
 Every step trains the critic; every `student_every`-th (the 5th, 10th, ... of 5) the student first.
+
+    student   0.5 |x0 - stop(x0 - g)|^2 + gan softplus(-D(x0_s))          g of `direction`
+    critic    |F(x0_s) - (e - x0)|^2 + gan_critic (softplus(-D(z_s)) + softplus(D(x0_s)))
+
+all means, z the batch's own clips; D, of `_gan.py`, there only if `gan` is not 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,10 +21,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastvideo import flow
+from fastvideo.parallel.degrees import Degrees
 from fastvideo.schedulers import few_step
 from fastvideo.spec import Scheduler
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
 from fastvideo_train.methods._distill import Clips, Distillation, StudentConfig, at, wide
+from fastvideo_train.methods._gan import Gan
+from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 
 
@@ -32,6 +39,9 @@ class Config(StudentConfig):
     renoise: the student is sampled, and simulated, with fresh noise between its steps.
     shift: of the times at which the scores are compared, which are then held within `times`.
     floor: least value of the normaliser, each clip's mean distance to the teacher's estimate.
+    gan, gan_critic: weights of the GAN term in the student's and the critic's loss (those of DMD2's
+        SDXL are 5e-3 and 1e-2); a `gan` of 0 has no such term, and no role `discriminator`.
+    gan_layers: how many of the critic's layers make its features; half of them unless given.
     """
 
     rollout: Literal["data", "simulated"] = "data"
@@ -39,6 +49,9 @@ class Config(StudentConfig):
     student_every: int = Field(default=5, ge=1)
     times: tuple[float, float] = (0.02, 0.98)
     floor: float = Field(default=1e-5, gt=0)
+    gan: float = Field(default=0.0, ge=0)
+    gan_critic: float = Field(default=1e-2, gt=0)
+    gan_layers: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _times_rise(self) -> Config:
@@ -58,6 +71,34 @@ class Method(Distillation[Config]):
         "text": Wants("text", calls=(), trainable=False),
     }
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.gan = Gan(config.gan_layers) if config.gan else None
+        if self.gan is not None:
+            critic = Wants("dit", calls=("forward", "features"), trainable=True)
+            judge = Wants("discriminator", trainable=True)
+            self.wants = {**self.wants, "critic": critic, "discriminator": judge}
+
+    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+        """Refuse a run in which the student would never move, and a GAN term of cut sequences."""
+        steps, every = recipe.run.steps, self.config.student_every
+        if steps < every:
+            raise ValueError(
+                f"run.steps {steps} is less than method.args.student_every {every}, so the student"
+                f" of {recipe.run.name} would never learn; nearest: {every}"
+            )
+        if self.gan is not None and degrees.of("sequence") > 1:
+            raise ValueError(
+                f"method.args.gan {self.config.gan} reads whole sequences, so parallel.ring"
+                f" {degrees.ring} and ulysses {degrees.ulysses} must be 1; use data or shard"
+            )
+
+    def initialise(self, roles: Mapping[str, Role]) -> None:
+        """Keep the weights; refuse a tokenizer or a discriminator that does not fit."""
+        super().initialise(roles)
+        if self.gan is not None:
+            self.gan.check(roles)
+
     @property
     def sampler(self) -> Scheduler:
         """The student's own steps."""
@@ -68,10 +109,22 @@ class Method(Distillation[Config]):
         clips = self.clips(batch, roles, key)
         if (key.step + 1) % self.config.student_every == 0:
             x0 = self.rollout(clips, roles["student"], "student")  # B C T H W
-            yield Update(("student",), *self.student_loss(clips, roles, x0))
+            loss, numbers = self.student_loss(clips, roles, x0)
+            if self.gan is not None:
+                sigma_B = self.score_times(clips, "student/gan")
+                term = self.gan.student_loss(clips, roles, x0, sigma_B)
+                loss = loss + self.config.gan * term
+                numbers["student/gan"] = term.detach()
+            yield Update(("student",), loss, numbers)
         with torch.no_grad():
             x0 = self.rollout(clips, roles["student"], "critic")
-        yield Update(("critic",), self.critic_loss(clips, roles["critic"], x0))
+        loss = self.critic_loss(clips, roles["critic"], x0)
+        if self.gan is None:
+            yield Update(("critic",), loss)
+            return
+        term = self.gan.critic_loss(clips, roles, x0, self.score_times(clips, "critic/gan"))
+        loss = loss + self.config.gan_critic * term
+        yield Update(("critic", "discriminator"), loss, {"critic/gan": term.detach()})
 
     def student_loss(
         self, clips: Clips, roles: Mapping[str, Role], x0: Tensor
@@ -128,8 +181,7 @@ class Method(Distillation[Config]):
         So ranks do equal work, and micro-batches add up to what one large batch would give.
         """
         scheduler = few_step.Scheduler(self.config.sigmas, renoise=self.config.renoise)
-        drawn = replace(clips.key, lane=0).uniform(f"{purpose}/exit", (1,))
-        last = int(drawn[0] * len(self.config.sigmas))
+        last = int(clips.key.shared(f"{purpose}/exit") * len(self.config.sigmas))
         grid = scheduler.grid(len(self.config.sigmas))
         state, velocity = scheduler.init(grid), clips.velocity(student)
         x = clips.noise(f"{purpose}/start")

@@ -45,7 +45,7 @@ class Method(Prompted[Config]):
         sigma_B1 = self.sigmas(key, clean.shape[0]).to(device)
         x = flow.mix(clean, noise, flow.per_frame(sigma_B1))
         text_BLC = self.encode(self.drop(batch["captions"], key), roles["text"])
-        v = student.net(
+        v = student.denoise(
             x.to(student.dtype),
             flow.timestep(sigma_B1),
             student.family.Conditioning(text_BLC.to(student.dtype)),

@@ -9,7 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fastvideo.config import Strict
+from fastvideo.parallel.degrees import Degrees
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
+from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 
 
@@ -35,6 +37,9 @@ class Method:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+        """Accept every recipe."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:
         """Start new latents with a small variance, and freeze what the config says."""

@@ -105,6 +105,31 @@ def test_per_frame_times_equal_diffusers_per_token_times():
         assert relative(ours(x, t_BT, WanConditioning(text)), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("pattern", [Dense(), Vsa(top_k=1, tile=(1, 2, 2))])
+def test_features_are_what_the_first_layers_hand_on_in_grid_order(pattern):
+    _, ours = pair(num_layers=3)
+    x, t, text = inputs(2, (2, 8, 8))
+    layout = plan(pattern, TokenGrid(2, 4, 4))
+    attend = select(
+        "auto",
+        layout=layout,
+        num_text_tokens=9,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        needs_grad=False,
+        head_dim=24,
+    )
+    told = {"attend": attend, "layout": layout}
+    with torch.no_grad():
+        tokens = ours.embed(x, t, WanConditioning(text), layout=layout)
+        for num, block in enumerate(ours.blocks, start=1):
+            tokens = block(tokens, attend, tokens.cond.text_BLC)
+            got = ours.features(x, t, WanConditioning(text), num_layers=num, **told)
+            assert torch.equal(got, layout.restore(tokens.x_BLC, 1))
+        prepared = ours.features(x, t, ours.prepare(WanConditioning(text)), num_layers=3, **told)
+        torch.testing.assert_close(prepared, got)
+
+
 def test_equal_per_frame_times_equal_one_time_per_clip():
     _, ours = pair()
     x, t, text = inputs()
