@@ -54,6 +54,15 @@ class Defaults(Strict):
     max_text_tokens: int = Field(default=512, ge=1)
 
 
+class Sampler(Strict):
+    """How weights that were learned beside a model are sampled; None leaves it to the model."""
+
+    scheduler: Scheduler | None = None
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    attention: Attention | None = None
+
+
 class Provenance(Strict):
     """Who made the weights, from what, and under which name they may be quoted."""
 

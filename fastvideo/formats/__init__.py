@@ -15,6 +15,8 @@ from typing import Any
 from fastvideo import registry
 
 PARTS = ("text", "dit", "vae")
+METADATA = "__metadata__"
+"""Key of a safetensors header under which text stands."""
 
 _OTHER = "another architecture than the text-to-video Wan that this release runs"
 # Tensors that make a network another architecture, though everything else fits a plain Wan.
@@ -60,16 +62,21 @@ def tensor_names(folder: Path, stem: str) -> list[str]:
     index, single = (folder / f"{stem}.safetensors{end}" for end in (".index.json", ""))
     if index.is_file():
         return list(read_json(index).get("weight_map", {}))
-    if not single.is_file():
-        return []
-    with single.open("rb") as file:
+    return [name for name in read_header(single) if name != METADATA]
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file without torch; empty if there is no whole one."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if 8 + size <= single.stat().st_size else b""
+        text = file.read(size) if 8 + size <= path.stat().st_size else b""
     try:
         header = json.loads(text)
     except ValueError:
-        return []
-    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def refuse_variants(

@@ -193,7 +193,7 @@ def save(
                 dtype=dtype,
             )
         model.tokenizer.save(new / TOKENIZER)
-        scheduler = _scheduler_config(model.spec)
+        scheduler = scheduler_config(model.spec)
         _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(new / "model_index.json", _index(model.spec, scheduler["_class_name"]))
         specs.write(model.spec, new)
@@ -288,7 +288,7 @@ def _transformer(spec: Spec) -> list[str]:
     return ["diffusers" if name == "WanTransformer3DModel" else "fastvideo", name]
 
 
-def _scheduler_config(spec: Spec) -> dict[str, Any]:
+def scheduler_config(spec: Spec) -> dict[str, Any]:
     """Return the stock scheduler that takes the spec's steps, or the nearest that there is."""
     if spec.scheduler.name == "few_step":
         return _few_step_config(spec)

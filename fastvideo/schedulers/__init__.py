@@ -61,7 +61,10 @@ class Scheduler(Protocol[S]):
 
 
 def create(name: str, args: Mapping[str, Any]) -> Scheduler[Any]:
-    """Build the scheduler `name` (or `module:object`); `ValueError` for an unknown argument."""
+    """Build the scheduler `name` (or `module:object`); `ValueError` for an unknown argument.
+
+    Two of the same name and arguments, given or by default, are equal.
+    """
     kind = registry.load(__name__, name, "Scheduler")
     legal = [f.name for f in dataclasses.fields(kind)]
     for key in args:
@@ -70,7 +73,8 @@ def create(name: str, args: Mapping[str, Any]) -> Scheduler[Any]:
             raise ValueError(
                 f"scheduler {name!r} takes no {key!r}{hint} (takes: {', '.join(legal)})"
             )
-    return cast(Scheduler[Any], kind(**args))
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in args.items()}
+    return cast(Scheduler[Any], kind(**values))
 
 
 def make_grid(sigmas: Tensor, timesteps: Tensor) -> Grid:

@@ -1,16 +1,23 @@
-"""A model folder with LoRAs in its weights: a copy in which only the denoiser's file is new."""
+"""A model folder with LoRAs in its weights: a copy in which the denoiser's file is new.
+
+So is how it is sampled, if a LoRA brings that along.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fastvideo import formats, hub, lora, spec, weights
+from torch import nn
+
+from fastvideo import files, formats, hub, lora, sampler_note, spec, weights
 from fastvideo.formats import diffusers, wan
+from fastvideo.lora.file import read, some
 from fastvideo.model import build_part, load
-from fastvideo.spec import Spec
+from fastvideo.spec import Sampler, Spec
 from fastvideo_inference.request import LoraUse
 from fastvideo_inference.stages.denoise import uses_of
 
@@ -18,15 +25,24 @@ from fastvideo_inference.stages.denoise import uses_of
 def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Path:
     """Write `folder`, in the layout of the model's own; it appears whole or not at all.
 
-    Every weight keeps its type; sums are made in float32. Raises `ValueError` if a LoRA does not
-    fit, or the folder is there or cannot be written.
+    Every weight keeps its type; sums are made in float32. A LoRA that was distilled brings the
+    scheduler, steps, guidance and attention of the folder's spec. Raises `ValueError` if a LoRA
+    does not fit, two want other samplers, or the folder is there or cannot be written.
     """
     target = Path(folder)
     if target.exists():
         raise ValueError(f"{target} exists; choose another folder or remove it")
     own, source = hub.open_spec(model, weights=True)
     layout = formats.find(source)
-    parts = lora.collect(uses_of(loras), build_part(own, "dit"))
+    uses, net = uses_of(loras), build_part(own, "dit")
+    wanted = _wanted(uses, net)
+    if wanted and layout is wan:
+        raise ValueError(
+            f"{source} is a folder of the original Wan, which cannot say how it is sampled, and"
+            f" {', '.join(one.path for one in loras)} would; merge into a folder of diffusers"
+        )
+    made = sampler_note.applied(wanted, own) if wanted else own
+    parts = lora.collect(uses, net)
     tensors = dict(layout.tensors(source, "dit"))
     tensors |= {name: lora.merged(tensors[name], added) for name, added in parts.items()}
     if layout is wan:
@@ -37,8 +53,10 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
     try:
         shutil.copytree(source, aside, ignore=partial(_old, source / part))
         weights.save(aside / part / f"{stem}.safetensors", tensors)
-        if spec.read(source) is not None:
-            spec.write(_named(own, target.name, loras), aside)
+        if wanted or spec.read(source) is not None:
+            spec.write(_named(made, target.name, loras), aside)
+        if wanted:
+            _tell_stock(made, aside)
         load(aside, device="cpu", parts=("dit",))  # strictly: what cannot be read takes no name
         aside.rename(target)
     except OSError as error:
@@ -46,6 +64,38 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _wanted(uses: Sequence[lora.Use], net: nn.Module) -> Sampler | None:
+    """Return how the LoRAs of a network want to be sampled; `ValueError` if one is there in part.
+
+    A style may lack some modules; what was distilled as a whole is nothing in part.
+    """
+    found: dict[str, Sampler] = {}
+    for use in uses:
+        wanted = sampler_note.read(use.path) if use.strength else None
+        if wanted is None:
+            continue
+        lacking = lora.fit(read(use.path), net).unmatched
+        if lacking:
+            raise ValueError(
+                f"{use.path} was distilled with {some(list(lacking))}, which the model has not;"
+                " export its run as a whole: fastvideo export RUN --merge-lora"
+            )
+        found[str(use.path)] = wanted
+    return sampler_note.agreed(found) if found else None
+
+
+def _tell_stock(made: Spec, folder: Path) -> None:
+    """Write what stock diffusers is told of the scheduler; its other parts stay as they are."""
+    config = diffusers.scheduler_config(made)
+    tree = {"scheduler/scheduler_config.json": config}
+    index = folder / "model_index.json"
+    if index.is_file():
+        kind = ["diffusers", config["_class_name"]]
+        tree[index.name] = {**formats.read_json(index), "scheduler": kind}
+    for name, values in tree.items():
+        files.write_text(folder / name, json.dumps(values, indent=2) + "\n", overwrite=True)
 
 
 def _old(part: Path, at: str, names: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from fastvideo.registry import did_you_mean
 from fastvideo_inference import recipe, sharing, stages
 from fastvideo_inference.events import Chunk, Done, Event
 from fastvideo_inference.recipe import DecoderId, ModelId, Recipe
-from fastvideo_inference.request import GenerateRequest, LoraUse, Plan, read_layers
+from fastvideo_inference.request import GenerateRequest, LoraUse, Plan, check_samplers, read_layers
 from fastvideo_inference.stages import denoise
 from fastvideo_inference.state import State
 
@@ -218,7 +218,8 @@ class VideoPipeline:
         """Let every clip use a LoRA (a file, a folder or a hub name), and return its name here.
 
         The name is the file's unless given; the same name again is another strength or file.
-        Raises `ValueError` if it does not fit the model, which then stays as it is.
+        Raises `ValueError` if it does not fit the model, which then stays as it is, or is sampled
+        otherwise, as one that was distilled.
         """
         use = _parse_lora(path, strength).found()
         key = name or hub.find_lora(use.path).stem
@@ -238,6 +239,7 @@ class VideoPipeline:
         self._set_loras(kept)
 
     def _set_loras(self, loras: dict[str, LoraUse]) -> None:
+        check_samplers(loras.values(), self.model.spec)
         self._merge(tuple(loras.values()))
         self.loras = loras
 

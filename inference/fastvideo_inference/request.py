@@ -7,13 +7,13 @@ plan = request.resolve(spec)  # complete and legal: the spec's defaults fill wha
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from fastvideo import attention as patterns
-from fastvideo import hub, registry
+from fastvideo import hub, registry, sampler_note
 from fastvideo.config import Strict, merge, parse
 from fastvideo.spec import Spec
 
@@ -103,6 +103,7 @@ class GenerateRequest(Strict):
         plan = parse(Plan, values, source=f"the defaults of {spec.name}")
         try:
             _check_gates(plan, spec)
+            check_samplers(plan.lora, spec, named=given)
             shape = spec.latent_shape(frames=plan.num_frames, height=plan.height, width=plan.width)
             patterns.check_fits(
                 patterns.read(plan.attention),
@@ -162,6 +163,17 @@ def _own_pattern(spec: Spec) -> str:
         return patterns.write(patterns.parse(spec.attention.pattern, spec.attention.args))
     except ValueError as error:
         raise ValueError(f"{error} (from the spec of {spec.name})") from None
+
+
+def check_samplers(uses: Iterable[LoraUse], spec: Spec, *, named: Collection[str] = ()) -> None:
+    """Raise `ValueError` for a LoRA that is sampled otherwise than the model.
+
+    named: fields that the request itself decides.
+    """
+    for use in uses:
+        wanted = sampler_note.read(hub.find_lora(use.path)) if use.strength else None
+        if wanted:
+            sampler_note.check(use.path, wanted, spec, named=named)
 
 
 def read_lora(text: str) -> dict[str, Any]:

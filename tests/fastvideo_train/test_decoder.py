@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from fastvideo_train import origins
 from fastvideo_train.batches import stream
 from fastvideo_train.bundle import load_vae
 from fastvideo_train.data.latents import LatentBatches, encode_world, statistics
@@ -14,13 +17,15 @@ from fastvideo_train.export import TOLERANCE, check, export, load_run
 from fastvideo_train.loop import Job, make_method
 from fastvideo_train.methods import StepKey
 from fastvideo_train.methods import decoder as decoder_method
-from fastvideo_train.recipe import LatentsSpec, Recipe
+from fastvideo_train.recipe import LatentsSpec, Recipe, RoleSpec
 from fastvideo_train.validate import validator
+from safetensors.torch import save_file
 from tiny_recipes import finish, tiny
 
 from fastvideo import measure, weights
 from fastvideo.formats import diffusers as layout
 from fastvideo.models import decoder as decoders
+from fastvideo.models.decoder.taehv import Decoder
 
 KEY = StepKey(seed=0, step=0, num_steps=1)
 SIZES = {"num_frames": 5, "height": 64, "width": 64}
@@ -201,6 +206,41 @@ def test_an_exported_decoder_may_be_the_start_of_another_run(run: Path, tmp_path
         job = Job.open(tiny("decoder", FLOAT, f"roles.decoder.from={source}"), tmp_path / "b")
         state = job.roles["decoder"].net.state_dict()
         assert all(torch.equal(state[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_published_file_or_an_exported_folder_needs_no_dims_beside_it(
+    suffix: str, run: Path, vae_folder: Path, tmp_path: Path
+):
+    export(run, tmp_path / "tiny", changes={"dtype": "float32"})
+    net = decoders.read(tmp_path / "tiny")
+    wide = dataclasses.replace(net.config, space=(True, True, True), patch_size=1)
+    published = Decoder(wide).state_dict() | {"encoder.0.weight": torch.ones(2)}
+    file = tmp_path / f"taew{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(published, file)
+    folder, out = tmp_path / "run", tmp_path / "done"
+    for source, dims in ((tmp_path / "tiny", net.config), (file, wide)):
+        recipe = against(vae_folder, FLOAT, "run.steps=1", f"roles.decoder.from={source}")
+        bare = recipe.roles["decoder"].model_copy(update={"config": {}})
+        recipe = recipe.model_copy(update={"roles": {**recipe.roles, "decoder": bare}})
+        started, first = Job.open(recipe, folder).roles["decoder"].net, decoders.tensors(source)
+        plain = dataclasses.replace(dims, latents_mean=(), latents_std=())
+        assert started.config == plain, "it may go on with another VAE"
+        assert all(torch.equal(started.state_dict()[n], w) for n, w in first.items())
+        finish(recipe, folder)
+        done = decoders.read(export(folder, out).folder)
+        assert dataclasses.replace(done.config, latents_mean=(), latents_std=()) == plain
+        assert done.config.latents_std == (1.1, 0.9, 1.3, 0.7)
+        shutil.rmtree(folder)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "classifier"])
+def test_a_network_that_stands_alone_and_is_not_there_is_refused_by_role(kind: str):
+    spec = RoleSpec.model_validate({"kind": kind, "from": "no-such.pth"})
+    message = rf"roles\.it\.from no-such\.pth is neither a run nor a {kind}'s own place"
+    with pytest.raises(ValueError, match=message):
+        origins.dims(spec, "it")
 
 
 def test_latents_of_another_encoder_are_refused_at_export(latents: Path, tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from distill_toys import KEY, lively
@@ -9,6 +11,10 @@ from fastvideo_train import origins
 from fastvideo_train.loop import Job
 from fastvideo_train.recipe import RoleSpec
 from tiny_recipes import finish, tiny
+
+from fastvideo import hub
+from fastvideo.models import classifier as classifiers
+from fastvideo.weights import Checkpoint
 
 ATTENTION = "roles.student.attention"
 
@@ -95,6 +101,29 @@ def test_a_teacher_without_a_config_has_the_dims_of_its_run(dense_run, tmp_path)
     recipe = recipe.model_copy(update={"roles": {**recipe.roles, "teacher": bare}})
     teacher = Job.open(recipe, tmp_path).roles["teacher"]
     assert teacher.config == dense_run.roles["student"].config and not teacher.trainable
+
+
+def test_what_was_new_and_frozen_in_a_run_is_not_there_and_said_by_role_and_run(tmp_path):
+    run = finish(tiny("perflow", "run.steps=1"), tmp_path / "run").folder
+    with pytest.raises(ValueError, match=rf"roles\.text of {run} was new there and is not saved"):
+        origins.first_weights(_role("text", run), "text")
+    with pytest.raises(ValueError, match=rf"roles\.text\.from {run}: roles\.text of {run} was"):
+        Job.open(tiny("perflow", f"roles.text.from={run}"), tmp_path / "next")
+
+
+def test_a_classifiers_folder_brings_its_own_dims(tmp_path):
+    """The bundled one, so that what a user has at hand starts a run of his own."""
+    folder = hub.ZOO / "shapes-classifier"
+    values = json.loads((folder / "config.json").read_text())
+    family = values.pop("family")
+    spec = _role("classifier", folder, family=family)
+    dims = origins.dims(spec, "classifier")
+    assert json.loads(json.dumps(dims)) == values
+    net = classifiers.read(folder)
+    assert _same(origins.first_weights(spec, "classifier"), dict(Checkpoint(folder)))
+    assert type(net.config).parse(dims) == net.config
+    wider = _role("classifier", folder, family=family, config={"features": 8})
+    assert origins.dims(wider, "classifier")["features"] == 8
 
 
 def test_a_bundled_model_is_a_teacher_by_its_name():

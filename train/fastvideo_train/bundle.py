@@ -14,7 +14,7 @@ from fastvideo import hub, schedulers, weights
 from fastvideo import registry as components
 from fastvideo.formats import diffusers as layout
 from fastvideo.model import Model
-from fastvideo.spec import Attention, Defaults, Network, Provenance, Scheduler, Spec
+from fastvideo.spec import Attention, Defaults, Network, Provenance, Sampler, Scheduler, Spec
 from fastvideo_train.data._manifest import read_manifest
 from fastvideo_train.data.latents import encoder_hash
 from fastvideo_train.loop import make_method
@@ -35,39 +35,46 @@ def check_scheduler(
     recipe: Recipe, scheduler: Scheduler, source: str, *, steps: int, guidance: float
 ) -> None:
     """Refuse a way to sample other than the one that the run's student is distilled for."""
-    method: Any = make_method(recipe)
-    wanted: Scheduler | None = method.sampler
-    if wanted is None:
+    sampler = distilled(recipe)
+    if sampler is None:
         return
-    if _resolved(scheduler) != _resolved(wanted):
+    wanted, own = sampler.scheduler, sampler.num_inference_steps
+    assert wanted is not None, "what is distilled has a scheduler"
+    if schedulers.create(scheduler.name, scheduler.args) != schedulers.create(
+        wanted.name, wanted.args
+    ):
         raise ValueError(
             f"{source} scheduler {scheduler.name} {scheduler.args} is not what method"
             f" {recipe.method.name} distils for; set it to {wanted.name} {wanted.args}"
         )
-    own = len(wanted.args["sigmas"])
     if steps != own:
         raise ValueError(f"{source} {steps} steps are not those that are distilled; nearest: {own}")
-    if guidance != 1:
+    if guidance != sampler.guidance_scale:
         raise ValueError(
             f"{source} guidance {guidance:g} would guide a student that is distilled without;"
             " nearest: 1"
         )
 
 
-def _resolved(scheduler: Scheduler) -> Any:
-    """Return a scheduler with its defaults filled in and its lists comparable."""
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in scheduler.args.items()}
-    return scheduler.name, schedulers.create(scheduler.name, args)
+def distilled(recipe: Recipe) -> Sampler | None:
+    """Return how a run's student is distilled to be sampled; None if its method distils none."""
+    method: Any = make_method(recipe)
+    scheduler: Scheduler | None = method.sampler
+    if scheduler is None:
+        return None
+    steps = len(scheduler.args["sigmas"])
+    return Sampler(scheduler=scheduler, num_inference_steps=steps, guidance_scale=1)
 
 
 def read_vae(folder: str | Path) -> Network:
-    """Return family and dims of the VAE of a bundled model or a folder; `ValueError` if none."""
+    """Return family and dims of the VAE of a model or a folder; `ValueError` if there is none."""
     return layout.read_network(_place(folder), "vae")
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the VAE of a bundled model or of a folder that needs no other part."""
-    path, network, package = _place(folder), read_vae(folder), "fastvideo.models.vae"
+    """Load the VAE of a model, or of a folder that needs no other part."""
+    path, package = _place(folder, weights=True), "fastvideo.models.vae"
+    network = read_vae(folder)
     config = components.load(package, network.family, "Config").parse(network.config)
     vae: Any = weights.build(lambda: components.load(package, network.family, "Vae")(config))
     weights.load_into(vae, layout.tensors(path, "vae"), source=path / "vae", dtype=dtype)
@@ -129,7 +136,7 @@ def bundle(
         text=Network(family=recipe.roles[text.name].family, config=dict(text.config)),
         compression=layout.compression(asdict(dit.net.config), asdict(vae.config)),
         scheduler=scheduler,
-        attention=_attention(dit.attention, step),
+        attention=attention_after(dit.attention, step),
         defaults=Defaults(**{**trained_on, **told}),
         provenance=provenance or Provenance(),
     )
@@ -137,7 +144,7 @@ def bundle(
     return Model(spec, dit.net, vae, text.net, method.tokenizer, first.device, dit.dtype)
 
 
-def _attention(attention: AttentionSpec, step: int) -> Attention:
+def attention_after(attention: AttentionSpec, step: int) -> Attention:
     """Return how a denoiser attends after so many steps."""
     args = dict(attention.args)
     if attention.anneal_every:
@@ -145,6 +152,8 @@ def _attention(attention: AttentionSpec, step: int) -> Attention:
     return Attention(pattern=attention.pattern, args=args)
 
 
-def _place(folder: str | Path) -> Path:
+def _place(folder: str | Path, *, weights: bool = False) -> Path:
     name = str(folder)
-    return hub.ZOO / name if name in hub.bundled() else Path(folder)
+    if name in hub.bundled():
+        return hub.ZOO / name
+    return hub.open_spec(name, weights=weights)[1] if hub.is_remote(name) else Path(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvideo import files
+from fastvideo import files, sampler_note
 from fastvideo.config import Strict
 from fastvideo.log import logger
 from fastvideo.lora import Loras, Use
 from fastvideo.lora.file import LowRank, save
 from fastvideo.shapes import LatentShape
-from fastvideo.spec import Defaults, Provenance, Scheduler
+from fastvideo.spec import Attention, Defaults, Provenance, Sampler, Scheduler
 from fastvideo_train import lora, origins
-from fastvideo_train.loop import make_method
+from fastvideo_train.bundle import attention_after, distilled
 from fastvideo_train.recipe import Dtype, Recipe, RoleSpec
 from fastvideo_train.roles import Role
 
@@ -86,17 +85,23 @@ def write(
 def _notes(recipe: Recipe, there: RoleSpec, step: int) -> dict[str, str]:
     """Return the header's entries: what it was learned on and how, and how it is sampled."""
     assert there.lora is not None, "only a run that learns one comes here"
-    method: Any = make_method(recipe)
-    notes = {
+    wanted = _sampler(recipe, there, step)
+    return {
         "base_model": there.from_,
         "trained_rank": str(there.lora.rank),
         "trained_alpha": f"{there.lora.rank * there.lora.scale:g}",
         "trained_steps": str(step),
         "run": recipe.run.name,
+        **(sampler_note.header(wanted) if wanted else {}),
     }
-    if method.sampler is not None:  # a distilled one wants its own few steps
-        notes["scheduler"] = json.dumps(method.sampler.model_dump(mode="json"))
-    return notes
+
+
+def _sampler(recipe: Recipe, there: RoleSpec, step: int) -> Sampler | None:
+    """Return how the file is sampled; None for a style, which goes on any model of its shapes."""
+    wanted, attention = distilled(recipe), attention_after(there.attention, step)
+    if wanted is None and attention == Attention():
+        return None
+    return (wanted or Sampler()).model_copy(update={"attention": attention})
 
 
 def _rounded(

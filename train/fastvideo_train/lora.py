@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvideo import rng
 from fastvideo.log import logger
+from fastvideo.lora import Change, merged
 from fastvideo_train.recipe import LoraSpec
 
 DOWN, UP = ".lora_A", ".lora_B"
@@ -79,12 +80,14 @@ def merge(
 
     A weight that the base lacks was zero (what a network has by birth).
     """
-    merged = dict(base)
+    found = dict(base)
     for module, (down_rI, up_Or) in pairs(learned).items():
-        name = f"{module}.weight"
-        change_OI = scale * (up_Or.float() @ down_rI.float())
-        merged[name] = base[name].float() + change_OI if name in base else change_OI
-    return merged
+        name, change = f"{module}.weight", Change(up_Or=up_Or, down_rI=down_rI, scale=scale)
+        if name in base:
+            found[name] = merged(base[name].float(), [(1.0, change)])
+        else:
+            found[name] = change.times(1.0, torch.empty(change.shape))
+    return found
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

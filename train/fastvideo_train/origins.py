@@ -7,6 +7,7 @@ one named `student`: a teacher starts from the run that trained it as its studen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastvideo.config import parse
+from fastvideo.models import classifier as classifiers
+from fastvideo.models import decoder as decoders
 from fastvideo.weights import Checkpoint
 from fastvideo_train import lora
 from fastvideo_train.checkpoints import Checkpoints
@@ -25,6 +28,7 @@ SUBFOLDER: dict[Kind, str] = {
     "text": "text_encoder",
     "classifier": "",  # a folder of its own, no part of a model
     "decoder": "",
+    "discriminator": "",
 }
 
 
@@ -41,11 +45,13 @@ def dims(spec: RoleSpec, name: str) -> dict[str, Any]:
     """Return a role's config: what lies behind `from`, with the recipe's own keys on top."""
     check_exists(spec, name)
     path = Path(spec.from_)
-    if not spec.from_ or path.is_file():
+    if not spec.from_:
         return spec.config
     if (path / "checkpoints").is_dir():
         return {**_dims_of_run(path, spec, name), **spec.config}
     if not SUBFOLDER[spec.kind]:
+        return {**_dims_alone(path, spec, name), **spec.config}
+    if path.is_file():
         return spec.config
     from fastvideo import hub  # needed only when a role starts from a model folder
     from fastvideo.formats import diffusers
@@ -70,6 +76,8 @@ def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
     latest = Checkpoints(path / "checkpoints").latest()
     if latest is not None:
         return _weights_of_run(latest, spec, name)
+    if spec.kind == "decoder":
+        return dict(decoders.tensors(path))
     part = path / SUBFOLDER[spec.kind]
     if part.is_dir() or path.is_file():  # also a folder that has this part alone
         return dict(Checkpoint(part if part.is_dir() else path))
@@ -118,15 +126,38 @@ def _weights_of_run(checkpoint: Path, spec: RoleSpec, name: str) -> dict[str, Te
     recipe = _recipe_of(checkpoint)
     state = store.read_state(checkpoint)
     source = _role_behind(recipe, spec, name, checkpoint)
+    there = recipe.roles[source]
     if source not in state:  # frozen there: it is what that run started from
-        return first_weights(recipe.roles[source], source)
-    learned, there = _average(state[source]), recipe.roles[source]
+        if not there.from_:
+            run = checkpoint.parent.parent
+            raise ValueError(
+                f"roles.{name}.from {spec.from_}: roles.{source} of {run} was new there and is not"
+                " saved, as it learned nothing"
+            )
+        return first_weights(there, source)
+    learned = _average(state[source])
     if there.lora is None:
         return {**state[source].get("frozen", {}), **learned}
     base = first_weights(there, source)
     if lora.fingerprint(base) != state[source]["base"]:
         raise ValueError(f"{checkpoint} learned a LoRA on other weights than {there.from_} has now")
     return lora.merge(base, learned, there.lora.scale)
+
+
+def _dims_alone(path: Path, spec: RoleSpec, name: str) -> dict[str, Any]:
+    """Return the dims of a network that is no part of a model, as its own package reads them.
+
+    Those of a decoder are without the statistics of the latents that it learned on so far: it may
+    go on with those of another VAE.
+    """
+    if not path.exists():
+        raise ValueError(f"roles.{name}.from {path} is neither a run nor a {spec.kind}'s own place")
+    if spec.kind == "decoder":
+        values = asdict(decoders.read_config(path))
+        return {key: value for key, value in values.items() if not key.startswith("latents_")}
+    if spec.kind == "classifier" and path.is_dir():
+        return asdict(classifiers.read_config(path))
+    return {}
 
 
 def _text_beside(role: RoleSpec, name: str) -> dict[str, Tensor]:

@@ -34,16 +34,20 @@ def read(folder: str | Path) -> Any:
 
     from fastvideo import weights
 
-    made, place = family(folder), Path(folder) / WEIGHTS
-    values = _config(folder)
-    values.pop("family")
-    try:
-        config = made.Config.parse(values)
-    except ValueError as error:
-        raise ValueError(f"{error} (from {Path(folder) / CONFIG})") from None
+    made, place, config = family(folder), Path(folder) / WEIGHTS, read_config(folder)
     net: Any = weights.build(lambda: made.Classifier(config))
     weights.load_into(net, weights.Checkpoint(place), source=place, dtype=torch.float32)
     return net.eval().requires_grad_(False)
+
+
+def read_config(folder: str | Path) -> Any:
+    """Read a classifier's dims; `ValueError` for what its family cannot be built from."""
+    made, values = family(folder), _config(folder)
+    values.pop("family")
+    try:
+        return made.Config.parse(values)
+    except ValueError as error:
+        raise ValueError(f"{error} (from {Path(folder) / CONFIG})") from None
 
 
 def is_here(folder: Path) -> bool:
