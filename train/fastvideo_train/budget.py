@@ -1,0 +1,123 @@
+"""Whether a run fits its devices, and what would make it fit: asked before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvideo import hub
+from fastvideo.config import assignments, merge, parse
+from fastvideo.parallel.degrees import Degrees
+from fastvideo_train import memory, origins
+from fastvideo_train.memory import GIB, Estimate
+from fastvideo_train.recipe import Recipe, RoleSpec, dump
+
+MOST_PARTS, MOST_ULYSSES = 64, 8
+
+
+def limit(recipe: Recipe) -> int | None:
+    """Return the bytes that a device has: the least of `run.memory_gib` and what is free of it.
+
+    None if neither is known, as on a CPU.
+    """
+    known = [int(recipe.run.memory_gib * GIB)] if recipe.run.memory_gib else []
+    if recipe.run.device.startswith("cuda") and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(torch.device(recipe.run.device))
+        known.append(free)
+    return min(known, default=None)
+
+
+def check(recipe: Recipe, degrees: Degrees, *, dims: memory.Dims = origins.dims) -> None:
+    """Raise `ValueError` for a run that needs more memory than its devices have."""
+    bytes_of_device = limit(recipe)
+    if bytes_of_device is not None:
+        refuse(memory.of(recipe, degrees, dims=dims), bytes_of_device, recipe, degrees, dims)
+
+
+def refuse(
+    estimate: Estimate,
+    bytes_of_device: int,
+    recipe: Recipe,
+    degrees: Degrees,
+    dims: memory.Dims = origins.dims,
+) -> None:
+    """Raise `ValueError`, naming the largest parts and the nearest remedy, if it does not fit."""
+    if estimate.total <= bytes_of_device:
+        return
+    parts = ", ".join(f"{p.role} {p.what} {p.bytes / GIB:.1f}".strip() for p in estimate.largest(3))
+    raise ValueError(
+        f"{recipe.run.name} needs about {estimate.total / GIB:.1f} GiB of each device, which has"
+        f" {bytes_of_device / GIB:.1f}; largest: {parts};"
+        f" {_nearest(bytes_of_device, recipe, degrees, dims)}"
+    )
+
+
+def dims_here(spec: RoleSpec, name: str) -> dict[str, Any]:
+    """Return a role's dims without asking the hub, or wanting the run that it will start from.
+
+    Raises `ValueError` for a denoiser if the recipe does not state them and nothing here does.
+    """
+    if not spec.from_ or spec.from_ in hub.bundled() or Path(spec.from_).exists():
+        return origins.dims(spec, name)
+    if not spec.config and spec.kind == "dit":
+        raise ValueError(
+            f"roles.{name}.from {spec.from_} is not here, so its dims are not known; state them in"
+            f" roles.{name}.config"
+        )
+    return spec.config
+
+
+def _nearest(bytes_of_device: int, recipe: Recipe, degrees: Degrees, dims: memory.Dims) -> str:
+    """Name the first of the remedies, from cheap to dear, that fits; or how far they all reach."""
+    least, told = 0, ""
+    for words in _remedies(recipe, degrees):
+        changed, cut = _changed(recipe, degrees, words)  # may add a batch to the words
+        total = memory.of(changed, cut, dims=dims).total
+        if total <= bytes_of_device:
+            devices = f" on {cut.world_size} devices" if cut != degrees else ""
+            return f"nearest that fits: {', '.join(words)}{devices} ({total / GIB:.1f} GiB)"
+        if not told or total < least:
+            least, told = total, ", ".join(words)
+    return f"even {told} needs {least / GIB:.1f} GiB" if told else "nothing here would shrink it"
+
+
+def _remedies(recipe: Recipe, degrees: Degrees) -> Iterator[list[str]]:
+    """Yield changes of a recipe: each alone, then those that cost no device under the others."""
+    run, free = recipe.run, list[str]()
+    clips = run.batch // degrees.of("batch")
+    if clips > 1:
+        free += [f"run.batch={degrees.of('batch')}", f"run.accumulate={run.accumulate * clips}"]
+        yield list(free)
+    denoises = any(role.kind == "dit" and role.trainable for role in recipe.roles.values())
+    if denoises and not run.recompute:
+        yield ["run.recompute=true"]
+        free.append("run.recompute=true")
+        yield list(free)
+    strategy = [] if run.strategy == "fsdp2" else ["run.strategy=fsdp2"]
+    for axis, most in (("shard", MOST_PARTS), ("ulysses", MOST_ULYSSES)):
+        if axis == "ulysses" and not denoises:
+            continue
+        size = 2 * degrees.of(axis)
+        while size <= most:
+            yield [*free, *strategy, f"parallel.{axis}={size}"]
+            size *= 2
+
+
+def _changed(recipe: Recipe, degrees: Degrees, words: list[str]) -> tuple[Recipe, Degrees]:
+    """Return a changed recipe and its degrees.
+
+    A batch that its processes cannot share is changed too, and `words` are told.
+    """
+    base = {**dump(recipe), "parallel": degrees.model_dump()}
+    tree = merge(base, assignments(words))
+    degrees, run = Degrees(**tree["parallel"]), tree["run"]
+    parts, clips = degrees.of("batch"), run["batch"] * run["accumulate"]
+    batch = max(1, run["batch"] // parts) * parts
+    if batch != run["batch"]:
+        more = [f"run.batch={batch}", f"run.accumulate={max(1, clips // batch)}"]
+        words += more
+        tree = merge(tree, assignments(more))
+    return parse(Recipe, tree, source="what would fit"), degrees
