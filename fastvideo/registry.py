@@ -27,7 +27,8 @@ def module(package: str, name: str) -> ModuleType:
     """Import the component `name` of `package`; `ValueError` with the legal names if unknown."""
     legal = names(package)
     if name not in legal:
-        kind = package.rpartition(".")[2].replace("_", " ").removesuffix("s")
+        kind = package.rpartition(".")[2].replace("_", " ")
+        kind = f"{kind[:-3]}y" if kind.endswith("ies") else kind.removesuffix("s")
         hint = did_you_mean(name, legal)
         raise ValueError(f"{kind} {name!r} is unknown{hint} (known: {', '.join(legal)})")
     return importlib.import_module(f"{package}.{name}")

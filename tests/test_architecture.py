@@ -47,7 +47,8 @@ LAYERS = [
         "worlds",
     },
     {"metrics", "models", "schedulers"},
-    {"causal", "formats", "hub", "lora", "measure", "model", "render", "sample"},
+    # a LoRA's note is judged before torch is loaded, so it cannot be in the room of `lora`
+    {"causal", "formats", "hub", "lora", "measure", "model", "render", "sample", "sampler_note"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FORBIDDEN = {
@@ -113,6 +114,7 @@ TORCH_FREE = [
     "fastvideo.parallel.rules",
     "fastvideo.registry",
     "fastvideo.rng",
+    "fastvideo.sampler_note",
     "fastvideo.shapes",
     "fastvideo.spec",
     "fastvideo_inference",

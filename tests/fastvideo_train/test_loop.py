@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
-from fastvideo_train import logs
+from fastvideo_train import logs, origins
 from fastvideo_train.loop import DivergedError, Job, Saved, StepDone, Validated, train
 from fastvideo_train.methods import StepKey, Update
+from fastvideo_train.recipe import RoleSpec
 from tiny_recipes import FILES, finish, tiny
 
 from fastvideo import registry
@@ -201,6 +202,56 @@ def test_a_resumed_run_obeys_what_its_recipe_changed(tmp_path):
     assert _equal(job.strategy.gather("vae"), job.strategy.gather("vae", averaged=False))
     adamw = job.strategy._trained["vae"].optimizer.adamw
     assert adamw is not None and {g["betas"] for g in adamw.param_groups} == {(0.5, 0.6)}
+
+
+def test_a_resumed_run_may_change_a_roles_optimizer_average_and_backend(tmp_path, caplog):
+    first = ("run.steps=2", "run.dtype=float32", "roles.critic.ema=0")
+    finish(tiny("dmd", *first), tmp_path)
+    words = (
+        "roles.critic.optim.betas=[0.5, 0.6]",
+        "roles.critic.optim.clip=0.25",
+        "roles.student.attention.backend=bmm",
+        "roles.student.ema=0.5",
+    )
+    job = Job.open(tiny("dmd", *first, *words), tmp_path)
+    assert job.step == 2 and job.roles["student"].attention.backend == "bmm"
+    trained = job.strategy._trained
+    student, critic = (trained[name].optimizer for name in ("student", "critic"))
+    assert (
+        {g["betas"] for g in critic.adamw.param_groups}
+        == {(0.5, 0.6)}
+        != {g["betas"] for g in student.adamw.param_groups}
+    )
+    assert (critic.spec.clip, trained["student"].ema.decay) == (0.25, 0.5)
+    logged = [m for m in caplog.messages if m.startswith("resuming with a changed recipe")]
+    assert len(logged) == len(words)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "roles.student.attention.anneal_by=0.5",
+        "roles.student.config.ffn_dim=32",
+        "roles.critic.dtype=float32",
+    ],
+)
+def test_what_a_roles_weights_mean_may_not_change_on_resume(word, tmp_path):
+    finish(tiny("dmd", "run.steps=2"), tmp_path)
+    with pytest.raises(ValueError, match=rf"{word.partition('=')[0]}: .*; use --fresh"):
+        Job.open(tiny("dmd", word), tmp_path)
+
+
+def test_a_role_without_an_average_is_its_own_weights_and_saves_none(tmp_path):
+    """As of a critic, which nothing takes: it need not be kept a third time."""
+    job = finish(tiny("dmd", "run.steps=2", "roles.critic.ema=0"), tmp_path / "run")
+    state = job.strategy.state_dict()
+    assert state["critic"]["ema"] is None and state["student"]["ema"] is not None
+    pairs = [[job.strategy.gather(n, averaged=a) for a in (True, False)] for n in state]
+    assert [_equal(*pair) for pair in pairs] == [name == "critic" for name in state]
+    spec = RoleSpec.model_validate({"kind": "dit", "from": str(job.folder)})
+    assert _equal(origins.first_weights(spec, "critic"), pairs[list(state).index("critic")][1])
+    with pytest.raises(ValueError, match=r"roles\.critic\.ema .*: must be"):
+        tiny("dmd", "roles.critic.ema=1")
 
 
 def test_bfloat16_weights_are_rounded_copies_of_float32_masters(tmp_path):

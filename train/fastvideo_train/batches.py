@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, cast
 
+from fastvideo_train.data import WHOLE, Part
 from fastvideo_train.methods import Batch
 from fastvideo_train.recipe import ClipsSpec, LatentsSpec, Recipe
 
@@ -13,19 +14,29 @@ Endless = Generator[Batch, None, None]
 
 
 @contextmanager
-def stream(recipe: Recipe, *, start: int) -> Iterator[Iterator[Batch]]:
+def stream(recipe: Recipe, *, start: int, part: Part = WHOLE) -> Iterator[Iterator[Batch]]:
     """Yield an endless iterator over micro-batches `start`, `start + 1`, ...; then end its workers.
 
-    Micro-batch i is the same in every life of the run. Raises `ValueError` for illegal data.
+    Micro-batch i is the same in every life of the run, however many processes hold a `part` of it.
+    Raises `ValueError` for illegal data.
     """
-    with closing(_open(recipe, start)) as batches:
+    with closing(_open(recipe, start, part)) as batches:
         yield batches
 
 
-def _open(recipe: Recipe, start: int) -> Endless:
+def check(recipe: Recipe) -> None:
+    """Raise `ValueError` for stored data that is unfinished or stale; no network is loaded."""
+    if isinstance(recipe.data, LatentsSpec):
+        from fastvideo_train.data.check import check as check_stored
+
+        check_stored(recipe)
+
+
+def _open(recipe: Recipe, start: int, part: Part) -> Endless:
     spec, run = recipe.data, recipe.run
     common: dict[str, Any] = {"seed": run.seed, "batch": run.batch, "start_step": start}
-    values: dict[str, Any] = spec.model_dump(exclude={"name"})
+    common["part"] = part
+    values: dict[str, Any] = spec.model_dump(exclude={"name", "text"})
     if isinstance(spec, ClipsSpec):
         from fastvideo_train.data.clips import ClipBatches
 

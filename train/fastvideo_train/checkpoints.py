@@ -2,6 +2,9 @@
 
 runs/vae/checkpoints/latest                 the name of the newest whole checkpoint
 runs/vae/checkpoints/step-00000200/state.pt, info.json
+                                  .../shards/   what processes hold parts of (`shards.py`)
+
+Of several processes all call `save`, and the first one writes what is written once.
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastvideo_train import shards
+from fastvideo_train.world import World
 
 STATE, INFO, POINTER = "state.pt", "info.json", "latest"
 
@@ -25,6 +31,7 @@ class Checkpoints:
 
     folder: Path
     keep: int = 2
+    world: World = field(default_factory=World)
 
     def latest(self) -> Path | None:
         """Return the newest whole checkpoint or None; `ValueError` if the pointer dangles."""
@@ -36,25 +43,35 @@ class Checkpoints:
             raise ValueError(f"{pointer} names {path.name}, which is not there; was it moved?")
         return path
 
-    def save(self, step: int, state: Mapping[str, Any], info: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        info: Mapping[str, Any],
+        *,
+        more: Callable[[Path], None] | None = None,
+    ) -> Path:
         """Write a checkpoint, point to it, drop old ones; on failure the previous one stays whole.
 
-        step: number of finished steps. Raises `ValueError` if the disk refuses.
+        step: number of finished steps. more: writes further files into the folder, by all
+        processes together. Raises `ValueError` if the disk refuses.
         """
         final = self.folder / f"step-{step:08d}"
         aside = self.folder / f".{final.name}.writing"
+        rest, cut = shards.split(state)
         try:
-            self._write(aside, state, info)
-            if final.exists():
-                shutil.rmtree(final)
-            aside.rename(final)
-            self._point_to(final)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            shutil.rmtree(aside, ignore_errors=True)
+            self.world.on_first(lambda: _emptied(aside))
+            if cut:
+                shards.write(cut, aside / shards.FOLDER)
+            if more is not None:
+                more(aside)
+            self.world.on_first(lambda: self._finish(aside, final, rest, info))
+        except (OSError, RuntimeError, ValueError) as error:  # torch.save: RuntimeError if full
+            if self.world.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
             before = self.latest()
             safe = f"; {before.name} is still whole" if before else ""
             raise ValueError(f"cannot save checkpoint {final}: {error}{safe}") from error
-        self._prune(final)
         return final
 
     def read_info(self, path: Path) -> dict[str, Any]:
@@ -62,17 +79,30 @@ class Checkpoints:
         values: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
         return values
 
-    def read_state(self, path: Path) -> dict[str, Any]:
-        """Return the state that was saved, on the CPU; `ValueError` if the file is damaged."""
+    def read_state(self, path: Path, *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the state that was saved, on the CPU; `ValueError` if a file is damaged.
+
+        like: the live state, whose cut tensors take their parts in place.
+        """
         try:
             state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged bytes lead the reader into errors of every kind
             raise ValueError(f"checkpoint {path / STATE} cannot be read: {error}") from None
+        if (path / shards.FOLDER).is_dir():
+            return shards.filled(state, path / shards.FOLDER, like)  # type: ignore[no-any-return]
         return state
 
+    def _finish(
+        self, aside: Path, final: Path, state: Mapping[str, Any], info: Mapping[str, Any]
+    ) -> None:
+        self._write(aside, state, info)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        self._point_to(final)
+        self._prune(final)
+
     def _write(self, aside: Path, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         with (aside / STATE).open("wb") as file:
             torch.save(dict(state), file)
             _sync(file.fileno())
@@ -99,6 +129,11 @@ class Checkpoints:
         whole = sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p <= newest)
         for path in [*whole[: -self.keep], *self.folder.glob(".step-*.writing")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _sync(descriptor: int) -> None:

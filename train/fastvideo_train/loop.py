@@ -5,26 +5,36 @@
         ...
 
 It knows roles and losses only, nothing of pixels or tokens. The batch and every draw of a step are
-functions of (seed, step, lane), so a resumed run equals one without interruption bit for bit.
+functions of (seed, step, lane, clip), so a resumed run equals one without interruption bit for bit,
+and a run on several processes one on a single process, but for the order of sums. All processes
+yield the same events; what is written and looked at is written and looked at by the first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from fastvideo import registry
+from fastvideo import attention, registry
 from fastvideo.config import parse
 from fastvideo.log import logger
+from fastvideo.parallel import rules
+from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.mesh import alone
+from fastvideo.parallel.sequence import spread
 from fastvideo_train import recipe as recipes
 from fastvideo_train import roles as role_builder
+from fastvideo_train import strategies
+from fastvideo_train.batches import check as check_data
 from fastvideo_train.batches import stream
 from fastvideo_train.checkpoints import Checkpoints
 from fastvideo_train.logs import Logs
@@ -32,10 +42,12 @@ from fastvideo_train.methods import Batch, Method, StepKey, Update
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 from fastvideo_train.strategies import Strategy
+from fastvideo_train.world import World
 
 # A resumed run may not change these: its weights would no longer fit, or mean the same.
 FIXED_SECTIONS = ("roles", "method", "data")
-FREE_KEYS = ("data.workers",)  # who renders a batch does not change it
+# But how weights move from now on it may, and who computes the same.
+FREE_KEYS = ("data.workers", "roles.*.optim.*", "roles.*.ema", "roles.*.attention.backend")
 
 
 @dataclass(frozen=True)
@@ -93,31 +105,39 @@ class Job:
     step: int = 0
     trained_s: float = 0.0
     validate: Validate | None = None
+    world: World = field(default_factory=World)
 
     @classmethod
-    def open(cls, recipe: Recipe, folder: Path, *, validate: Validate | None = None) -> Job:
+    def open(
+        cls,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        validate: Validate | None = None,
+        world: World | None = None,
+    ) -> Job:
         """Build the networks; continue from the folder's latest checkpoint if there is one.
 
-        Raises `ValueError` for a recipe that method, networks or checkpoint refuse.
+        Of several processes (`world`) all call this together. Raises `ValueError` for a recipe that
+        method, networks or checkpoint refuse.
         """
+        world = world or World(alone(recipe.run.device))
+        check(recipe, world.meshes.degrees)
+        check_data(recipe)
         method = make_method(recipe)
-        role_builder.check(recipe, method.wants)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
-        roles = role_builder.build(recipe, method.wants)
-        method.initialise(roles)
-        strategy: Strategy = registry.load(
-            "fastvideo_train.strategies", recipe.run.strategy, "Strategy"
-        )(recipe)
-        strategy.prepare(roles)
+        strategy: Strategy = strategies.find(recipe)(recipe, world.meshes)
+        roles = _roles(recipe, method, strategy, world)
         job = cls(
             recipe=recipe,
             folder=folder,
             roles=roles,
             method=method,
             strategy=strategy,
-            checkpoints=Checkpoints(folder / "checkpoints", recipe.run.keep),
+            checkpoints=Checkpoints(folder / "checkpoints", recipe.run.keep, world),
             validate=validate,
+            world=world,
         )
         job._resume()
         if recipe.run.compile:
@@ -133,7 +153,9 @@ class Job:
             "recipe": recipes.dump(self.recipe),
             "dims": {name: dict(role.config) for name, role in self.roles.items()},
         }
-        path = self.checkpoints.save(self.step, self.strategy.state_dict(), info)
+        path = self.checkpoints.save(
+            self.step, self.strategy.state_dict(), info, more=self.strategy.save_more
+        )
         return Saved(self.step, path)
 
     def _resume(self) -> None:
@@ -142,9 +164,48 @@ class Job:
             return
         info = self.checkpoints.read_info(path)
         _check_same(_filled(info["recipe"], path), recipes.dump(self.recipe), source=str(path))
-        self.strategy.load_state_dict(self.checkpoints.read_state(path), source=str(path))
+        state = self.checkpoints.read_state(path, like=self.strategy.state_dict())
+        self.strategy.load_state_dict(state, source=str(path))
+        self.strategy.load_more(path)
         self.step, self.trained_s = info["step"], info["trained_s"]
         logger.info("resumed %s at step %d", path, self.step)
+
+
+def check(recipe: Recipe, degrees: Degrees) -> None:
+    """Raise `ValueError` for what is impossible, before a weight is loaded or a process joined."""
+    method = make_method(recipe)
+    role_builder.check(recipe, method.wants)
+    method.check(recipe, degrees)
+    strategies.find(recipe).check(recipe, degrees)
+    if degrees.of("sequence") == 1:
+        return
+    cuts = f"parallel ring {degrees.ring} x ulysses {degrees.ulysses}"
+    denoisers = {n: role for n, role in recipe.roles.items() if role.kind == "dit"}
+    if not denoisers:
+        raise ValueError(f"{cuts}: method {recipe.method.name} has no sequences; use data or shard")
+    if recipe.run.compile:
+        raise ValueError(f"{cuts}: run.compile must be false where sequences are split")
+    for name, role in denoisers.items():
+        try:
+            rules.check(degrees, attention.parse(role.attention.pattern, role.attention.args))
+        except ValueError as error:
+            raise ValueError(f"roles.{name}.attention: {error}") from error
+
+
+def _roles(recipe: Recipe, method: Method, strategy: Strategy, world: World) -> dict[str, Role]:
+    """Build the networks, hand them to the strategy, and split the sequences of denoisers."""
+    run = recipe.run.model_copy(update={"device": strategy.first_device})
+    roles = role_builder.build(recipe.model_copy(update={"run": run}), method.wants)
+    method.initialise(roles)
+    if recipe.run.recompute:
+        role_builder.recompute_layers(roles)
+    strategy.prepare(roles)
+    if world.meshes.axis("sequence").size == 1:
+        return roles
+    return {
+        name: replace(role, spread=spread(role.net, world.meshes)) if role.kind == "dit" else role
+        for name, role in roles.items()
+    }
 
 
 def make_method(recipe: Recipe) -> Method:
@@ -163,30 +224,45 @@ def train(
     Raises `DivergedError` with the batch's ids if the loss or a gradient is not finite; the last
     checkpoint is then the state before.
     """
-    run = job.recipe.run
+    run, world = job.recipe.run, job.world
     began = saved_at = time.monotonic()
     first_step, saved_step, trained_before = job.step, -1, job.trained_s
     smooth = _Smooth()
+    batch_axis = world.meshes.axis("batch")
+    part = (batch_axis.rank, batch_axis.size)
+
+    def now() -> tuple[bool, ...]:
+        """Whether to end, and whether a checkpoint is due by time: what one says, all do."""
+        s = time.monotonic()
+        return world.any(stop() or s - began >= max_seconds, s - saved_at > run.save_every_s)
+
     with (
-        Logs(job.folder, start_step=job.step) as logs,
-        stream(job.recipe, start=job.step * run.accumulate) as batches,
+        _logs(job) as logs,
+        stream(job.recipe, start=job.step * run.accumulate, part=part) as batches,
     ):
-        while job.step < run.steps and not stop() and time.monotonic() - began < max_seconds:
+        ends, _ = now()
+        while job.step < run.steps and not ends:
             metrics = _one_step(job, list(itertools.islice(batches, run.accumulate)))
             job.step += 1
             job.trained_s = trained_before + time.monotonic() - began
             done = _done(job, metrics, smooth.add(metrics["loss"]), first_step, began)
-            if done.metrics:
+            if done.metrics and logs:
                 logs.write(job.step, done.metrics)
             yield done
             if job.validate and run.validate_every and job.step % run.validate_every == 0:
                 yield _validate(job, job.validate, logs)
-            is_due = run.save_every and job.step % run.save_every == 0
-            if is_due or time.monotonic() - saved_at > run.save_every_s:
+            ends, is_late = now()
+            if is_late or (run.save_every and job.step % run.save_every == 0):
                 yield job.save()
                 saved_step, saved_at = job.step, time.monotonic()
         if saved_step != job.step and job.step > first_step:
             yield job.save()
+
+
+def _logs(job: Job) -> contextlib.AbstractContextManager[Logs | None]:
+    if not job.world.is_first:
+        return contextlib.nullcontext()
+    return Logs(job.folder, start_step=job.step)
 
 
 def _one_step(job: Job, batches: list[Batch]) -> dict[str, float]:
@@ -195,9 +271,10 @@ def _one_step(job: Job, batches: list[Batch]) -> dict[str, float]:
     `loss` is that of the last phase, the one that a method has in every step; each phase's is also
     logged under the role that it updates.
     """
-    run = job.recipe.run
+    run, axis = job.recipe.run, job.world.meshes.axis("batch")
+    first = axis.rank * (run.batch // axis.size)
     phases = [
-        job.method.step(batch, job.roles, StepKey(run.seed, job.step, run.steps, lane))
+        job.method.step(batch, job.roles, StepKey(run.seed, job.step, run.steps, lane, first))
         for lane, batch in enumerate(batches)
     ]
     metrics: dict[str, float] = {}
@@ -207,7 +284,7 @@ def _one_step(job: Job, batches: list[Batch]) -> dict[str, float]:
         if not updates:
             break
         assert len(updates) == len(phases), "every micro-batch of a step has the same phases"
-        means = {key: math.fsum(values) / len(values) for key, values in seen.items()}
+        means = job.world.means(seen)
         roles = updates[0].roles
         metrics |= {**means, f"{roles[0]}/loss": means["loss"]}
         _check_finite(job, means["loss"], batches, "loss")
@@ -232,16 +309,18 @@ def _advance(job: Job, phase: Iterator[Update], seen: dict[str, list[float]]) ->
 def _check_finite(job: Job, value: float, batches: list[Batch], what: str) -> None:
     if math.isfinite(value):
         return
-    ids = [name for batch in batches for name in batch["ids"]]
+    own = [name for batch in batches for name in batch["ids"]]
+    ids = [name for names in job.world.every(own) for name in names]
     latest = job.checkpoints.latest()
     last = f"; the last checkpoint is {latest}" if latest else ""
     raise DivergedError(f"{what} is {value} at step {job.step + 1}, clips {', '.join(ids)}{last}")
 
 
-def _validate(job: Job, validate: Validate, logs: Logs) -> Validated:
-    with job.strategy.averaged(), torch.no_grad():
-        metrics = validate(job.roles, step=job.step)
-    logs.write(job.step, metrics, prefix="validate")
+def _validate(job: Job, validate: Validate, logs: Logs | None) -> Validated:
+    with job.strategy.averaged() as roles, torch.no_grad():
+        metrics = job.world.on_first(lambda: dict(validate(roles, step=job.step)))
+    if logs:
+        logs.write(job.step, metrics, prefix="validate")
     return Validated(job.step, metrics)
 
 
@@ -269,7 +348,7 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, source: str) 
     fixed = [
         change
         for change, key in keys.items()
-        if (key.split(".")[0] in FIXED_SECTIONS and key not in FREE_KEYS) or key == "run.seed"
+        if (key.split(".")[0] in FIXED_SECTIONS and not _is_free(key)) or key == "run.seed"
     ]
     if fixed:
         raise ValueError(
@@ -277,6 +356,10 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, source: str) 
         )
     for change in changes:
         logger.warning("resuming with a changed recipe: %s", change)
+
+
+def _is_free(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in FREE_KEYS)
 
 
 class _Smooth:

@@ -21,7 +21,7 @@ from fastvideo import attention as patterns
 from fastvideo.config import Strict, assignments, merge, parse, read_toml
 from fastvideo.parallel.degrees import Degrees
 
-Kind = Literal["dit", "vae", "text", "classifier", "decoder"]
+Kind = Literal["dit", "vae", "text", "classifier", "decoder", "discriminator"]
 Dtype = Literal["float32", "bfloat16"]
 
 SHARDING = ("fsdp2", "deepspeed")
@@ -44,6 +44,9 @@ class Run(Strict):
     compile: bool = False
     recompute: bool = Field(
         default=False, description="layers of learning denoisers once more in the backward pass"
+    )
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="of a device, to plan for; what is free of it counts too"
     )
     save_every: int = Field(default=0, ge=0, description="steps; 0 saves by time and at the end")
     save_every_s: float = Field(default=600.0, gt=0)
@@ -104,7 +107,8 @@ class RoleSpec(Strict):
 
     `from` is a model, a run's folder or a file of weights; empty draws new weights. `config` goes
     on top of the dims found there. `dtype` overrides the run's, `optim` overrides single keys of
-    `[optim]`; `attention` is a denoiser's own.
+    `[optim]`, `ema` is the decay of its own average (0: none, as for a critic that nothing takes);
+    `attention` is a denoiser's own.
     """
 
     kind: Kind
@@ -114,6 +118,7 @@ class RoleSpec(Strict):
     trainable: bool = True
     dtype: Dtype | None = None
     optim: dict[str, Any] = Field(default_factory=dict)
+    ema: float | None = Field(default=None, ge=0, lt=1)
     attention: AttentionSpec = AttentionSpec()
     lora: LoraSpec | None = None
 
@@ -266,6 +271,11 @@ class Recipe(Strict):
         """The folder whose text states stand in for the text encoder; empty if it is loaded."""
         is_stored = isinstance(self.data, LatentsSpec) and self.data.text == "stored"
         return self.data.folder if is_stored else ""  # type: ignore[union-attr]
+
+    def decay_of(self, role: str) -> float:
+        """Return the decay of a role's average; 0 keeps none."""
+        own = self.roles[role].ema
+        return self.ema.decay if own is None else own
 
     def optim_of(self, role: str) -> OptimSpec:
         """Return `[optim]` with the role's own keys on top."""

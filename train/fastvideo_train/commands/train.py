@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastvideo import env
 from fastvideo.cli import INTERRUPTED, OK, RefusedError, refusing
 from fastvideo_train import recipe as recipes
+from fastvideo_train.commands._plan import plan
+from fastvideo_train.commands._together import together
 
 if TYPE_CHECKING:
     from fastvideo_train.loop import Event, Job
     from fastvideo_train.recipe import Recipe
+    from fastvideo_train.world import World
 
 Show = Callable[["Event"], None]
 _SHOWN_ANYWAY = ("loss", "samples_per_s", "elapsed_s")
@@ -50,7 +54,7 @@ def train(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build the networks, say what would run, and stop.")
+        bool, typer.Option("--dry-run", help="Say what would run, in how much memory, and stop.")
     ] = False,
 ) -> int:
     """Train a model from a recipe (TOML); Ctrl-C saves a checkpoint first."""
@@ -59,49 +63,42 @@ def train(
         parsed = recipes.load(recipe, sets=words, smoke=smoke)
         folder = run_dir or Path("runs") / (parsed.run.name + ("-smoke" if smoke else ""))
         if dry_run:
-            _describe(_open(parsed, folder))
+            plan(parsed, folder)
             return OK
-        _settle(folder, resume)
-        folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder), _stop_signals() as stopped:
+        degrees = parsed.degrees(env.world_size())
+    with together(parsed.run.device, degrees) as world:
         with refusing():
-            job = _open(parsed, folder)
-        limit = math.inf if max_minutes is None else 60 * max_minutes
-        return _run(job, stopped, max_seconds=limit)
+            world.on_first(lambda: _settle(folder, resume))
+        with _lock(folder, world), _stop_signals(world.size) as stopped:
+            with refusing():
+                job = _open(parsed, folder, world)
+            limit = math.inf if max_minutes is None else 60 * max_minutes
+            return _run(job, stopped, max_seconds=limit)
 
 
-def _open(recipe: Recipe, folder: Path) -> Job:
-    from fastvideo_train.export import check
-    from fastvideo_train.loop import Job
+def _open(recipe: Recipe, folder: Path, world: World) -> Job:
+    from fastvideo_train import budget, export, loop
     from fastvideo_train.validate import validator
 
-    check(recipe)
-    return Job.open(recipe, folder, validate=validator(recipe, folder))
+    loop.check(recipe, world.meshes.degrees)
+    budget.check(recipe, world.meshes.degrees)
+    export.check(recipe)
+    return loop.Job.open(recipe, folder, validate=validator(recipe, folder), world=world)
 
 
 def _run(job: Job, stopped: Callable[[], bool], *, max_seconds: float) -> int:
     from fastvideo_train.loop import train as run
 
-    print(f"{job.folder}: step {job.step} of {job.recipe.run.steps}")
-    with _display(job) as show:
+    is_first = job.world.is_first
+    if is_first:
+        print(f"{job.folder}: step {job.step} of {job.recipe.run.steps}")
+    with _display(job) if is_first else nullcontext(_ignore) as show:
         for event in run(job, stop=stopped, max_seconds=max_seconds):
             show(event)
-    if job.step < job.recipe.run.steps:
+    if job.step < job.recipe.run.steps and is_first:
         print(f"stopped at step {job.step}; the same command goes on from there")
-    return INTERRUPTED if stopped() else OK
-
-
-def _describe(job: Job) -> None:
-    recipe = job.recipe
-    print(f"{recipe.run.name}: method {recipe.method.name}, steps {job.step} to {recipe.run.steps}")
-    for role in job.roles.values():
-        state = "trained" if role.trainable else "frozen"
-        start = "new weights" if role.is_new else f"from {recipe.roles[role.name].from_}"
-        size = f"{role.num_params() / 1e6:.2f} M parameters"
-        dtype = str(role.dtype).removeprefix("torch.")
-        family = f"{role.kind}/{recipe.roles[role.name].family}"
-        print(f"  {role.name}: {family}, {size}, {dtype}, {state}, {start}")
-    print(f"  batch {recipe.run.batch} x {recipe.run.accumulate} of {recipe.data.name}")
+    (is_stopped,) = job.world.any(stopped())
+    return INTERRUPTED if is_stopped else OK
 
 
 def _settle(folder: Path, resume: bool | None) -> None:
@@ -110,16 +107,26 @@ def _settle(folder: Path, resume: bool | None) -> None:
     if resume and not has_run:
         raise ValueError(f"{folder} has no checkpoint to resume; leave --resume out to start there")
     if resume is False and folder.exists():
-        with _lock(folder):
+        with _locked(folder):
             pass  # nobody trains in it
         names = (folder.with_name(f"{folder.name}.old-{i}") for i in range(1, 10_000))
         aside = next(path for path in names if not path.exists())
         folder.rename(aside)
         print(f"the old run is now {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path, world: World) -> Iterator[None]:
+    """Refuse a folder that another run trains in, to all processes of this one."""
+    with ExitStack() as stack:
+        with refusing():
+            world.on_first(lambda: stack.enter_context(_locked(folder)))
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process trains in; the lock ends with the process."""
     with (folder / "lock").open("w", encoding="utf-8") as file:
         try:
@@ -131,15 +138,20 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Let a first SIGINT or SIGTERM ask for a stop after the step; a second one ends at once."""
+def _stop_signals(num_processes: int) -> Iterator[Callable[[], bool]]:
+    """Let a first SIGINT or SIGTERM ask for a stop after the step; a second one ends at once.
+
+    Of several processes, a second one comes from their launcher, which passes on what all got.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if asked and num_processes == 1:
             raise KeyboardInterrupt
+        if not asked and env.rank() == 0:
+            hint = " (once more to stop now)" if num_processes == 1 else ""
+            sys.stderr.write(f"stopping after this step{hint}\n")
         asked.append(number)
-        sys.stderr.write("stopping after this step (once more to stop now)\n")
 
     before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -174,6 +186,10 @@ def _display(job: Job) -> Iterator[Show]:
                 console.print(_words(event))
 
         yield show
+
+
+def _ignore(event: Event) -> None:
+    """Show nothing: the first process does."""
 
 
 def _print_event(event: Event) -> None:
