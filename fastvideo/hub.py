@@ -1,7 +1,7 @@
 """From a model's name to its folder and spec, and from a LoRA's to its file, without torch.
 
-A model's name is a bundled one ("wan-nano"), a folder, or "owner/name" on the Hugging Face hub; a
-LoRA's is a file, a folder with one, "owner/name" or "owner/name/file.safetensors" there.
+A model's name is a bundled one ("fastwan-nano"), a folder, or "owner/name" on the Hugging Face hub;
+a LoRA's is a file, a folder with one, "owner/name" or "owner/name/file.safetensors" there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastvideo.log import logger
 from fastvideo.spec import Spec
 
 ZOO = Path(__file__).parent / "zoo"
-DEFAULT_MODEL = "wan-nano"
+DEFAULT_MODEL = "fastwan-nano"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)/(?P<file>.+\.safetensors)")
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -34,6 +34,14 @@ def bundled() -> list[str]:
     """
     folders = [p for p in ZOO.iterdir() if p.is_dir()] if ZOO.is_dir() else []
     return sorted(p.name for p in folders if not (p / "config.json").is_file())
+
+
+def is_remote(name: str) -> bool:
+    """Tell whether a model of this name is on the hub: neither bundled nor a folder or a run."""
+    path = Path(name).expanduser()
+    first = path.parts[0] if path.parts else ""
+    near = path.exists() or first == "runs" or Path(first).is_dir()
+    return name not in bundled() and not near and bool(_HUB_NAME.fullmatch(name))
 
 
 def open_spec(name_or_path: str | Path, *, weights: bool = False) -> tuple[Spec, Path]:

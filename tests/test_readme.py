@@ -63,9 +63,9 @@ def parse(words: list[str]) -> None:
 
 def test_the_python_of_the_readme_runs(tiny_folder: Path, tmp_path: Path, monkeypatch):
     (code,) = blocks(README, "python")
-    assert '"wan-nano"' in code
+    assert '"fastwan-nano"' in code
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace('"wan-nano"', repr(str(tiny_folder))), "README.md", "exec"), {})
+    exec(compile(code.replace('"fastwan-nano"', repr(str(tiny_folder))), "README.md", "exec"), {})
     (made,) = tmp_path.glob("*.mp4")
     assert media.read_facts(made).num_frames == 9
 

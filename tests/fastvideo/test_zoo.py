@@ -24,9 +24,16 @@ def test_a_bundled_model_has_a_card_and_at_most_40_mebibytes(name: str):
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 40 * MEBIBYTE
 
 
-def test_the_sparse_edition_is_sparse_by_itself_and_shares_the_vae():
-    spec, _ = hub.open_spec("wan-nano-vsa")
+@pytest.mark.parametrize("name", ["wan-nano-vsa", "fastwan-nano"])
+def test_the_sparse_editions_are_sparse_by_themselves_and_share_the_vae(name: str):
+    spec, _ = hub.open_spec(name)
     assert spec.attention.pattern == "vsa"
-    dense, sparse = (hub.ZOO / name / "vae" for name in ("wan-nano", "wan-nano-vsa"))
+    dense, sparse = (hub.ZOO / one / "vae" for one in ("wan-nano", name))
     for file in dense.iterdir():
         assert file.read_bytes() == (sparse / file.name).read_bytes(), file.name
+
+
+def test_the_default_takes_three_steps_without_guidance():
+    spec, _ = hub.open_spec(hub.DEFAULT_MODEL)
+    assert (spec.defaults.num_inference_steps, spec.defaults.guidance_scale) == (3, 1.0)
+    assert spec.scheduler.name == "few_step" and len(spec.scheduler.args["sigmas"]) == 3
