@@ -94,8 +94,6 @@ def test_installed_wheel_generates_outside_the_checkout(wheel: Path, tmp_path: P
             "a big red ball moving left at night",
             "--frames",
             "5",
-            "--steps",
-            "2",
             "-o",
             "clip.mp4",
         ],

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from fastvideo.parallel.mesh import Axis
+from fastvideo.parallel.axis import Axis
 
 T = TypeVar("T")
 _FAILED = "fastvideo/failed"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo.parallel.mesh import Axis
+from fastvideo.parallel.axis import Axis
 
 _BUCKET_NUMBERS = 1 << 25
 """Gradients that are summed at a time: 128 MiB in float32."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvideo.parallel import collectives, rules
-from fastvideo.parallel.mesh import Axis
+from fastvideo.parallel.axis import Axis
 
 
 @dataclass(frozen=True)

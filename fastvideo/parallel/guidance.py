@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastvideo import flow
+from fastvideo.parallel.axis import Axis
 from fastvideo.parallel.collectives import gather
-from fastvideo.parallel.mesh import Axis
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_BCTHW, t_BT) -> v_BCTHW
 

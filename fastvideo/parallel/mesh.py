@@ -1,6 +1,7 @@
 """Degrees become named meshes: who works with whom, as values that are passed, never globals.
 
-with meshes_of(Degrees(ulysses=2, guidance=2), device) as meshes:
+with joined(device) as own:
+    meshes = build(Degrees(ulysses=2, guidance=2), own)
     axis = meshes.axis("ulysses")        # size, this process's place, its group
 """
 
@@ -12,29 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo import env
+from fastvideo.parallel.axis import Axis
 from fastvideo.parallel.degrees import AXES, RUNS, Degrees
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The processes that this one shares an axis with; alone (size 1) it needs no group."""
-
-    name: str
-    size: int = 1
-    rank: int = 0
-    group: Any = None
-
-    @property
-    def ranks(self) -> list[int]:
-        """Global ranks along the axis, in order."""
-        return [0] if self.group is None else dist.get_process_group_ranks(self.group)
 
 
 @dataclass(frozen=True)

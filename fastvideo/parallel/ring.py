@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvideo.parallel import _partial
-from fastvideo.parallel.mesh import Axis
+from fastvideo.parallel.axis import Axis
 
 
 def attend(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastvideo.attention.pattern import Dense, Pattern, write
 from fastvideo.log import logger
-from fastvideo.parallel.degrees import Degrees
+
+if TYPE_CHECKING:
+    from fastvideo.parallel.degrees import Degrees
 
 
 def check(degrees: Degrees, pattern: Pattern, *, num_heads: int | None = None) -> None:

@@ -56,7 +56,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -64,9 +64,12 @@ from torch import Tensor
 from fastvideo.attention import Attend, Dense, Layout, Sta, plain
 from fastvideo.attention.layout import Lists
 from fastvideo.parallel import ring, rules
+from fastvideo.parallel.axis import Axis
 from fastvideo.parallel.collectives import exchange, gather, own, replicated, shares
-from fastvideo.parallel.mesh import Axis, Meshes
 from fastvideo.shapes import TokenGrid
+
+if TYPE_CHECKING:
+    from fastvideo.parallel.mesh import Meshes
 
 
 class Tokens(Protocol):

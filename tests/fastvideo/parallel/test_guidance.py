@@ -53,6 +53,11 @@ def apart(rank: int, size: int, degrees: Degrees, dtype: torch.dtype) -> tuple[T
     return x, len(batches)
 
 
+def together(rank: int, size: int, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():
+        return run(guide(network(dtype), **texts(dtype)), dtype)
+
+
 def with_gradients(rank: int, size: int) -> str:
     axis = mesh.build(Degrees(guidance=2), torch.device("cpu")).axis("guidance")
     velocity = guidance.guide(network(torch.float32), axis, **texts(torch.float32))
@@ -71,8 +76,7 @@ def with_gradients(rank: int, size: int) -> str:
     ids=["float32", "bfloat16", "beside-another-axis"],
 )
 def test_every_rank_runs_one_forward_a_step_and_gets_the_bits_of_both(ranks, degrees, dtype):
-    with torch.no_grad():
-        alone = run(guide(network(dtype), **texts(dtype)), dtype)
+    (alone,) = ranks(1, together, dtype)  # with as many threads: other numbers sum in other orders
     for x, count in ranks(degrees.world_size, apart, degrees, dtype):
         assert torch.equal(x, alone)
         assert count == 3
