@@ -19,7 +19,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=${hosts%%$'\n'*}  # a pipe into `head` would break for a long list, and pipefail ends the job
 export HEAD NNODES=$SLURM_NNODES RUN_ID=$SLURM_JOB_ID PORT=$((20000 + SLURM_JOB_ID % 20000))
 processes=${SLURM_GPUS_PER_NODE:-8}
 limit=()
