@@ -38,6 +38,8 @@ VERBS = {
     ),
     "demo": ("fastvideo_inference.commands.demo:demo", "Open the demo page in a browser."),
 }
+IN_MANY = ("generate", "inspect", "doctor", "train")
+"""Verbs that may run in several processes of a launcher at once."""
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Typer's own base of all usage errors, whichever click it was built on.
@@ -73,6 +75,8 @@ class Verbs(TyperGroup):
         if args[0] not in VERBS and not args[0].startswith("-"):
             known = ", ".join(VERBS)
             ctx.fail(f"verb {args[0]!r} is unknown{did_you_mean(args[0], VERBS)} (known: {known})")
+        if env.world_size() > 1 and args[0] in VERBS and args[0] not in IN_MANY:
+            ctx.fail(f"{args[0]} works in one process; start it without a launcher")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

@@ -39,6 +39,7 @@ LAYERS = [
         "cpu",
         "flow",
         "footage",
+        "launched",
         "layers",
         "media",
         "parallel",

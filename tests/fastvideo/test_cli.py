@@ -61,6 +61,12 @@ def test_a_mistyped_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]):
     assert "did you mean 'generate'?" in capsys.readouterr().err
 
 
+def test_a_verb_that_works_alone_refuses_a_launcher(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["eval", "wan-nano"]) == cli.USAGE
+    assert "eval works in one process; start it without a launcher" in capsys.readouterr().err
+
+
 def test_shell_completion_knows_verbs_and_their_options():
     def complete(words: str, place: int) -> str:
         env = {

@@ -124,10 +124,12 @@ def _run_in_many(words: Words, *, as_json: bool) -> int:
     with refusing():
         check_place(words.device, words.dtype, num_processes=env.world_size())
         batch = read(words) if env.rank() == 0 else None
-    from fastvideo_inference.commands._together import from_first, together  # torch comes in here
+    from fastvideo.launched import together  # torch comes in here
+    from fastvideo.model import pick_device
+    from fastvideo.parallel import agree
 
-    with together(words.device or "auto") as device:
-        batch = from_first(batch, device)
+    with together(pick_device(words.device or "auto")) as device:
+        batch = agree.with_first(batch, agree.everybody(), device)
         assert batch is not None, "the first process has read it"
         return _run(dataclasses.replace(batch, device=str(device)), as_json=as_json)
 

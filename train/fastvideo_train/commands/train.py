@@ -20,9 +20,9 @@ from fastvideo import env
 from fastvideo.cli import INTERRUPTED, OK, RefusedError, refusing
 from fastvideo_train import recipe as recipes
 from fastvideo_train.commands._plan import plan
-from fastvideo_train.commands._together import together
 
 if TYPE_CHECKING:
+    from fastvideo.parallel.degrees import Degrees
     from fastvideo_train.loop import Event, Job
     from fastvideo_train.recipe import Recipe
     from fastvideo_train.world import World
@@ -66,7 +66,7 @@ def train(
             plan(parsed, folder)
             return OK
         degrees = parsed.degrees(env.world_size())
-    with together(parsed.run.device, degrees) as world:
+    with _together(parsed.run.device, degrees) as world:
         with refusing():
             world.on_first(lambda: _settle(folder, resume))
         with _lock(folder, world), _stop_signals(world.size) as stopped:
@@ -74,6 +74,19 @@ def train(
                 job = _open(parsed, folder, world)
             limit = math.inf if max_minutes is None else 60 * max_minutes
             return _run(job, stopped, max_seconds=limit)
+
+
+@contextmanager
+def _together(device: str, degrees: Degrees) -> Iterator[World]:
+    """Join the other processes of the run for the time of a block."""
+    import torch
+
+    from fastvideo.launched import together
+    from fastvideo.parallel import mesh
+    from fastvideo_train.world import World
+
+    with together(torch.device(device)) as own:
+        yield World(mesh.build(degrees, own))
 
 
 def _open(recipe: Recipe, folder: Path, world: World) -> Job:
