@@ -389,6 +389,7 @@ def test_buckets_have_batches_in_proportion_to_their_clips():
             ['export={{name="x", vae="{other}"}}'],
             "are stale: export.vae .* encodes by other weights",
         ),
+        (["method.args.tokenizer=wan-nano"], "text states in .* are stale: method.args.tokenizer"),
         (["method.args.max_text_tokens=8"], "max_text_tokens 8 must be 16"),
         (["method.args.negative_prompt=a red night"], "negative_prompt 'a red night' has no state"),
         (["roles.text.trainable=true"], "needs roles.text with trainable = false and `from`"),

@@ -148,7 +148,6 @@ def test_the_features_are_those_of_half_the_critics_layers_unless_given(tmp_path
         (["roles.discriminator.config.heads=2"], "heads is no dim of a discriminator of tokens"),
         (["roles.discriminator.trainable=false"], r"discriminator\.trainable must be True"),
         (["method.args.gan=-1"], "gan -1 .*at least 0"),
-        (["method.args.gan=0"], "role 'discriminator' is unknown to method dmd"),
     ],
 )
 def test_what_does_not_fit_is_refused(words, message, tmp_path):
@@ -159,6 +158,8 @@ def test_what_does_not_fit_is_refused(words, message, tmp_path):
 def test_the_term_needs_its_role_and_whole_sequences():
     with pytest.raises(ValueError, match=r"needs a \[roles.discriminator\] of kind"):
         loop.check(tiny("dmd", GAN[0]), Degrees())
+    with pytest.raises(ValueError, match=r"gan 0 needs no roles.discriminator; leave it out"):
+        loop.check(tiny("dmd", *GAN, "method.args.gan=0"), Degrees())
     with pytest.raises(ValueError, match="ulysses 2 must be 1; use data or shard"):
         loop.check(tiny("dmd", *GAN), Degrees(ulysses=2))
     assert "discriminator" in make_method(tiny("dmd", *GAN)).wants

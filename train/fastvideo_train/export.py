@@ -70,14 +70,8 @@ class VaeExport(Strict):
     clips: TrainClips = TrainClips()
 
 
-class ClassifierExport(Strict):
-    """`[export]` of a run that trains a classifier."""
-
-    dtype: Dtype = "bfloat16"
-
-
-class DecoderExport(Strict):
-    """`[export]` of a run that trains a small decoder."""
+class SmallExport(Strict):
+    """`[export]` of a run that trains a classifier or a small decoder."""
 
     dtype: Dtype = "bfloat16"
 
@@ -139,10 +133,10 @@ def export(
         return Exported(path, *export_lora.write(run, role, path, spec, overwrite=overwrite))
     if isinstance(spec, ModelExport):
         return export_model(trained, folder, spec, overwrite=overwrite)
-    if isinstance(spec, ClassifierExport):
-        return export_classifier(trained, folder, spec, overwrite=overwrite)
-    if isinstance(spec, DecoderExport):
-        return export_decoder(trained, folder, spec, overwrite=overwrite)
+    if isinstance(spec, SmallExport):
+        is_decoder = any(role.kind == "decoder" for role in trained.roles.values())
+        write = export_decoder if is_decoder else export_classifier
+        return write(trained, folder, spec, overwrite=overwrite)
     return export_vae(trained, folder, spec, overwrite=overwrite)
 
 
@@ -188,17 +182,15 @@ def _check_teacher(recipe: Recipe) -> None:
 
 def _parse(
     recipe: Recipe, values: Mapping[str, Any], *, merge_lora: bool = False
-) -> ModelExport | VaeExport | ClassifierExport | DecoderExport | LoraExport:
+) -> ModelExport | VaeExport | SmallExport | LoraExport:
     kinds = {role.kind for role in recipe.roles.values()}
     source = f"[export] of {recipe.run.name}"
     if export_lora.learns(recipe) and not merge_lora:
         return parse(LoraExport, values, source=source)
     if "dit" in kinds:
         return parse(ModelExport, values, source=source)
-    if "classifier" in kinds:
-        return parse(ClassifierExport, values, source=source)
-    if "decoder" in kinds:
-        return parse(DecoderExport, values, source=source)
+    if kinds & {"classifier", "decoder"}:
+        return parse(SmallExport, values, source=source)
     return parse(VaeExport, values, source=source)
 
 
@@ -222,7 +214,7 @@ def export_vae(
 
 
 def export_classifier(
-    run: Trained, folder: str | Path, spec: ClassifierExport, *, overwrite: bool = False
+    run: Trained, folder: str | Path, spec: SmallExport, *, overwrite: bool = False
 ) -> Exported:
     """Write a classifier's config and weights."""
     role, dtype = of_kind(run.roles, "classifier"), DTYPES[spec.dtype]
@@ -237,7 +229,7 @@ def export_classifier(
 
 
 def export_decoder(
-    run: Trained, folder: str | Path, spec: DecoderExport, *, overwrite: bool = False
+    run: Trained, folder: str | Path, spec: SmallExport, *, overwrite: bool = False
 ) -> Exported:
     """Write a small decoder, with the statistics of the VAE's latents in its config."""
     role, vae = of_kind(run.roles, "decoder"), of_kind(run.roles, "vae")

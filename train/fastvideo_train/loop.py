@@ -174,8 +174,8 @@ class Job:
 def check(recipe: Recipe, degrees: Degrees) -> None:
     """Raise `ValueError` for what is impossible, before a weight is loaded or a process joined."""
     method = make_method(recipe)
-    role_builder.check(recipe, method.wants)
     method.check(recipe, degrees)
+    role_builder.check(recipe, method.wants)
     strategies.find(recipe).check(recipe, degrees)
     if degrees.of("sequence") == 1:
         return

@@ -218,3 +218,14 @@ def _role_behind(recipe: Recipe, spec: RoleSpec, name: str, checkpoint: Path) ->
     raise ValueError(
         f"roles.{name}.from {spec.from_}: {checkpoint.name} {what} (it trained: {has})"
     )
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Return a tokenizer's folder; of a model, bundled or on the hub, the one that it has."""
+    from fastvideo import formats, hub
+
+    if Path(name).is_dir() or not (name in hub.bundled() or hub.is_remote(name)):
+        return Path(name)
+    _, folder = hub.open_spec(name)
+    found: Path = formats.find(folder).tokenizer_folder(folder)
+    return found

@@ -64,8 +64,8 @@ def _check_text(recipe: Recipe, data: LatentsSpec, manifest: AnyManifest) -> Non
         )
     _same("roles.text.from", role.from_, _text_hash(recipe), manifest.text.encoder, data.folder)
     name = str(args.get("tokenizer", ""))
-    if Path(name).is_dir():
-        own = hashes.of_tokenizer(Path(name))
+    if not name.startswith("world:"):  # those words are no file
+        own = hashes.of_tokenizer(origins.tokenizer_folder(name))
         _same("method.args.tokenizer", name, own, manifest.text.tokenizer, data.folder)
     limit = args.get("max_text_tokens")
     if limit != manifest.text.max_tokens:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastvideo import formats, hub, registry
+from fastvideo import registry
 from fastvideo.config import Strict
 from fastvideo.models.text import encode_prompts
 from fastvideo.models.text.tokenizer import Tokenizer, build_word_tokenizer
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.spec import Scheduler
+from fastvideo_train.origins import tokenizer_folder
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
 
@@ -55,7 +55,7 @@ class Prompted(Generic[C]):
         """The tokenizer of the folder or model, or one made of all words that a world says."""
         kind, _, name = self.config.tokenizer.partition(":")
         if kind != "world":
-            return Tokenizer.load(_tokenizer_folder(self.config.tokenizer))
+            return Tokenizer.load(tokenizer_folder(self.config.tokenizer))
         with tempfile.TemporaryDirectory() as folder:
             return build_word_tokenizer(registry.load("fastvideo.worlds", name, "words")(), folder)
 
@@ -82,12 +82,3 @@ class Prompted(Generic[C]):
                 max_tokens=self.config.max_text_tokens,
                 device=str(next(text.net.parameters()).device),
             )
-
-
-def _tokenizer_folder(name: str) -> Path:
-    """Return a tokenizer's folder; of a model, bundled or on the hub, the one that it has."""
-    if Path(name).is_dir() or not (name in hub.bundled() or hub.is_remote(name)):
-        return Path(name)
-    _, folder = hub.open_spec(name)
-    found: Path = formats.find(folder).tokenizer_folder(folder)
-    return found

@@ -87,6 +87,10 @@ class Method(Distillation[Config]):
                 f"run.steps {steps} is less than method.args.student_every {every}, so the student"
                 f" of {recipe.run.name} would never learn; nearest: {every}"
             )
+        if self.gan is None and "discriminator" in recipe.roles:
+            raise ValueError(
+                "method.args.gan 0 needs no roles.discriminator; leave it out, or set gan, 5e-3 say"
+            )
         if self.gan is not None and degrees.of("sequence") > 1:
             raise ValueError(
                 f"method.args.gan {self.config.gan} reads whole sequences, so parallel.ring"
