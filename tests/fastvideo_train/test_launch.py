@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_slurm_starts_torchrun_on_each_machine_and_stops_before_its_time(tmp_pat
     assert "--nnodes 2" in said and "--rdzv-endpoint node3:32345" in said
     assert "--nproc-per-node 8" in said and "--rdzv-id 712345" in said
     assert re.search(rf"-m fastvideo train {RECIPE} --set parallel.data=2 --max-minutes \d+", said)
+    given["SLURM_JOB_END_TIME"] = str(int(time.time()) + 600)
+    short = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+    assert short.returncode == 1 and "leaves no quarter of an hour" in short.stderr
 
 
 def test_slurm_directives_are_those_of_one_launcher_a_machine():

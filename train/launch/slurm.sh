@@ -25,7 +25,12 @@ export HEAD NNODES=$SLURM_NNODES RUN_ID=$SLURM_JOB_ID PORT=$((20000 + SLURM_JOB_
 processes=${SLURM_GPUS_PER_NODE:-8}
 limit=()
 if [ -n "${SLURM_JOB_END_TIME:-}" ]; then  # seconds since 1970, set by SLURM 22.05 and later
-  limit=(--max-minutes $(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 15)))
+  minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 15))
+  if [ "$minutes" -lt 1 ]; then
+    echo "the time limit leaves no quarter of an hour to save in; ask for at least --time=0:20:00" >&2
+    exit 1
+  fi
+  limit=(--max-minutes "$minutes")
 fi
 # From the checkout, as sbatch runs a copy of this file.
 cd "$SLURM_SUBMIT_DIR"
