@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -41,6 +42,8 @@ VERBS = {
 IN_MANY = ("generate", "inspect", "doctor", "train")
 """Verbs that may run in several processes of a launcher at once."""
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+_FIRST_SPEAKS_S = 5.0
 
 # Typer's own base of all usage errors, whichever click it was built on.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -169,5 +172,7 @@ def _command(verb: str) -> Any:
 
 
 def _say(message: str, code: int) -> int:
+    if env.rank() > 0:  # the first process says the same; its launcher ends this one meanwhile
+        time.sleep(_FIRST_SPEAKS_S)
     sys.stderr.write(message + "\n")
     return code

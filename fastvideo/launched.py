@@ -19,7 +19,8 @@ from fastvideo.cli import FAILED, INTERRUPTED, USAGE, RefusedError, one_line
 from fastvideo.parallel import mesh
 from fastvideo.parallel.agree import is_first_to_fail
 
-_GONE = ("closed by peer", "reset by peer")
+_GONE = ("closed by peer", "reset by peer", "remote process exit", "communicator was aborted")
+"""What gloo, then NCCL, say of a process that is gone."""
 
 
 @contextmanager

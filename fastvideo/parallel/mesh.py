@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fastvideo import env
 from fastvideo.parallel.axis import Axis
 from fastvideo.parallel.degrees import AXES, RUNS, Degrees
+
+_Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,16 @@ def build(degrees: Degrees, device: torch.device) -> Meshes:
     degrees.check(world_size)
     if world_size == 1 and not dist.is_initialized():
         return alone(device)
-    axes = {name: _axis(degrees, name, device) for name in (*AXES, *RUNS)}
+    made: dict[_Groups, Any] = {(tuple(range(world_size)),): dist.group.WORLD}
+    axes = {}
+    for name in (*AXES, *RUNS):
+        axes[name] = Axis(name)
+        groups = _groups(degrees, name)
+        if degrees.of(name) > 1:
+            if groups not in made:  # equal axes share a group, and so its communicator
+                made[groups] = _own_group(groups)
+            group = made[groups]
+            axes[name] = Axis(name, degrees.of(name), dist.get_rank(group), group)
     return Meshes(degrees, axes, device, dist.get_rank())
 
 
@@ -101,14 +113,21 @@ def _own(device: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _axis(degrees: Degrees, name: str, device: torch.device) -> Axis:
-    """Take neighbouring axes as one of three: all before, these, all after."""
+def _own_group(groups: _Groups) -> Any:
+    """Make all groups, as every process has to, and return the one that this process is in."""
+    made = {ranks: dist.new_group(list(ranks)) for ranks in groups}
+    return next(group for ranks, group in made.items() if dist.get_rank() in ranks)
+
+
+def _groups(degrees: Degrees, name: str) -> _Groups:
+    """Return the ranks that an axis or a run of neighbouring ones puts together, all its groups."""
     run = RUNS.get(name, (name,))
-    size = degrees.of(name)
-    if size == 1:
-        return Axis(name)
     first, last = AXES.index(run[0]), AXES.index(run[-1])
-    before, after = (math.prod(map(degrees.of, axes)) for axes in (AXES[:first], AXES[last + 1 :]))
-    names = ("before", name, "after")
-    mesh = init_device_mesh(device.type, (before, size, after), mesh_dim_names=names)[name]
-    return Axis(name, size, mesh.get_local_rank(), mesh.get_group())
+    after = math.prod(map(degrees.of, AXES[last + 1 :]))
+    before = math.prod(map(degrees.of, AXES[:first]))
+    size = degrees.of(name)
+    return tuple(
+        tuple((i * size + j) * after + k for j in range(size))
+        for i in range(before)
+        for k in range(after)
+    )

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvideo_train import logs
+from fastvideo_train import logs, loop
 from fastvideo_train.batches import stream
 from fastvideo_train.loop import Job, StepDone, train
 from fastvideo_train.methods import StepKey
+from fastvideo_train.recipe import Recipe
 from fastvideo_train.world import World
 from rank_runs import opened, small
 from tiny_recipes import CONFIGS, ROOT, finish, tiny
@@ -56,6 +57,28 @@ def test_processes_agree_on_flags_means_and_what_the_first_one_did(ranks):
         assert one[:4] == [(True, False), [0, 1, 2], {"loss": 1.0, "rare": 8.0}, {"rank": 0}]
         assert one[4] == ("ValueError", "wrong recipe")
     assert answers[0][5] == ("KeyError", "ours") and answers[1][5] == ("RuntimeError", "ours")
+
+
+def _with_a_disk_of_its_own(rank: int, size: int, recipe: Recipe, folder: str) -> str:
+    try:
+        opened(recipe, f"{folder}/{rank}", size)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_find_other_checkpoints_are_refused_on_each(ranks, tmp_path):
+    recipe = small("flow_matching", "run.strategy=accelerate")
+    finish(small("flow_matching"), tmp_path / "0")
+    said = ranks(2, _with_a_disk_of_its_own, recipe, str(tmp_path))
+    for rank, words in enumerate(said):
+        assert f"{tmp_path}/{rank} (step-00000003, none); all machines need one folder" in words
+
+
+def test_one_device_for_all_processes_is_refused():
+    recipe = small("flow_matching", "run.strategy=accelerate", "run.device=cuda:1")
+    with pytest.raises(ValueError, match="cuda:1 would be that of all 2 processes; nearest: cuda,"):
+        loop.check(recipe, Degrees(data=2))
 
 
 # Their parts of a batch

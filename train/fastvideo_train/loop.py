@@ -123,7 +123,7 @@ class Job:
         """
         world = world or World(alone(recipe.run.device))
         check(recipe, world.meshes.degrees)
-        check_data(recipe)
+        world.on_first(lambda: check_data(recipe))
         method = make_method(recipe)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
@@ -160,6 +160,12 @@ class Job:
 
     def _resume(self) -> None:
         path = self.checkpoints.latest()
+        names = self.world.every(path.name if path else "none")
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"processes find other checkpoints in {self.folder} ({', '.join(names)}); all machines"
+                " need one folder, on a disk that they share"
+            )
         if path is None:
             return
         info = self.checkpoints.read_info(path)
@@ -177,6 +183,11 @@ def check(recipe: Recipe, degrees: Degrees) -> None:
     method.check(recipe, degrees)
     role_builder.check(recipe, method.wants)
     strategies.find(recipe).check(recipe, degrees)
+    if degrees.world_size > 1 and ":" in recipe.run.device:
+        raise ValueError(
+            f"run.device {recipe.run.device} would be that of all {degrees.world_size} processes;"
+            f" nearest: {recipe.run.device.partition(':')[0]}, of which each takes its own"
+        )
     if degrees.of("sequence") == 1:
         return
     cuts = f"parallel ring {degrees.ring} x ulysses {degrees.ulysses}"

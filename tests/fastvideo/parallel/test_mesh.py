@@ -13,6 +13,13 @@ def places(rank: int, size: int, degrees: Degrees) -> dict[str, tuple[int, list[
     return {name: (axis.rank, axis.ranks) for name, axis in meshes.axes.items() if axis.size > 1}
 
 
+def groups(rank: int, size: int, degrees: Degrees) -> tuple[int, bool, bool]:
+    axes = mesh.build(degrees, torch.device("cpu")).axes
+    made = {id(axis.group) for axis in axes.values() if axis.group is not None}
+    same = axes["ulysses"].group is axes["sequence"].group
+    return len(made), same, axes["sample"].group is dist.group.WORLD
+
+
 def sums(rank: int, size: int, degrees: Degrees, name: str) -> int:
     axis = mesh.build(degrees, torch.device("cpu")).axis(name)
     one = torch.tensor(10**rank)
@@ -53,6 +60,10 @@ def test_one_process_is_alone_on_every_axis():
     assert {axis.size for axis in alone.axes.values()} == {1}
     assert alone.axis("sample").ranks == [0]
     assert mesh.build(Degrees(), torch.device("cpu")) == alone
+
+
+def test_equal_axes_share_one_group(ranks):
+    assert ranks(4, groups, Degrees(guidance=2, ulysses=2)) == [(3, True, True)] * 4
 
 
 def test_the_last_axis_holds_neighbours_and_runs_of_axes_are_flat(ranks):
