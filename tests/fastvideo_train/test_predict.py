@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
-
+import predict
 import pytest
+from fastvideo_train import flops
 from fastvideo_train import recipe as recipes
 from tiny_recipes import ROOT
 
@@ -20,16 +18,6 @@ AT_480P, AT_720P, AT_448P = (
 )
 
 
-@pytest.fixture(scope="module")
-def predict() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("predict", ROOT / "train/bench/predict.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["predict"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("name", "role", "clip", "known"),
     [
@@ -41,22 +29,20 @@ def predict() -> ModuleType:
         ("wan-14b/vsa", "student", AT_720P, 2697),
     ],
 )
-def test_a_forward_pass_costs_the_known_tflops(predict, name, role, clip, known):
+def test_a_forward_pass_costs_the_known_tflops(name, role, clip, known):
     recipe = recipes.load(WAN / f"{name}.toml")
-    assert predict.forward_flops(recipe, role, clip) / 1e12 == pytest.approx(known, rel=0.01)
+    assert flops.of_role(recipe, role, clip).total / 1e12 == pytest.approx(known, rel=0.01)
 
 
 @pytest.mark.parametrize(("recompute", "known"), [("false", 713), ("true", 890)])
-def test_a_sparse_distillation_step_costs_the_known_tflops_a_clip(predict, recompute, known):
+def test_a_sparse_distillation_step_costs_the_known_tflops_a_clip(recompute, known):
     recipe = recipes.load(WAN / "wan-1.3b/sparse.toml", sets=[f"run.recompute={recompute}"])
-    work = predict.passes(recipe).items()
-    total = sum(n * predict.forward_flops(recipe, role, AT_448P) for role, n in work)
+    work = flops.passes(recipe).items()
+    total = sum(n * flops.of_role(recipe, role, AT_448P).total for role, n in work)
     assert total / 1e12 == pytest.approx(known, rel=0.02)
 
 
-def test_eight_times_the_devices_take_an_eighth_of_the_arithmetic_and_what_is_too_large_is_said(
-    predict,
-):
+def test_eight_times_the_devices_take_an_eighth_of_the_arithmetic_and_what_is_too_large_is_said():
     machine = predict.Machine(rate=346.0, link=337.0, net=37.5)
     path = str(WAN / "wan-1.3b" / "sparse.toml")
     eight, many = (predict.row(path, n, machine).split("|")[6].split("+") for n in (8, 64))

@@ -2,15 +2,10 @@
 
     python train/bench/predict.py configs/train/wan-1.3b/sparse.toml --devices 1 8 64
 
-Prints a row of Markdown for each number of devices. FLOPs of a forward pass of one clip, for L
-tokens of C channels, feed-forward F, N layers, S text tokens (2 a multiply-add):
-
-    2 N L (6 C^2 + 2 C F) + 4 N (A^2 a + L S) C       with VSA: 2 N L C^2 more for its gates
-
-A is L, and a is 1 if dense; under VSA, A counts the slots of all tiles and a is the share selected.
-A step under `run.recompute` costs a forward pass four times over (the pass, again, and twice that
-backward). DMD's critic learns in each step and the student in each `student_every`-th, against one
-pass of the critic and two of the teacher; every rollout is one pass.
+Prints a row of Markdown for each number of devices; `flops.py` counts a forward pass. A step under
+`run.recompute` costs one four times over (the pass, again, and twice that backward). DMD's critic
+learns in each step and the student in each `student_every`-th, against one pass of the critic and
+two of the teacher; every rollout is one pass.
 
 A device does `--rate` TFLOP/s of this (346: 35 % of an H200's 990). What is sent, where nothing
 overlaps: weights of each pass, 2 bytes, gradients, 4, over `--link` GB/s within 8 devices; between
@@ -24,12 +19,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastvideo_train import budget, memory
+from fastvideo_train import budget, flops, memory
 from fastvideo_train import recipe as recipes
 from fastvideo_train.memory import GIB
 from fastvideo_train.recipe import Recipe
 
-from fastvideo import attention
 from fastvideo.models.dit.wan import Config
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.shapes import LatentShape
@@ -47,47 +41,17 @@ class Machine:
     net: float
 
 
-def forward_flops(recipe: Recipe, role: str, clip: LatentShape) -> float:
-    """Return the FLOPs of one forward pass of a denoiser on one clip, at its final sparsity."""
-    spec = recipe.roles[role]
-    c = Config.parse(spec.config)
-    grid = clip.tokens(c.patch_size)
-    tokens, text = grid.num_tokens, recipe.method.args["max_text_tokens"]
-    pattern = attention.parse(spec.attention.pattern, spec.attention.args)
-    pairs, gates = float(tokens**2), 0
-    if isinstance(pattern, attention.Vsa):
-        axes = (grid.frames, grid.height, grid.width)
-        tiles = math.prod(-(-n // t) for n, t in zip(axes, pattern.tile, strict=True))
-        slots = tiles * math.prod(pattern.tile)
-        pairs, gates = slots**2 * pattern.num_selected(tiles) / tiles, 1
-    linear = 2 * tokens * ((6 + gates) * c.dim**2 + 2 * c.dim * c.ffn_dim)
-    return c.num_layers * (linear + 4 * (pairs + tokens * text) * c.dim)
-
-
-def passes(recipe: Recipe) -> dict[str, float]:
-    """Return how many forward passes' work of each denoiser a clip takes in a step."""
-    learning = 4 if recipe.run.recompute else 3
-    if recipe.method.name != "dmd":
-        return {"student": learning}
-    share = 1 / recipe.method.args["student_every"]
-    return {
-        "student": 1 + learning * share,
-        "critic": learning + share,
-        "teacher": 2 * share,
-    }
-
-
 def seconds(
     recipe: Recipe, degrees: Degrees, clip: LatentShape, machine: Machine
 ) -> dict[str, Any]:
     """Return the seconds of a step: of arithmetic, and of what is sent."""
-    run, work = recipe.run, passes(recipe)
-    flops = sum(n * forward_flops(recipe, role, clip) for role, n in work.items())
-    arithmetic = run.batch * run.accumulate * flops / degrees.world_size / (machine.rate * 1e12)
+    run, work = recipe.run, flops.passes(recipe)
+    total = sum(n * flops.of_role(recipe, role, clip).total for role, n in work.items())
+    arithmetic = run.batch * run.accumulate * total / degrees.world_size / (machine.rate * 1e12)
     sent = run.accumulate * sum(
         _sent(recipe, degrees, role, clip, n, machine) for role, n in work.items()
     )
-    return {"flops": flops, "arithmetic": arithmetic, "sent": sent}
+    return {"flops": total, "arithmetic": arithmetic, "sent": sent}
 
 
 def _sent(

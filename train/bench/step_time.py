@@ -116,27 +116,32 @@ def active(variant: Variant) -> Iterator[None]:
         yield
 
 
+def peer_model(c: Any) -> Any:
+    """Return diffusers' transformer of our dims, its weights in float32."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=c.patch_size,
+        num_attention_heads=c.num_attention_heads,
+        attention_head_dim=c.attention_head_dim,
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        text_dim=c.text_dim,
+        freq_dim=c.freq_dim,
+        ffn_dim=c.ffn_dim,
+        num_layers=c.num_layers,
+        cross_attn_norm=c.cross_attn_norm,
+        qk_norm=c.qk_norm,
+        eps=c.eps,
+    )
+
+
 class Peer(nn.Module):
     """diffusers' transformer with our weights, called as our method calls a student."""
 
     def __init__(self, ours: Any) -> None:
         super().__init__()
-        from diffusers import WanTransformer3DModel
-
-        c = ours.config
-        self.model = WanTransformer3DModel(
-            patch_size=c.patch_size,
-            num_attention_heads=c.num_attention_heads,
-            attention_head_dim=c.attention_head_dim,
-            in_channels=c.in_channels,
-            out_channels=c.out_channels,
-            text_dim=c.text_dim,
-            freq_dim=c.freq_dim,
-            ffn_dim=c.ffn_dim,
-            num_layers=c.num_layers,
-            cross_attn_norm=c.cross_attn_norm,
-            qk_norm="rms_norm_across_heads",
-        )
+        self.model = peer_model(ours.config)
         self.model.load_state_dict({n: p.float() for n, p in ours.state_dict().items()})
 
     def forward(self, x: Tensor, t_BT: Tensor, cond: Any, **_: Any) -> Tensor:
