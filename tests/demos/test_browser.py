@@ -105,10 +105,13 @@ def test_a_typed_prompt_becomes_a_clip_that_plays(page: Any, tmp_path: Path):
     assert _own_errors(page) == []
 
 
+def _choose(page: Any, model: str) -> None:
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name=model, exact=True).click()
+
+
 def test_progress_is_drawn_and_stop_ends_the_run(page: Any, tmp_path: Path):
-    model = page.get_by_label("Model", exact=True)  # a tiny one would end before it is stopped
-    model.fill("wan-nano")
-    model.press("Enter")
+    _choose(page, "wan-nano")  # a tiny one would end before it is stopped
     steps = page.get_by_label("number input for Steps", exact=True)
     page.wait_for_function("e => e.value === '10'", arg=steps.element_handle(), timeout=30_000)
     steps.fill("100")
@@ -122,9 +125,7 @@ def test_progress_is_drawn_and_stop_ends_the_run(page: Any, tmp_path: Path):
 
 
 def test_a_model_of_few_steps_fixes_their_number(page: Any, tmp_path: Path):
-    model = page.get_by_label("Model", exact=True)
-    model.fill("fastwan-nano")
-    model.press("Enter")
+    _choose(page, "fastwan-nano")
     steps = page.get_by_label("number input for Steps", exact=True)
     page.wait_for_function("e => e.value === '3'", arg=steps.element_handle(), timeout=30_000)
     assert steps.is_disabled()
