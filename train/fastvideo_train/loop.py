@@ -163,8 +163,8 @@ class Job:
         names = self.world.every(path.name if path else "none")
         if len(set(names)) > 1:
             raise ValueError(
-                f"processes find other checkpoints in {self.folder} ({', '.join(names)}); all machines"
-                " need one folder, on a disk that they share"
+                f"processes find other checkpoints in {self.folder} ({', '.join(names)}); all"
+                " machines need one folder, on a disk that they share"
             )
         if path is None:
             return
