@@ -13,6 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvideo.extent import least_bytes
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -31,6 +33,7 @@ CONTAINERS = {
     ".mpeg": "mpeg",
     ".ts": "mpegts",
     ".flv": "flv",
+    ".wmv": "asf",
     ".ogv": "ogg",
     ".gif": "gif",
 }
@@ -39,6 +42,7 @@ UNSPECIFIED_COLORSPACE = 2
 HD_LINES = 720  # from here on untagged colours are BT.709 by convention, below BT.601
 # Matroska rounds times to milliseconds: a frame counts as on screen this much before its time.
 EARLY_S = Fraction(2, 1000)
+AVI_UNKNOWN = 1 << 30  # what FFmpeg writes for a number of frames that it cannot correct
 # A VP8 or VP9 stream hides its alpha in a second stream that only libvpx decodes.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
@@ -82,7 +86,9 @@ class View:
 def probe(path: str | Path, *, decode: bool = False) -> Footage:
     """Read every packet of a file and decode its first frame, or with `decode` every frame.
 
-    Raises `UnusableError` with the reason for whatever cannot be trained on.
+    Raises `UnusableError` with the reason for whatever cannot be trained on. A file that was cut is
+    seen by its index, its structure (`fastvideo.extent` says where that tells nothing) or its
+    length, of which the last two frames may be missing.
     """
     path = Path(path)
     with _opened(path) as (container, stream):
@@ -202,8 +208,9 @@ def _times(packets: list[_Packet], stream: Any) -> _Times:
 
 
 def _check_whole(stream: Any, path: Path) -> None:
-    """Refuse a file that ends before the last frame that its index lists."""
+    """Refuse a file that ends before its structure does, or the last frame of its index."""
     need = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    need = max(need, least_bytes(path, CONTAINERS[path.suffix.lower()]))
     have = path.stat().st_size
     if need > have:
         raise UnusableError(f"truncated: {have:,} of at least {need:,} bytes")
@@ -220,8 +227,11 @@ def _check_length(packets: list[_Packet], times: _Times, container: Any, stream:
 
 def _says_s(container: Any, stream: Any) -> float | None:
     """Return how long a file says its video is, None if it does not."""
+    if container.format.name == "asf":
+        return None  # it says how long the longest of its tracks is
     if container.format.name == "avi":
-        return float(stream.frames / stream.average_rate) if stream.frames else None
+        is_known = 0 < stream.frames < AVI_UNKNOWN
+        return float(stream.frames / stream.average_rate) if is_known else None
     if "DURATION" in stream.metadata:  # Matroska's, as hours:minutes:seconds
         try:
             h, m, s = (float(part) for part in stream.metadata["DURATION"].split(":"))

@@ -37,6 +37,7 @@ LAYERS = [
     {
         "attention",
         "cpu",
+        "extent",
         "flow",
         "footage",
         "launched",
@@ -105,6 +106,7 @@ TORCH_FREE = [
     "fastvideo.cli",
     "fastvideo.config",
     "fastvideo.env",
+    "fastvideo.extent",
     "fastvideo.files",
     "fastvideo.footage",
     "fastvideo.formats",

@@ -101,7 +101,7 @@ def other_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    skipped = ("scan.jsonl",)  # its stamps hold times
+    skipped = ("scan.jsonl", "lock")  # stamps hold times; a command leaves the file of its lock
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skipped)
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
@@ -437,6 +437,34 @@ def test_validate_of_a_sound_folder_succeeds(tmp_path, capsys):
     words = ["--size", "48x32", "--frames", "9", "--workers", "0"]
     assert main(["data", "validate", str(tmp_path), *words]) == 0
     assert capsys.readouterr().out == f"{tmp_path}: 1 usable, 0 bad, 0 left out\n"
+
+
+def test_files_that_nothing_comes_of_are_told_and_change_no_verdict(tmp_path, capsys):
+    captioned(write(tmp_path / "a.mp4", count=9), "a red ball")
+    captioned(write(tmp_path / "b.wmv", "wmv2", count=9), "a blue ball")
+    for name in ("c.rm", "d.rm", "notes.md"):
+        captioned(tmp_path / name, "a ball").with_suffix(Path(name).suffix).touch()
+    captioned(tmp_path / "e.mp4", "a ball")
+    words = [str(tmp_path), "--size", "48x32", "--frames", "9", "--workers", "0"]
+    assert main(["data", "validate", *words]) == 0
+    others = "3 files: .rm (2), .md (1)"
+    assert capsys.readouterr().out == (
+        f"not videos: {others}\nno video: 4 captions without one: c.txt, d.txt, e.txt ...\n"
+        f"{tmp_path}: 2 usable, 0 bad, 0 left out\n"
+    )
+    assert main(["data", "stats", *words]) == 0
+    out = capsys.readouterr().out
+    assert f"  not videos  {others}\n  no video    4 captions without one: c.txt" in out
+    (tmp_path / "e.mp4").symlink_to("gone.mp4")
+    assert main(["data", "validate", *words, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["bad"] == [{"file": "e.mp4", "reason": "broken link: gone.mp4 is not there"}]
+    assert told["other_files"] == {".rm": 2, ".md": 1}
+    assert told["lone_captions"] == ["c.txt", "d.txt", "notes.txt"] and told["usable"] == 2
+    (tmp_path / "a.mp4").unlink()
+    (tmp_path / "b.wmv").unlink()
+    assert main(["data", "stats", *words]) == 0  # nothing usable hides no other files
+    assert others in capsys.readouterr().out
 
 
 def test_stats_count_what_the_folder_holds(clips, tiny_folder, capsys):

@@ -94,6 +94,41 @@ def test_odd_captions_beside_videos_are_named_with_their_reason(clips, video):
     }
 
 
+def test_every_file_is_a_video_or_bad_or_counted_and_what_belongs_to_one_is_not(
+    clips, tmp_path_factory
+):
+    _text(clips, list(CAPTIONS.items()))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("clip.rm", "old.RM", "README", ".DS_Store", "a.srt"):
+        (clips / name).touch()
+    for name in ("clip.txt", "deep/gone.txt", ".hidden.txt"):
+        (clips / name).write_text("of nothing")
+    (clips / "more").symlink_to(elsewhere)
+    (clips / ".cache").mkdir()
+    (clips / ".cache" / "x.mp4").touch()
+    found = find(clips)
+    assert [v.name for v in found.videos] == list(NAMES) and not found.bad
+    assert found.others == {".rm": 2, "README": 1, ".srt": 1, "links to folders": 1}
+    assert found.lone == ("clip.txt", "deep/gone.txt")
+    _jsonl(clips, list(CAPTIONS.items()))  # now texts are no captions
+    listed = find(clips)
+    assert listed.others == {**found.others, ".txt": 2} and listed.lone == () and not listed.bad
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+def test_a_broken_link_is_bad_with_its_own_reason_alone(clips, form):
+    for name in ("dangling.mp4", "bare.mp4"):
+        (clips / name).symlink_to("/nowhere/x.mp4")
+    (clips / "kept.mp4").symlink_to(clips / "a.mp4")
+    rows = {**CAPTIONS, "dangling.mp4": "a caption", "kept.mp4": "another"}
+    FORMS[form](clips, list(rows.items()))
+    found = find(clips)
+    reason = "broken link: /nowhere/x.mp4 is not there"
+    assert reasons(found) == {"dangling.mp4": reason, "bare.mp4": reason} and len(found.bad) == 2
+    assert [v.name for v in found.videos] == ["a.mp4", "b.mp4", "deep/c.mp4", "kept.mp4"]
+    assert all(one.footage for one in scan(found.videos))
+
+
 def test_odd_lines_of_a_listing_are_named_with_their_reason(clips):
     rows = [
         {"file": "a.mp4", "caption": "one"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from fastvideo_train.data.buckets import Rules
 from fastvideo_train.data.folder import Bad, Found
 from fastvideo_train.data.plan import Plan
 from fastvideo_train.data.stats import summary
+from fastvideo_train.lock import locked
 
 SMOKE_CLIPS = 4
 MAX_WORKERS = 8
+HINT = "wait for it or choose another folder"
+NAMED = 3  # captions without a video that are told by name
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,18 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def validate(asked: Asked, *, quick: bool, as_json: bool) -> int:
     """List the files that cannot be used; exit code 1 if any is bad."""
-    _, plan = look(asked, decode=not quick)
+    found, plan = look(asked, decode=not quick)
     counts = {"usable": len(plan.clips), "bad": len(plan.bad), "left_out": len(plan.unfit)}
     if as_json:
         listed = {"bad": plan.bad, "left_out": plan.unfit}
         rows = {key: [{"file": b.name, "reason": b.reason} for b in v] for key, v in listed.items()}
-        _print_json({"folder": str(asked.folder), "usable": counts["usable"], **rows})
+        unused = {"other_files": dict(found.others), "lone_captions": list(found.lone)}
+        _print_json({"folder": str(asked.folder), "usable": counts["usable"], **rows, **unused})
     else:
         _print_bad("bad", plan.bad)
         _print_bad("left out", plan.unfit)
+        for key, text in _unused(found).items():
+            print(f"{key}: {text}")
         print(f"{asked.folder}: {_counts(counts)}")
     return FAILED if plan.bad else OK
 
@@ -97,8 +103,15 @@ def stats(asked: Asked, *, as_json: bool) -> int:
         _print_json(values)
         return OK
     print(f"{asked.folder}: {_counts(values)} (fastvideo data validate says why)")
-    if not plan.clips:
-        return OK
+    for key, text in (_facts(values) | _unused(found)).items():
+        print(f"  {key:<12}{text}")
+    return OK
+
+
+def _facts(values: dict[str, Any]) -> dict[str, str]:
+    """Return rows about the usable videos."""
+    if not values["usable"]:
+        return {}
     used = f"{values['total_s']:.1f} s in all, {values['used_s']:.1f} s used"
     rows = {
         "durations": f"{_range(values['duration_s'], ' s')}; {used}",
@@ -113,11 +126,18 @@ def stats(asked: Asked, *, as_json: bool) -> int:
         rows["tokens"] = _range(values["caption_tokens"], " of a caption")
     for name, bucket in values["buckets"].items():
         rows[name] = f"{bucket['clips']} clips, {bucket['kept']:.0%} of the picture"
-    if values["other_files"]:
-        rows["not videos"] = _listed(values["other_files"])
-    for key, text in rows.items():
-        print(f"  {key:<12}{text}")
-    return OK
+    return rows
+
+
+def _unused(found: Found) -> dict[str, str]:
+    """Return rows about files that are neither a video nor belong to one."""
+    rows = {}
+    if found.others:
+        rows["not videos"] = f"{sum(found.others.values())} files: {_listed(found.others)}"
+    if found.lone:
+        named = ", ".join(found.lone[:NAMED]) + (" ..." if found.lone[NAMED:] else "")
+        rows["no video"] = f"{len(found.lone)} captions without one: {named}"
+    return rows
 
 
 def preview(asked: Asked, output: Path, count: int) -> int:
@@ -155,13 +175,29 @@ def encode(
     smoke: bool,
 ) -> int:
     """Encode a folder's videos and captions; the same command goes on after a kill."""
-    assert asked.model is not None, "the command demands one"
     output = output.with_name(f"{output.name}-smoke") if smoke else output
     with refusing():
         found, rules = asked.find()
         if smoke:
             found, rules = _small(found, rules)
         output.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"shard": shard, "batch": batch, "prompts": prompts}
+    settings |= {"device": device, "dtype": dtype}
+    with locked(output, "encodes into", hint=HINT):
+        return _encode(asked, found, rules, output, settings, threads=threads)
+
+
+def _encode(
+    asked: Asked,
+    found: Found,
+    rules: Rules,
+    output: Path,
+    settings: dict[str, Any],
+    *,
+    threads: int | None,
+) -> int:
+    assert asked.model is not None, "the command demands one"
+    with refusing():
         plan = plans.make(found, _scan(found, asked, journal=output / "scan.jsonl"), rules)
         import torch  # here, after what can be refused without it
 
@@ -169,8 +205,7 @@ def encode(
 
         if threads:
             torch.set_num_threads(threads)
-        settings: dict[str, Any] = {"shard": shard, "batch": batch, "prompts": prompts}
-        job = Job.open(plan, asked.model, output, device=device, dtype=dtype, **settings)
+        job = Job.open(plan, asked.model, output, **settings)
     size = f"about {job.size_bytes / 1e6:.3g} MB"
     print(f"{output}: {len(plan.clips)} clips, {len(job.prompts)} prompts, {size}")
     with progress("text") as report:
@@ -256,5 +291,5 @@ def _range(values: dict[str, float], unit: str = "") -> str:
     return f"{least} to {most}{unit}, median {middle}"
 
 
-def _listed(counts: dict[str, int]) -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items())

@@ -14,6 +14,7 @@ from fastvideo.shapes import Compression, PixelShape, parse_size
 from fastvideo.worlds import World, open_world
 from fastvideo_train.commands import _videos
 from fastvideo_train.commands._progress import progress
+from fastvideo_train.lock import locked
 
 data = typer.Typer(
     help="Check, look at and encode training data: a folder of videos, or a world.",
@@ -252,7 +253,9 @@ def _encode_world(
 
     if threads:
         torch.set_num_threads(threads)
-    with progress("encode") as report:
+    with refusing():
+        output.mkdir(parents=True, exist_ok=True)
+    with locked(output, "encodes into", hint=_videos.HINT), progress("encode") as report:
         manifest = encode_world(
             vae, world, output, num_clips=count, workers=workers, report=report, **chosen
         )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvideo import env
-from fastvideo.cli import INTERRUPTED, OK, RefusedError, refusing
+from fastvideo.cli import INTERRUPTED, OK, refusing
 from fastvideo_train import recipe as recipes
 from fastvideo_train.commands._plan import plan
+from fastvideo_train.lock import locked
 
 if TYPE_CHECKING:
     from fastvideo.parallel.degrees import Degrees
@@ -138,16 +138,9 @@ def _lock(folder: Path, world: World) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> AbstractContextManager[None]:
     """Refuse a folder that another process trains in; the lock ends with the process."""
-    with (folder / "lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            hint = "stop it or use --run-dir"
-            raise RefusedError(f"another process trains in {folder}; {hint}") from None
-        yield
+    return locked(folder, "trains in", hint="stop it or use --run-dir")
 
 
 @contextmanager

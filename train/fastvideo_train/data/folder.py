@@ -43,12 +43,17 @@ class Bad:
 
 @dataclass(frozen=True)
 class Found:
-    """What names and captions tell of a folder; `others` counts files that are no videos."""
+    """What names and captions tell of a folder.
+
+    others: how many files are no videos, by suffix; captions and listings are not among them.
+    lone: texts beside which there is no video.
+    """
 
     videos: tuple[Video, ...]
     bad: tuple[Bad, ...]
     others: Mapping[str, int]
     captions: Path | None = None
+    lone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,21 +77,21 @@ def find(folder: str | Path, captions: str | Path | None = None) -> Found:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    paths = sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+    paths = [
+        path
+        for path in sorted(path.relative_to(folder) for path in folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.parts) and not _is_folder(folder / path)
+    ]
     videos = [path for path in paths if path.suffix.lower() in CONTAINERS]
     if not videos:
         raise ValueError(f"{folder} holds no videos; looked for {', '.join(CONTAINERS)}")
     table = Path(captions) if captions is not None else _only_listing(folder, paths)
     notes = _by_text(folder, videos) if table is None else _by_listing(folder, videos, table)
-    used = {".txt"} if table is None else set()
-    others = Counter(p.suffix.lower() or p.name for p in paths if p not in set(videos))
-    kept = {s: n for s, n in others.items() if s not in used | set(listing.SUFFIXES)}
+    _refuse_links(notes, folder, videos)
+    others, lone = _others(folder, paths, videos, texts=table is None)
     order = sorted(notes.videos, key=lambda video: video.name)
-    return Found(tuple(order), tuple(sorted(notes.bad, key=lambda b: b.name)), kept, table)
+    bad = sorted(notes.bad, key=lambda one: one.name)
+    return Found(tuple(order), tuple(bad), others, table, lone)
 
 
 def scan(
@@ -163,6 +168,44 @@ class _Look:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _is_folder(path: Path) -> bool:
+    """Tell a folder that is looked into from a file, and from a link, which is not followed."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _refuse_links(notes: _Notes, folder: Path, videos: Sequence[Path]) -> None:
+    """Give videos that are broken links, or links to folders, that reason instead of any other."""
+    reasons = {
+        path.as_posix(): f"broken link: {(folder / path).readlink()} is not there"
+        for path in videos
+        if (folder / path).is_symlink() and not (folder / path).exists()
+    }
+    notes.videos = [video for video in notes.videos if video.name not in reasons]
+    notes.bad = [one for one in notes.bad if one.name not in reasons]
+    notes.bad += [Bad(name, reason) for name, reason in reasons.items()]
+
+
+def _others(
+    folder: Path, paths: Sequence[Path], videos: Sequence[Path], *, texts: bool
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the counts of files that are no videos, and if `texts` are captions the lone ones."""
+    counted, used = Counter[str](), {path.with_suffix("") for path in videos}
+    lone = []
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix in CONTAINERS or suffix in listing.SUFFIXES:
+            continue
+        if suffix == ".txt" and path.with_suffix("") in used:
+            continue
+        if (folder / path).is_dir():
+            counted["links to folders"] += 1
+        elif suffix == ".txt" and texts:
+            lone.append(path.as_posix())
+        else:
+            counted[suffix or path.name] += 1
+    return dict(counted), tuple(lone)
 
 
 def _only_listing(folder: Path, paths: Sequence[Path]) -> Path | None:

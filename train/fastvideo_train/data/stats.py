@@ -28,6 +28,7 @@ def summary(found: Found, plan: Plan, *, num_tokens: Sequence[int] | None = None
         "bad": len(plan.bad),
         "left_out": len(plan.unfit),
         "other_files": dict(found.others),
+        "lone_captions": len(found.lone),
     }
     if not clips:
         return values
