@@ -37,12 +37,14 @@ def rate(spec: OptimSpec, step: int, num_steps: int, *, num_updates: int | None 
     return spec.floor + (1.0 - spec.floor) * falling
 
 
-def orthogonalise(x_NRC: Tensor, *, iterations: int = 5) -> Tensor:
-    """Return the nearly semi-orthogonal matrices nearest to those of `x_NRC`, in bfloat16.
+def orthogonalise(
+    x_NRC: Tensor, *, iterations: int = 5, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Return the nearly semi-orthogonal matrices nearest to those of `x_NRC`, in `dtype`.
 
     Works on the shorter side: each of the iterations costs about 6 min(R, C)^2 max(R, C) flops.
     """
-    x = x_NRC.bfloat16()
+    x = x_NRC.to(dtype)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
@@ -88,9 +90,14 @@ class Muon:
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], spec: MuonSpec, rows: Rows | None = None
+        self,
+        params: Mapping[str, Tensor],
+        spec: MuonSpec,
+        rows: Rows | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.spec, self._rows = spec, rows
+        self._how: dict[str, Any] = {"iterations": spec.iterations, "dtype": dtype}
         self._groups: dict[tuple[int, int], list[Tensor]] = {}
         for name, param in params.items():
             whole = rows.shapes[name] if rows else param.shape
@@ -119,12 +126,12 @@ class Muon:
 
     def _orthogonal(self, x_NrC: Tensor, shape: tuple[int, int]) -> Tensor:
         if self._rows is None:
-            return orthogonalise(x_NrC, iterations=self.spec.iterations)
+            return orthogonalise(x_NrC, **self._how)
         # One at a time: all matrices of a shape are as large as the layers that nobody holds whole.
         updates = []
         for x_rC in x_NrC:
             whole = self._rows.whole(x_rC, shape)[None]
-            update = orthogonalise(whole, iterations=self.spec.iterations)[0]
+            update = orthogonalise(whole, **self._how)[0]
             updates.append(self._rows.own(update))
         return torch.stack(updates)
 
@@ -142,10 +149,18 @@ class Muon:
 
 
 class Optimizer:
-    """AdamW and Muon over one role's float32 masters; learning rates are a function of the step."""
+    """AdamW and Muon over one role's float32 masters; learning rates are a function of the step.
+
+    dtype: what Muon iterates in. bfloat16 is enough, but rounding to it makes of gradients that
+    differ in their last bit, as those of other numbers of processes do, updates that differ more.
+    """
 
     def __init__(
-        self, masters: Mapping[str, Tensor], spec: OptimSpec, rows: Rows | None = None
+        self,
+        masters: Mapping[str, Tensor],
+        spec: OptimSpec,
+        rows: Rows | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.spec = spec
         shapes = rows.shapes if rows else {n: tuple(m.shape) for n, m in masters.items()}
@@ -154,7 +169,8 @@ class Optimizer:
         ends = {"first": weights[0] if weights else "", "last": weights[-1] if weights else ""}
         chosen = {n for n in names if spec.muon is not None and is_matrix(n, shapes[n], **ends)}
         self.muon_names = sorted(chosen, key=names.index)
-        self.muon = Muon({n: masters[n] for n in self.muon_names}, spec.muon or MuonSpec(), rows)
+        matrices = {n: masters[n] for n in self.muon_names}
+        self.muon = Muon(matrices, spec.muon or MuonSpec(), rows, dtype)
         decayed = [n for n in names if n not in chosen and masters[n].dim() >= 2]
         plain = [n for n in names if n not in chosen and masters[n].dim() < 2]
         self.adamw_names = [*decayed, *plain]  # in the order of AdamW's own numbers

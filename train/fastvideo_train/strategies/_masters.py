@@ -42,7 +42,7 @@ class Trained:
         self.meshes = meshes
         # What a method froze inside a learning role is saved with it: the role stays whole.
         # What lies under a LoRA is read again from where it came.
-        self.base = role.base
+        self.base, self.dtype = role.base, getattr(torch, recipe.run.dtype)
         others = () if role.base else role.net.named_parameters()
         self.frozen = {n: p.detach().clone() for n, p in others if n not in learning}
         self.masters: dict[str, Tensor] = self._place(role)
@@ -70,7 +70,7 @@ class Trained:
         return [n for n, p in self.params.items() if self.masters[n] is not p]
 
     def _optimizer(self, spec: OptimSpec, rows: Rows | None = None) -> Optimizer:
-        return Optimizer(self.masters, spec, rows)
+        return Optimizer(self.masters, spec, rows, self.dtype)
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return what this process holds of a parameter, a gradient, or a leaf of a state."""

@@ -67,7 +67,8 @@ class _Parts(Trained):
 
     def _optimizer(self, spec: OptimSpec, rows: Rows | None = None) -> Optimizer:
         shapes = {n: tuple(p.shape) for n, p in self.params.items()}
-        optimizer = Optimizer(self.masters, spec, Rows(shapes, self._whole_rows, self._own_rows))
+        rows = Rows(shapes, self._whole_rows, self._own_rows)
+        optimizer = Optimizer(self.masters, spec, rows, self.dtype)
         assert all(isinstance(self.params[n], DTensor) for n in optimizer.muon_names), "cut"
         if optimizer.adamw is not None:  # there from the start, so that a checkpoint finds it
             for param in (p for g in optimizer.adamw.param_groups for p in g["params"]):
