@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,24 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def fitting(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    source: str | Path,
+    aliases: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """Return the tensor of every parameter and persistent buffer of a module, in its order.
+
+    Arguments and errors are those of `load_into`. Shapes alone are looked at: what is mapped from
+    a file is not read.
+    """
+    given = _untie(dict(tensors), aliases or {})
+    slots = module.state_dict()
+    _check(slots, given, source)
+    return {name: given[name] for name in slots}
+
+
 def load_into(
     module: nn.Module,
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
@@ -190,20 +209,20 @@ def load_into(
 
     dtype: type that floating tensors are cast to (None: as stored); tensors whose name contains
         one of `keep_float32` become float32 whatever dtype says.
+    device: where they go; on "meta" a module has their types alone, and nothing is read.
     aliases: second names of tied tensors, {alias: name}: allowed, used where `name` is absent.
 
     Raises `ValueError` naming every missing, unexpected and mis-shaped tensor (eight of each kind,
     and how many more).
     """
-    given = _untie(dict(tensors), aliases or {})
-    slots = module.state_dict()
-    _check(slots, given, source)
+    given = fitting(module, tensors, source=source, aliases=aliases)
     real: dict[str, Tensor] = {}
-    for name in slots:
+    for name in list(given):
         one = {name: given.pop(name)}  # one at a time: the mapped pages can go again
         real |= cast(one, dtype=dtype, device=device, keep_float32=keep_float32)
     module.load_state_dict(real, strict=True, assign=True)
-    left = [n for n, t in _all_tensors(module) if t.is_meta]
+    is_outline = torch.device(device).type == "meta"
+    left = [n for n, t in _all_tensors(module) if t.is_meta and not is_outline]
     assert not left, f"{type(module).__name__} keeps {_some(left)} on meta after loading"
 
 
@@ -322,7 +341,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # torch's older form cannot be mapped
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises five unrelated types for a broken file
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from None

@@ -79,16 +79,20 @@ class Checkpoints:
         values: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
         return values
 
-    def read_state(self, path: Path, *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def read_state(
+        self, path: Path, *, like: Mapping[str, Any] | None = None, mapped: bool = False
+    ) -> dict[str, Any]:
         """Return the state that was saved, on the CPU; `ValueError` if a file is damaged.
 
-        like: the live state, whose cut tensors take their parts in place.
+        like: the live state, whose cut tensors take their parts in place. mapped: tensors are
+        mapped from the file, and those that several processes wrote stay on meta.
         """
+        how: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": mapped}
         try:
-            state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path / STATE, **how)
         except Exception as error:  # damaged bytes lead the reader into errors of every kind
             raise ValueError(f"checkpoint {path / STATE} cannot be read: {error}") from None
-        if (path / shards.FOLDER).is_dir():
+        if (path / shards.FOLDER).is_dir() and not mapped:
             return shards.filled(state, path / shards.FOLDER, like)  # type: ignore[no-any-return]
         return state
 

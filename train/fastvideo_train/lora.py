@@ -26,7 +26,13 @@ _SAMPLE = 4096  # numbers from either end of a tensor: new weights differ in the
 class LoraLinear(nn.Linear):
     """A linear layer with frozen weights and two maps that learn."""
 
-    def __init__(self, frozen: nn.Linear, spec: LoraSpec, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        frozen: nn.Linear,
+        spec: LoraSpec,
+        generator: torch.Generator,
+        device: torch.device | str | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # weight and bias are there already
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
         self.weight, self.bias = frozen.weight, frozen.bias
@@ -35,7 +41,7 @@ class LoraLinear(nn.Linear):
         down_rI = torch.empty(spec.rank, frozen.in_features).uniform_(
             -bound, bound, generator=generator
         )
-        device = frozen.weight.device
+        device = device or frozen.weight.device
         self.lora_A = nn.Parameter(down_rI.to(device))
         self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, spec.rank, device=device))
 
@@ -45,11 +51,19 @@ class LoraLinear(nn.Linear):
         return F.linear(x_BLI, self.weight, self.bias) + self.scale * F.linear(low_BLr, self.lora_B)
 
 
-def add(net: nn.Module, spec: LoraSpec, *, seed: int, source: str) -> None:
+def add(
+    net: nn.Module,
+    spec: LoraSpec,
+    *,
+    seed: int,
+    source: str,
+    device: torch.device | str | None = None,
+) -> None:
     """Put maps beside the linear layers that `spec.targets` name; only the maps learn from now on.
 
-    A target is a part of a dotted name, such as attn1, attn1.to_q or blocks.0. Raises `ValueError`
-    for a target that names no linear layer.
+    A target is a part of a dotted name, such as attn1, attn1.to_q or blocks.0. The maps live on
+    `device`, by default where the weights do. Raises `ValueError` for a target that names no linear
+    layer.
     """
     linear = {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear)}
     chosen = {name: m for name, m in linear.items() if any(_is_in(t, name) for t in spec.targets)}
@@ -61,7 +75,7 @@ def add(net: nn.Module, spec: LoraSpec, *, seed: int, source: str) -> None:
     net.requires_grad_(False)
     for name, layer in chosen.items():
         owner, _, own = name.rpartition(".")
-        maps = LoraLinear(layer, spec, rng.torch_generator(seed, f"lora/{name}"))
+        maps = LoraLinear(layer, spec, rng.torch_generator(seed, f"lora/{name}"), device)
         setattr(net.get_submodule(owner), own, maps.train(layer.training))
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     logger.info("%s: rank %d on %d layers, %d numbers", source, spec.rank, len(chosen), count)

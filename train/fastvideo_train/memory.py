@@ -81,7 +81,7 @@ class Estimate:
     num_params: Mapping[str, int]
     clip: LatentShape | None
     host: int = 0
-    """Bytes of host memory in which FSDP2 builds whole networks on every process; 0 elsewhere."""
+    """Bytes of host memory that new weights take on each process before FSDP2 cuts them."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -198,9 +198,11 @@ def _on_meta(recipe: Recipe, name: str, dims: Dims) -> _Network:
 
 
 def _built(one: _Network) -> int:
-    """Return the bytes of a network as `roles.py` builds it: in float32 if it learns."""
-    learning = 4 if one.spec.lora is None else one.e
-    return sum(p.numel() for p in one.net.parameters()) * (learning if one.learns else one.e)
+    """Return the bytes of new weights as `roles.py` makes them, whole; of a LoRA its maps."""
+    new = [p for p in one.net.parameters() if not one.spec.from_ or p.requires_grad]
+    if one.spec.from_ and one.spec.lora is None:
+        return 0
+    return sum(p.numel() for p in new) * (4 if one.learns else one.e)
 
 
 def _state(one: _Network, recipe: Recipe, degrees: Degrees) -> list[Part]:

@@ -7,7 +7,7 @@ one named `student`: a teacher starts from the run that trained it as its studen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastvideo.config import parse
 from fastvideo.models import classifier as classifiers
 from fastvideo.models import decoder as decoders
 from fastvideo.weights import Checkpoint
-from fastvideo_train import lora
+from fastvideo_train import lora, shards
 from fastvideo_train.checkpoints import Checkpoints
 from fastvideo_train.recipe import Kind, Recipe, RoleSpec
 
@@ -30,6 +30,31 @@ SUBFOLDER: dict[Kind, str] = {
     "decoder": "",
     "discriminator": "",
 }
+
+
+@dataclass(frozen=True)
+class First:
+    """First weights by name, as they lie on disk: none is in memory until it is used.
+
+    Most are mapped from files. What several processes of a run wrote is on meta here.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    checkpoint: Path = Path()
+    path: str = ""
+    """Where in the checkpoint those on meta are."""
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Read weights that are on meta into tensors of their names; cut ones take their parts."""
+        if targets:
+            paths = {f"{self.path}/{name}": tensor for name, tensor in targets.items()}
+            shards.fill(paths, self.checkpoint / shards.FOLDER)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return all weights, none on meta."""
+        late = {n: torch.empty_like(t, device="cpu") for n, t in self.tensors.items() if t.is_meta}
+        self.read_into(late)
+        return {**self.tensors, **late}
 
 
 def check_exists(spec: RoleSpec, name: str) -> None:
@@ -67,6 +92,11 @@ def dims(spec: RoleSpec, name: str) -> dict[str, Any]:
 
 
 def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
+    """Return the weights of `first`, none on meta."""
+    return first(spec, name).whole()
+
+
+def first(spec: RoleSpec, name: str) -> First:
     """Return the weights behind `from`: a run's average, a file's, or a part of a model.
 
     Raises `ValueError` if there is nothing, or it has no such role or part.
@@ -77,14 +107,14 @@ def first_weights(spec: RoleSpec, name: str) -> dict[str, Tensor]:
     if latest is not None:
         return _weights_of_run(latest, spec, name)
     if spec.kind == "decoder":
-        return dict(decoders.tensors(path))
+        return First(dict(decoders.tensors(path)))
     part = path / SUBFOLDER[spec.kind]
     if part.is_dir() or path.is_file():  # also a folder that has this part alone
-        return dict(Checkpoint(part if part.is_dir() else path))
+        return First(dict(Checkpoint(part if part.is_dir() else path)))
     from fastvideo import formats, hub
 
     _, folder = hub.open_spec(spec.from_, weights=True)
-    return dict(formats.find(folder).tensors(folder, spec.kind))
+    return First(dict(formats.find(folder).tensors(folder, spec.kind)))
 
 
 def check_text(recipe: Recipe) -> None:
@@ -111,8 +141,9 @@ def learned(run: str | Path, name: str) -> tuple[Recipe, int, dict[str, Tensor]]
     store = Checkpoints(Path(run) / "checkpoints")
     latest = store.latest()
     assert latest is not None, "the run was read before"
-    recipe, state = _recipe_of(latest), store.read_state(latest)
-    return recipe, int(store.read_info(latest)["step"]), _average(state[name])
+    recipe, state = _recipe_of(latest), store.read_state(latest, mapped=True)
+    learned = _learned(state, name, latest).whole()
+    return recipe, int(store.read_info(latest)["step"]), learned
 
 
 def principal(names: Iterable[str]) -> str | None:
@@ -121,10 +152,10 @@ def principal(names: Iterable[str]) -> str | None:
     return "student" if "student" in found else found[0] if len(found) == 1 else None
 
 
-def _weights_of_run(checkpoint: Path, spec: RoleSpec, name: str) -> dict[str, Tensor]:
+def _weights_of_run(checkpoint: Path, spec: RoleSpec, name: str) -> First:
     store = Checkpoints(checkpoint.parent)
     recipe = _recipe_of(checkpoint)
-    state = store.read_state(checkpoint)
+    state = store.read_state(checkpoint, mapped=True)
     source = _role_behind(recipe, spec, name, checkpoint)
     there = recipe.roles[source]
     if source not in state:  # frozen there: it is what that run started from
@@ -134,14 +165,15 @@ def _weights_of_run(checkpoint: Path, spec: RoleSpec, name: str) -> dict[str, Te
                 f"roles.{name}.from {spec.from_}: roles.{source} of {run} was new there and is not"
                 " saved, as it learned nothing"
             )
-        return first_weights(there, source)
-    learned = _average(state[source])
+        return first(there, source)
+    learned = _learned(state, source, checkpoint)
     if there.lora is None:
-        return {**state[source].get("frozen", {}), **learned}
+        learned.tensors.update(state[source].get("frozen", {}))
+        return learned
     base = first_weights(there, source)
     if lora.fingerprint(base) != state[source]["base"]:
         raise ValueError(f"{checkpoint} learned a LoRA on other weights than {there.from_} has now")
-    return lora.merge(base, learned, there.lora.scale)
+    return First(lora.merge(base, learned.whole(), there.lora.scale))
 
 
 def _dims_alone(path: Path, spec: RoleSpec, name: str) -> dict[str, Any]:
@@ -175,10 +207,11 @@ def _equal_rounded(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bo
     return all(torch.equal(one[n].bfloat16(), other[n].bfloat16()) for n in one)
 
 
-def _average(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    average = state["ema"]
-    learned: dict[str, Tensor] = average["weights"] if average else state["masters"]
-    return learned
+def _learned(state: Mapping[str, Any], role: str, checkpoint: Path) -> First:
+    """Return the average of a role, or without one its masters."""
+    if state[role]["ema"]:
+        return First(dict(state[role]["ema"]["weights"]), checkpoint, f"{role}/ema/weights")
+    return First(dict(state[role]["masters"]), checkpoint, f"{role}/masters")
 
 
 def _dims_of_run(folder: Path, spec: RoleSpec, name: str) -> dict[str, Any]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvideo import registry, rng
+from fastvideo import registry, rng, weights
 from fastvideo.attention import Attend, Layout, check_fits, parse, plan, select
 from fastvideo.attention.choice import PACKAGE as BACKENDS
 from fastvideo.log import logger
 from fastvideo.registry import did_you_mean
 from fastvideo.shapes import LatentShape, TokenGrid
-from fastvideo.weights import load_into
 from fastvideo_train import lora, origins
 from fastvideo_train.methods import Wants
 from fastvideo_train.recipe import AttentionSpec, Kind, Recipe
@@ -57,6 +56,8 @@ class Role:
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     base: str = ""
     """Fingerprint of the weights under a LoRA, which no checkpoint repeats; empty without one."""
+    unread: origins.First = field(default_factory=origins.First)
+    """First weights of a network on meta: who places it takes what it needs."""
     spread: Any = None
     """The denoiser with its sequences split over processes, where they are."""
     _attends: dict[Any, tuple[Attend, Layout]] = field(default_factory=dict)
@@ -110,7 +111,12 @@ class Role:
 def build(
     recipe: Recipe, wants: Mapping[str, Wants], *, only: Iterable[str] | None = None
 ) -> dict[str, Role]:
-    """Build the roles that a method wants, or `only` those; `ValueError` if it has others."""
+    """Build the roles that a method wants, or `only` those; `ValueError` if it has others.
+
+    On device "meta" what starts `from` something is checked but not read: it stays `unread`. New
+    weights are drawn whole on the CPU, because a draw depends on all draws before it: only small
+    networks start anew.
+    """
     check(recipe, wants)
     names = wants if only is None else only
     return {name: _build_role(name, recipe) for name in names}
@@ -140,6 +146,7 @@ def compile_calls(roles: Mapping[str, Role], wants: Mapping[str, Wants]) -> None
     """Compile the functions that the method calls, in place; parameters keep their names."""
     for name, want in wants.items():
         net = roles[name].net
+        assert roles[name].spread is None, "what splits sequences calls no `forward`"
         for call in want.calls:
             setattr(net, call, torch.compile(getattr(net, call)))
 
@@ -165,11 +172,8 @@ def _build_role(name: str, recipe: Recipe) -> Role:
     config = origins.dims(spec, name)
     if spec.kind == "text" and recipe.stored_text:
         return _stored_text(name, family, config, recipe)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.derive(recipe.run.seed, f"init/{name}"))
-        net: Any = getattr(family, NETWORK_CLASS[spec.kind])(family.Config.parse(config))
-        if spec.kind in ("dit", "text"):  # torch's own initialisation serves convolutions well
-            net.init_weights()
+    make = partial(getattr(family, NETWORK_CLASS[spec.kind]), family.Config.parse(config))
+    net: Any = weights.build(make) if spec.from_ else _new(make, name, recipe)
     dtype = getattr(torch, spec.dtype or recipe.run.dtype)
     role = Role(
         name,
@@ -185,28 +189,57 @@ def _build_role(name: str, recipe: Recipe) -> Role:
     if spec.kind == "dit":
         _check_gates(role)
         _check_attention(role)
-    first = origins.first_weights(spec, name) if spec.from_ else net.state_dict()
-    load_into(
-        net,
-        _completed(first, role) if spec.from_ else first,
-        source=spec.from_ or "new weights",
-        dtype=torch.float32 if spec.trainable and spec.lora is None else dtype,
-        device=recipe.run.device,
-        keep_float32=role.keep_float32,
-        aliases=family.ALIASES if spec.kind == "text" else None,
-    )
+    first = origins.first(spec, name) if spec.from_ else origins.First(net.state_dict())
+    if recipe.run.device != "meta" or spec.lora is not None:  # whose fingerprint looks at them
+        first = origins.First(first.whole())
+    role = _loaded(role, first, recipe)
     net.requires_grad_(spec.trainable).train(spec.trainable)
     if spec.lora is None:
         return role
-    lora.add(net, spec.lora, seed=recipe.run.seed, source=f"roles.{name}.lora")
-    return dataclasses.replace(role, base=lora.fingerprint(first))
+    source, device = f"roles.{name}.lora", _device_of_new(recipe)
+    lora.add(net, spec.lora, seed=recipe.run.seed, source=source, device=device)
+    return dataclasses.replace(role, base=lora.fingerprint(first.tensors))
+
+
+def _new(make: Callable[[], nn.Module], name: str, recipe: Recipe) -> nn.Module:
+    """Return a network with new weights, drawn from the run's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.derive(recipe.run.seed, f"init/{name}"))
+        net: Any = make()
+        if recipe.roles[name].kind in ("dit", "text"):  # torch's own serves convolutions well
+            net.init_weights()
+    return net  # type: ignore[no-any-return]
+
+
+def _device_of_new(recipe: Recipe) -> str:
+    return "cpu" if recipe.run.device == "meta" else recipe.run.device
+
+
+def _loaded(role: Role, first: origins.First, recipe: Recipe) -> Role:
+    """Give a network its first weights, or note them if it stays on meta."""
+    spec, device = recipe.roles[role.name], recipe.run.device
+    source = spec.from_ or "new weights"
+    found = _completed(first.tensors, role) if spec.from_ else first.tensors
+    aliases = role.family.ALIASES if spec.kind == "text" else None
+    given = weights.fitting(role.net, found, source=source, aliases=aliases)
+    weights.load_into(
+        role.net,
+        given,
+        source=source,
+        dtype=torch.float32 if spec.trainable and spec.lora is None else role.dtype,
+        device=device if spec.from_ else _device_of_new(recipe),
+        keep_float32=role.keep_float32,
+    )
+    if device != "meta" or role.is_new:
+        return role
+    return dataclasses.replace(role, unread=dataclasses.replace(first, tensors=given))
 
 
 def _stored_text(name: str, family: ModuleType, config: Mapping[str, Any], recipe: Recipe) -> Role:
     """Return stored text states in the encoder's place."""
     from fastvideo_train.data.text_states import StoredText
 
-    net = StoredText(recipe.stored_text).to(recipe.run.device).eval()
+    net = StoredText(recipe.stored_text).to(_device_of_new(recipe)).eval()
     dtype = getattr(torch, recipe.run.dtype)
     return Role(name, "text", family, config, net, False, dtype, is_new=False)
 
@@ -244,7 +277,7 @@ def _completed(weights: dict[str, Tensor], role: Role) -> dict[str, Tensor]:
     """Add zeros for what a learning network has by birth and its first weights may lack."""
     born = role.family.BORN_ZERO if role.kind == "dit" and role.trainable else ()
     zeros = {
-        name: torch.zeros(tensor.shape)
+        name: torch.zeros(1).expand(tensor.shape)  # without memory of their own
         for name, tensor in role.net.state_dict().items()
         if any(part in name for part in born)
     }

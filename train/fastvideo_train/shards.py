@@ -69,9 +69,6 @@ def filled(tree: Any, folder: Path, like: Any = None) -> Any:
     in the same shape; what it lacks stays an outline. A state without any, or none at all, gets
     whole tensors on the CPU. Raises `ValueError` if the files are damaged.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     live = {path: leaf for path, leaf in leaves(like or {}) if is_cut(leaf)}
     wanted: dict[str, Tensor] = {}
     for path, leaf in leaves(tree):
@@ -81,13 +78,24 @@ def filled(tree: Any, folder: Path, like: Any = None) -> Any:
             wanted[path] = torch.empty_like(leaf, device="cpu")
         elif path in live and live[path].shape == leaf.shape:
             wanted[path] = live[path]
+    fill(wanted, folder)
+    return replaced(tree, lambda path, leaf: wanted.get(path, leaf))
+
+
+def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Read what is stored under the tensors' paths into them; a cut one takes its part.
+
+    Raises `ValueError` if the files are damaged.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     try:
         with warnings.catch_warnings():  # that a single process reads is what was asked for
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            load(dict(wanted), checkpoint_id=str(folder), no_dist=True)
+            load(dict(tensors), checkpoint_id=str(folder), no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read: {error}") from None
-    return replaced(tree, lambda path, leaf: wanted.get(path, leaf))
 
 
 def _outline(tensor: Tensor) -> Tensor:

@@ -30,7 +30,10 @@ class Strategy(Protocol):
 
     @property
     def first_device(self) -> str:
-        """Where networks are built, before `prepare` moves them to where they compute."""
+        """Where networks are built, before `prepare` moves them to where they compute.
+
+        On "meta" it reads what they start from (`Role.unread`) itself.
+        """
 
     def prepare(self, roles: Mapping[str, Role]) -> None:
         """Take over every role, once, before the first step."""

@@ -89,9 +89,10 @@ class Trained:
         found = {n: self.local(p.grad) for n, p in self.params.items() if p.grad is not None}
         sums = [self.grads[n] for n in found]
         if self.num_micro == 0:
-            torch._foreach_copy_(sums, list(found.values()))
             for name in self.grads.keys() - found.keys():
                 self.grads[name].zero_()
+        if self.num_micro == 0 and found:
+            torch._foreach_copy_(sums, list(found.values()))
         elif found:
             torch._foreach_add_(sums, [g.float() for g in found.values()])
         for param in self.params.values():

@@ -9,6 +9,10 @@ parts; Muon alone gathers a matrix for its update, which is then that of the who
 The few parameters that compute in float32 in a network that does not (time embedder, tables, norms)
 stay whole on every process: FSDP2 casts all parameters of a layer alike.
 
+Networks that start from something are built on meta, and each process reads its own rows of them:
+it holds no more of a network, at any time, than these and one tensor. Only new weights are whole in
+host memory at first, see `roles.build`.
+
 Frozen denoisers and text encoders are cut too. Alone there is nothing to cut: one process trains as
 `single` does, and reads and writes the same checkpoints as many.
 """
@@ -16,7 +20,7 @@ Frozen denoisers and text encoders are cut too. Alone there is nothing to cut: o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -177,8 +181,8 @@ class Strategy(Masters):
 
     @property
     def first_device(self) -> str:
-        """Where networks are built: a device need not hold them whole."""
-        return super().first_device if self.is_alone else "cpu"
+        """Where networks are built: no process need hold them whole."""
+        return super().first_device if self.is_alone else "meta"
 
     def prepare(self, roles: Mapping[str, Role]) -> None:
         """Cut every network that is worth it, and take over the learning ones."""
@@ -186,6 +190,8 @@ class Strategy(Masters):
             # Layers hand on what they were given, which FSDP2 sees as views; nobody writes to it.
             warnings.filterwarnings("ignore", "FSDP2-wrapped .* a view", UserWarning)
             is_cut = {n: r.trainable or r.kind in CUT_WHEN_FROZEN for n, r in roles.items()}
+            for name, role in roles.items():
+                read(role, self.meshes, _whole(role) if is_cut[name] else None)
             self._outlines = {n: outline_of(r.net) for n, r in roles.items() if is_cut[n]}
             for name, role in roles.items():
                 if not is_cut[name]:
@@ -197,6 +203,9 @@ class Strategy(Masters):
     def _back_propagate(self, roles: Sequence[str], loss: Tensor) -> None:
         if self.is_alone:
             return super()._back_propagate(roles, loss)
+        for name, one in self._trained.items():  # replicas meet once an update
+            is_last = one.num_micro + 1 == self.recipe.run.accumulate
+            one.net.set_requires_all_reduce(is_last or name not in roles)  # type: ignore[operator]
         torch.autograd.backward(loss)  # what it reaches are gathered weights, which come and go
         for name in self._trained.keys() - set(roles):
             for param in self._trained[name].params.values():
@@ -240,8 +249,40 @@ class Strategy(Masters):
         return with_weights(self._outlines[role.name], role, weights) if weights else role
 
 
+def _whole(role: Role) -> set[str]:
+    """Return what a cut network has whole: what is float32 in it, and what a method froze, which
+    is saved whole.
+    """
+    is_saved = role.trainable and not role.base
+    return {
+        name
+        for name, param in role.net.named_parameters()
+        if role.compute_dtype(name) != role.dtype or (is_saved and not param.requires_grad)
+    }
+
+
+@torch.no_grad()
+def read(role: Role, meshes: Meshes, names: Collection[str] | None = None) -> None:
+    """Give parameters on meta, all or some, their first weights; cut ones this process's rows."""
+    params, late = dict(role.net.named_parameters()), []
+    unread = role.unread.tensors
+    for name in [name for name in unread if names is None or name in names]:
+        like, first = params[name], unread.pop(name)
+        own = _rows(first, like) if isinstance(like, DTensor) else first
+        if own.is_meta:
+            late.append(name)
+            real = torch.empty_like(own, dtype=like.dtype, device=meshes.device)
+        else:
+            real = own.to(meshes.device, like.dtype, copy=True)
+        real = _of_whole(real, like, like.shape) if isinstance(like, DTensor) else real
+        owner, _, last = name.rpartition(".")  # one by one: FSDP2 copies rows that it must pad
+        role.net.get_submodule(owner).load_state_dict({last: real}, strict=False, assign=True)
+    params = dict(role.net.named_parameters())
+    role.unread.read_into({name: params[name].detach() for name in late})
+
+
 def cut(role: Role, meshes: Meshes) -> None:
-    """Cut a network over processes: each of its layers, then the rest of it."""
+    """Cut a network over processes: each of its layers, then the rest of it; read what it lacks."""
     net, params = role.net, dict(role.net.named_parameters())
     whole = {p for n, p in params.items() if role.compute_dtype(n) != role.dtype}
     for param in whole:
@@ -261,6 +302,7 @@ def cut(role: Role, meshes: Meshes) -> None:
         calls = ("embed", "head")  # what `parallel.sequence` calls in place of `forward`
     for call in calls:
         register_fsdp_forward_method(net, call)
+    read(role, meshes)
 
 
 def _layers(role: Role) -> list[nn.Module]:
