@@ -117,6 +117,25 @@ def test_the_estimate_bounds_the_peak_of_a_run_closely(method, dtype, recompute,
 
 
 @pytest.mark.parametrize("recompute", [True, False])
+def test_scores_that_attention_keeps_on_a_cpu_are_counted(recompute, tmp_path):
+    clips = [
+        "data.frames=5",
+        "data.height=32",
+        "data.width=32",
+        f"run.recompute={str(recompute).lower()}",
+    ]
+    totals = {}
+    for backend in ("bmm", "sdpa"):
+        words = ["run.dtype=bfloat16", f"roles.student.attention.backend={backend}", *clips]
+        recipe = sized("flow_matching", *words)
+        with Alive() as alive:
+            list(train(Job.open(recipe, tmp_path / backend)))
+        totals[backend] = memory.of(recipe, Degrees()).total
+        assert 0.99 <= totals[backend] / alive.peak <= 1.2  # batches are not in it
+    assert totals["bmm"] > 1.08 * totals["sdpa"]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
 def test_activations_of_the_published_1_3b_are_those_that_autograd_keeps(recompute):
     words = ["run.device=cpu", "run.strategy=single", "parallel.shard=1", "run.batch=1"]
     words += [f"run.recompute={str(recompute).lower()}", "roles.student.config.num_layers=3"]

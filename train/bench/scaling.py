@@ -163,9 +163,10 @@ def report(record: Mapping[str, Any]) -> None:
     s = record["settings"]
     print(f"\n{s['recipe']}: {s['batch']} clips of {s['size']} latents; {TRUTH}")
     print(
-        "| strategy | processes | degrees | losses | apart | MiB a process, estimated | s a step |"
+        "| strategy | processes | degrees | losses | apart | gradient norms apart"
+        " | MiB a process, estimated | s a step |"
     )
-    print("|---|---:|---|---|---:|---:|---:|")
+    print("|---|---:|---|---|---:|---:|---:|---:|")
     for name, r in record["runs"].items():
         losses = ", ".join(f"{loss:.7f}" for loss in r["losses"])
         degrees = ", ".join(f"{axis} {n}" for axis, n in r["degrees"].items())

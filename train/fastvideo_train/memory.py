@@ -25,15 +25,17 @@ feed-forward F, N layers (each term names tensors that autograd keeps, `models/d
     layer  = l (14 e C + 4 r C + 2 e F)    r = 3 norms of q, k, q of the text in float32; 6 on a CPU
              + 2 l e C + 5 H n n           with VSA: gate and coarse branch; scores of n tiles
     kept   = N layer,                      with recompute N l e C, the layers' inputs
-    passing = l (F + 2 C) e,               gradients of a layer; with recompute that layer too
+    passing = l (F + 6 C) e,               gradients of a layer; with recompute that layer too
 
 and twice the embeddings, which every process makes of all tokens. Instead of `passing`, a frozen
-denoiser may need more while these are kept: l (2 F + 8 C) e, for twice the clips under guidance. No
-attention keeps a score matrix. Ulysses needs 2 x 3 (VSA: 4) l e C for its exchanges.
+denoiser may need more while these are kept: l (2 F + 8 C) e, for twice the clips under guidance. Of
+attention backends only `bmm`, for short clips on a CPU, keeps scores: clips e H L^2, and 3 l e C in
+each layer, and the former once more in passing. Ulysses needs 2 x 3 (VSA: 4) l e C for its
+exchanges.
 
-All parts are added, though not all are at their largest at once: an upper bound, 0 to 12 % above
+All parts are added, though not all are at their largest at once: an upper bound, 0 to 18 % above
 what was alive in tests on a CPU. Not in it: activations of networks that are no denoiser, Muon's
-passes, batches. On a GPU `RESERVE` is added for CUDA, NCCL and what the allocator cannot use.
+passes, batches, keys that `gather` copies on a CPU. On a GPU `RESERVE` is added for CUDA, NCCL and what the allocator cannot use.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from torch import nn
 
 from fastvideo import attention, registry, weights
 from fastvideo.parallel.degrees import Degrees
-from fastvideo.shapes import Compression, LatentShape, PixelShape
+from fastvideo.shapes import Compression, LatentShape, PixelShape, TokenGrid
 from fastvideo_train import lora, origins
 from fastvideo_train.data._manifest import VideoManifest, latent_frames, read_manifest
 from fastvideo_train.optim import is_matrix
@@ -300,11 +302,32 @@ class _Work:
             tiles = math.prod(-(-n // t) for n, t in zip(axes, pattern.tile, strict=True))
             layer += 2 * own * e * c.dim + 5 * clips * c.num_attention_heads * tiles**2
         passes = _passes(one, recipe, c.num_layers)
-        passing = own * (c.ffn_dim + 2 * c.dim) * e
+        passing = own * (c.ffn_dim + 6 * c.dim) * e
+        if _keeps_scores(one, recipe, pattern, grid):
+            scores = clips * c.num_attention_heads * grid.num_tokens**2 / degrees.of("sequence")
+            layer += e * (scores + 3 * own * c.dim)
+            passing += e * scores
         if not recipe.run.recompute:
             return cls(passes * c.num_layers * layer + whole, passing, exchanged)
         inputs = passes * c.num_layers * own * e * c.dim
         return cls(inputs + whole, layer + passing, exchanged)
+
+
+def _keeps_scores(
+    one: _Network, recipe: Recipe, pattern: attention.Pattern, grid: TokenGrid
+) -> bool:
+    if recipe.run.device != "cpu" or not isinstance(pattern, attention.Dense):
+        return False
+    dims: Any = one.net.config
+    chosen = attention.choose(
+        one.spec.attention.backend,
+        layout=attention.plan(pattern, grid),
+        dtype=torch.float32 if one.e == 4 else torch.bfloat16,
+        device="cpu",
+        needs_grad=True,
+        head_dim=dims.attention_head_dim,
+    )
+    return chosen.__name__.endswith(".bmm")
 
 
 def _passes(one: _Network, recipe: Recipe, layers: int) -> float:
