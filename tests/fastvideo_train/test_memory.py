@@ -192,8 +192,8 @@ def test_a_run_that_is_too_large_is_refused_with_its_parts_and_what_fits(capsys,
     command = ["train", str(WAN / "sparse.toml"), "--dry-run", "--run-dir", str(tmp_path / "r")]
     assert main([*command, "--set", "run.memory_gib=17"]) == 2
     said = capsys.readouterr()
-    assert "needs about 17.9 GiB of each device, which has 17.0; largest: " in said.err
-    assert "teacher activations in passing 4.1" in said.err
+    assert "needs about 18.1 GiB of each device, which has 17.0; largest: " in said.err
+    assert "student activations in passing 4." in said.err
     words = said.err.partition("nearest that fits: ")[2].partition(" on ")[0].split(", ")
     assert words and main([*command, *(w for x in words for w in ("--set", x))]) == 0
     assert "memory of each device, estimated" in said.out
