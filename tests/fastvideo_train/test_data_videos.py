@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import rank_runs
 import torch
 from fastvideo_train import recipe as recipes
 from fastvideo_train import roles as role_builder
@@ -347,6 +348,19 @@ def test_three_steps_learn_alike_from_stored_states_and_from_the_text_encoder(
     stored = losses(recipe(latents, tiny_folder), tmp_path / "stored")
     encoded = losses(recipe(latents, tiny_folder, text="encoder"), tmp_path / "encoder")
     assert len(stored) == 3 and stored == pytest.approx(encoded, rel=1e-5)
+
+
+def test_two_processes_learn_from_stored_states_as_one_does(latents, tiny_folder, tmp_path, ranks):
+    made = {
+        name: recipe(latents, tiny_folder, f"run.strategy={name}", "run.log_every=1")
+        for name in ("single", "accelerate", "fsdp2")
+    }
+    wanted = rank_runs.losses(0, 1, made.pop("single"), str(tmp_path))
+    first, second = ranks(2, rank_runs.losses_of_each, made, str(tmp_path))
+    assert first == second and len(wanted) == 3
+    for got in first.values():
+        for ours, theirs in zip(got, wanted, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_run_on_stored_states_loads_no_text_encoder_but_exports_with_it(

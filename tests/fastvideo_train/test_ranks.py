@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvideo_train import logs, loop
+from fastvideo_train import logs, loop, origins
 from fastvideo_train.batches import stream
 from fastvideo_train.loop import Job, StepDone, train
 from fastvideo_train.methods import StepKey
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.world import World
-from rank_runs import opened, small
+from rank_runs import opened, same, small, weights
 from tiny_recipes import CONFIGS, ROOT, finish, tiny
 
 from fastvideo.parallel import mesh
@@ -276,9 +276,10 @@ def test_torchrun_trains_prints_once_stops_on_a_signal_to_one_rank_and_goes_on(t
     assert [r["step"] for r in logs.read(run)] == list(range(1, done + 2))
 
 
-def test_a_rank_that_is_killed_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_path):
+def test_a_rank_that_is_killed_ends_the_run_which_goes_on_as_if_it_never_was(tmp_path, ranks):
     sets = ("run.strategy=accelerate", "run.save_every=1", "run.steps=100000")
-    running = launched(tmp_path, *sets)
+    run = tmp_path / "run"
+    running = launched(run, *sets)
     try:
         until(running, "step 2: saved")
         os.kill(workers(running)[1], signal.SIGKILL)
@@ -288,21 +289,13 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_the_last_checkpoint_whole
     finally:
         running.kill()
     assert running.returncode != 0 and "another process of the run died" in err
-    step = int((tmp_path / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
-    job = Job.open(_recipe_of(tmp_path), tmp_path)
-    assert job.step == step >= 2
-
-
-def _recipe_of(folder: Path):
-    from fastvideo_train.origins import _recipe_of
-    from fastvideo_train.recipe import Recipe
-
-    from fastvideo.config import parse
-
-    (path,) = [folder / "checkpoints" / (folder / "checkpoints/latest").read_text().strip()]
-    tree = _recipe_of(path).model_dump(mode="json", by_alias=True, exclude_none=True)
-    tree["run"]["strategy"] = "single"
-    return parse(Recipe, tree, source="test")
+    step = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    recipe = origins._recipe_of(run / f"checkpoints/step-{step:08d}")
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"log_every": 1})})
+    rest, resumed = ranks(2, weights, recipe, str(run), step + 1, False)[0]
+    straight, end = ranks(2, weights, recipe, str(tmp_path / "straight"), step + 1, False)[0]
+    assert rest == straight[step:] and len(rest) == 1 and step >= 2
+    assert same(end, resumed)
 
 
 def test_the_error_of_the_rank_that_failed_comes_first_and_alone(tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
+import signal
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from dmd_by_hand import GAN
@@ -17,48 +21,48 @@ from fastvideo_train.checkpoints import Checkpoints
 from fastvideo_train.export import load_run
 from fastvideo_train.loop import train
 from fastvideo_train.optim import Optimizer, Rows
-from fastvideo_train.recipe import OptimSpec
-from rank_runs import losses, opened, small, weights
+from fastvideo_train.recipe import OptimSpec, Recipe
+from rank_runs import Numbers, losses, losses_of_each, opened, same, small, trained, weights
 from tiny_recipes import tiny
 
 from fastvideo.parallel.degrees import Degrees
+from tests.ranks import RankError, Ranks
 
 METHODS = ["flow_matching", "vae", "dmd"]
-Losses = list[dict[str, float]]
+OTHERS = ["decoder", "perflow", "classify", "consistency", "lora"]
+STRATEGIES = ["accelerate", "fsdp2"]
+# Updates in proportion to clipped gradients: AdamW that divides by almost a constant.
+PLAIN_STEPS = ("optim.eps=1", "optim.lr=0.5", "optim.warmup=0", "optim.clip=0.2")
 
 
 @cache
-def alone(method: str, *sets: str) -> Losses:
-    """The losses of a single process under `single`."""
-    import tempfile
-
+def alone(method: str, *sets: str, muon: bool = False) -> Numbers:
+    """The losses and norms of a single process under `single`."""
     with tempfile.TemporaryDirectory() as folder:
-        return losses(0, 1, small(method, *sets), folder)
+        return losses(0, 1, small(method, *sets, muon=muon), folder)
 
 
-def worst(got: Losses, wanted: Losses) -> float:
-    """The largest relative difference of two runs' losses, which have the same names."""
+def worst(got: Numbers, wanted: Numbers) -> float:
+    """The largest relative difference of two runs' numbers, which have the same names."""
     assert [one.keys() for one in got] == [one.keys() for one in wanted]
+    assert all(any(key.endswith("grad_norm") for key in one) for one in wanted)
     pairs = [(a[key], b[key]) for a, b in zip(got, wanted, strict=True) for key in b]
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    assert a.keys() == b.keys()
-    return all(np.array_equal(a[role][n], b[role][n]) for role in a for n in a[role])
-
-
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", ["accelerate", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_losses_are_those_of_a_single_process(strategy, method, ranks, tmp_path):
-    recipe = small(method, f"run.strategy={strategy}")
+    """Muon included: in a float32 run it iterates in float32."""
+    recipe = small(method, f"run.strategy={strategy}", muon=True)
     got = {size: ranks(size, losses, recipe, str(tmp_path / str(size))) for size in (1, 2)}
+    wanted = alone(method, muon=True)
     assert got[2][0] == got[2][1], "ranks agree on what they log"
-    assert len(got[1][0]) == 3 and worst(got[1][0], alone(method)) == 0.0
-    assert worst(got[2][0], alone(method)) <= 1e-5
+    assert len(got[1][0]) == 3 and worst(got[1][0], wanted) == 0.0
+    assert worst(got[2][0], wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["accelerate", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_loss_of_two_roles_that_reaches_a_third_is_that_of_a_single_process(
     strategy, ranks, tmp_path
 ):
@@ -67,16 +71,105 @@ def test_a_loss_of_two_roles_that_reaches_a_third_is_that_of_a_single_process(
     assert worst(got, alone("dmd", *GAN)) <= 1e-5
 
 
-@pytest.mark.parametrize("method", ["flow_matching", "dmd"])
-@pytest.mark.parametrize("strategy", ["accelerate", "fsdp2"])
-def test_a_resumed_run_of_two_ranks_equals_one_without_interruption_bit_for_bit(
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_clipped_steps_as_long_as_gradients_are_those_of_a_single_process(
+    strategy, ranks, tmp_path
+):
+    """Otherwise AdamW, which divides a gradient by its size, would hide a wrong scale."""
+    made = {
+        "batch": small("flow_matching", *PLAIN_STEPS, f"run.strategy={strategy}"),
+        "sequence": small(
+            "flow_matching", *PLAIN_STEPS, f"run.strategy={strategy}", "parallel.ulysses=2"
+        ),
+    }
+    wanted = alone("flow_matching", *PLAIN_STEPS)
+    assert all(one[f"{role}/grad_norm"] > 0.4 for one in wanted for role in ("student", "text"))
+    assert len({round(one["loss"], 2) for one in wanted}) == 3, "steps that move"
+    for got in ranks(2, losses_of_each, made, str(tmp_path)):
+        assert {name: worst(one, wanted) <= 1e-5 for name, one in got.items()} == {
+            "batch": True,
+            "sequence": True,
+        }
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_other_method_and_a_lora_train_alike(method, ranks, tmp_path):
+    if method == "lora":
+        base = tmp_path / "base"
+        losses(0, 1, small("flow_matching", "run.steps=1"), str(base))
+        sets = [f"roles.{role}.from={base}" for role in ("student", "text")]
+        sets += ["roles.student.lora={rank=4, alpha=6.0}", "roles.text.trainable=false"]
+        name = "flow_matching"
+    else:
+        name, sets = method, ["data.workers=0"] if method in ("decoder", "classify") else []
+    made = {s: small(name, *sets, f"run.strategy={s}") for s in STRATEGIES}
+    wanted = losses(0, 1, small(name, *sets), str(tmp_path / "single"))
+    first, second = ranks(2, losses_of_each, made, str(tmp_path))
+    assert first == second
+    assert max(worst(got, wanted) for got in first.values()) <= 1e-5
+
+
+def _interrupted(
+    rank: int, size: int, recipe: Recipe, folder: str
+) -> tuple[Numbers, Numbers, dict[str, Any], dict[str, Any]]:
+    """A run without interruption and one with: what is logged, and what is learned."""
+    straight, end = weights(rank, size, recipe, f"{folder}/straight")
+    first, _ = weights(rank, size, recipe, f"{folder}/stopped", 1)
+    rest, resumed = weights(rank, size, recipe, f"{folder}/stopped")
+    return straight, [*first, *rest], end, resumed
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [  # after a kill, flow_matching under fsdp2 does so too: below
+        *(("accelerate", method) for method in METHODS),
+        *(("fsdp2", method) for method in ("vae", "dmd")),
+    ],
+)
+def test_a_resumed_run_equals_one_without_interruption_bit_for_bit(
     strategy, method, ranks, tmp_path
 ):
     recipe = small(method, f"run.strategy={strategy}", muon=True)
+    for size in (1, 2):
+        answers = ranks(size, _interrupted, recipe, str(tmp_path / str(size)))
+        straight, resumed, end, resumed_end = answers[0]
+        assert straight == resumed and same(end, resumed_end)
+
+
+def _killed_while_writing(rank: int, size: int, recipe: Recipe, folder: str) -> None:
+    """All die when their parts of the second checkpoint are written, and nothing says so yet."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    write, count = FileSystemWriter.write_data, itertools.count(1)
+
+    def write_data(writer: Any, *args: Any) -> Any:
+        done = write(writer, *args)
+        if next(count) == 2:
+            done.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    with mock.patch.object(FileSystemWriter, "write_data", write_data):
+        losses(rank, size, recipe, folder)
+
+
+def test_after_a_kill_while_parts_are_written_a_run_ends_as_one_without(ranks, tmp_path):
+    recipe, often = (
+        small("flow_matching", "run.strategy=fsdp2", f"run.save_every={n}", muon=True)
+        for n in (0, 1)
+    )
+    pool = Ranks()
+    try:
+        with pytest.raises(RankError, match=r"rank 0 died\nrank 1 died"):
+            pool(2, _killed_while_writing, often, str(tmp_path / "killed"))
+    finally:
+        pool.close()
+    store = Checkpoints(tmp_path / "killed/checkpoints")
+    assert len([*store.folder.glob(".step-00000002.writing/shards/*.distcp")]) == 2
+    assert store.latest() == store.folder / "step-00000001"
     straight, end = ranks(2, weights, recipe, str(tmp_path / "straight"))[0]
-    first, _ = ranks(2, weights, recipe, str(tmp_path / "stopped"), 1)[0]
-    rest, resumed = ranks(2, weights, recipe, str(tmp_path / "stopped"))[0]
-    assert [*first, *rest] == straight and same(end, resumed)
+    rest, resumed = ranks(2, weights, recipe, str(tmp_path / "killed"))[0]
+    assert rest == straight[1:] and same(end, resumed)
 
 
 def test_an_fsdp2_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(ranks, tmp_path):
@@ -98,7 +191,17 @@ def test_an_fsdp2_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(ranks,
         torch.testing.assert_close(dict(read.named_parameters())[name], param, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["accelerate", "fsdp2"])
+def test_an_fsdp2_checkpoint_of_two_networks_under_muon_goes_on_with_three_ranks(ranks, tmp_path):
+    """Each network has two optimizers, and both move before and after."""
+    recipe = small("dmd", "run.strategy=fsdp2", "run.steps=4", muon=True)
+    wanted = alone("dmd", "run.steps=4", muon=True)
+    assert [one.keys() for one in wanted[:2]] == [one.keys() for one in wanted[2:]]
+    first = ranks(2, losses, recipe, str(tmp_path), 2)[0]
+    rest = ranks(3, losses, recipe, str(tmp_path))[0]
+    assert len(first) == 2 and worst([*first, *rest], wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_accumulation_recomputation_and_replicas_change_nothing(strategy, ranks, tmp_path):
     sets = ["run.batch=4", "run.accumulate=2"]
     axes = ["parallel.data=2"] if strategy == "accelerate" else ["parallel={data=2, shard=2}"]
@@ -108,7 +211,32 @@ def test_accumulation_recomputation_and_replicas_change_nothing(strategy, ranks,
     assert worst(got, alone("flow_matching", *sets)) <= 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["accelerate", "fsdp2"])
+def _replicas_met(rank: int, size: int, recipe: Recipe, folder: str) -> int:
+    """How often processes with equal weights exchange gradients of layers in a step."""
+    job, calls = opened(recipe, Path(folder), size), []
+    replicas = job.world.meshes.replicas_by_weights["data"].get_group()
+    plain = torch.distributed.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs.get("group") is replicas)
+        return plain(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    try:
+        list(train(job))
+    finally:
+        torch.distributed.all_reduce = plain
+    return sum(calls)
+
+
+def test_replicas_exchange_gradients_once_an_update(ranks, tmp_path):
+    sets = ("run.strategy=fsdp2", "parallel={data=2, shard=2}", "run.steps=1", "run.batch=4")
+    once, thrice = (small("flow_matching", *sets, f"run.accumulate={n}") for n in (1, 3))
+    got = ranks(4, _replicas_met, once, str(tmp_path / "once"))
+    assert got[0] > 0 and got == ranks(4, _replicas_met, thrice, str(tmp_path / "thrice"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     ("method", "axes"),
     [
@@ -130,9 +258,9 @@ def _bfloat16(rank: int, size: int, folder: str) -> dict[str, Any]:
     """What a bfloat16 run under fsdp2 keeps whole in float32, and what its validation sees."""
     from torch.distributed.tensor import DTensor
 
-    recipe = small("flow_matching", "run.strategy=fsdp2", "run.dtype=bfloat16")
-    job = opened(recipe, Path(folder), size)
-    seen = [e.metrics["loss"] for e in train(job) if hasattr(e, "metrics")]
+    sets = ("run.strategy=fsdp2", "run.dtype=bfloat16", *PLAIN_STEPS)
+    job = opened(small("flow_matching", *sets), Path(folder), size)
+    answer = trained(job)
     net = job.roles["student"].net
     whole = {n for n, p in net.named_parameters() if not isinstance(p, DTensor)}
     equal = [torch.equal(p, _everywhere(p)) for n, p in net.named_parameters() if n in whole]
@@ -141,7 +269,11 @@ def _bfloat16(rank: int, size: int, folder: str) -> dict[str, Any]:
         role = roles["student"]
         plain = {n: p.detach().clone() for n, p in role.net.named_parameters()} if not rank else {}
         right = [torch.equal(p, average[n].to(role.compute_dtype(n))) for n, p in plain.items()]
-    return {"whole": whole, "equal": equal, "right": right, "losses": seen}
+    return {"whole": whole, "equal": equal, "right": right, "answer": answer}
+
+
+def _apart(a: dict[str, Any], b: dict[str, Any]) -> float:
+    return float(sum(abs(a[name] - b[name]).sum() for name in b))
 
 
 def _everywhere(x: torch.Tensor) -> torch.Tensor:
@@ -150,15 +282,22 @@ def _everywhere(x: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def test_bfloat16_layers_have_float32_masters_and_keep_some_parameters_whole(ranks, tmp_path):
+def test_bfloat16_is_as_exact_as_alone_and_keeps_some_parameters_whole_and_all_in_float32(
+    ranks, tmp_path
+):
     got = ranks(2, _bfloat16, str(tmp_path / "run"))
-    wanted = losses(0, 1, small("flow_matching", "run.dtype=bfloat16"), str(tmp_path / "single"))
     keep = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     assert got[0]["whole"] and all(any(k in n for k in keep) for n in got[0]["whole"])
     assert all(got[0]["equal"]) and all(got[1]["equal"]), "the same on every process"
     assert got[0]["right"] and all(got[0]["right"]), "validation sees rounded averages"
-    for a, b in zip(got[0]["losses"], wanted, strict=True):
-        assert a == pytest.approx(b["loss"], rel=1e-2)
+    exact, rough = (
+        weights(0, 1, small("flow_matching", f"run.dtype={t}", *PLAIN_STEPS), str(tmp_path / t))
+        for t in ("float32", "bfloat16")
+    )
+    ours = got[0]["answer"]
+    assert worst(ours[0], exact[0]) <= 2 * worst(rough[0], exact[0])
+    for role in exact[1]:
+        assert _apart(ours[1][role], exact[1][role]) <= 1.2 * _apart(rough[1][role], exact[1][role])
 
 
 def _muon_of_rows(rank: int, size: int) -> tuple[float, float]:
@@ -225,9 +364,9 @@ def test_muon_on_rows_makes_the_update_of_whole_matrices(ranks):
             r"roles\.student\.attention: parallel ring=2 cuts sequences.*nearest: ulysses=2",
         ),
         (
-            ["run.strategy=fsdp2", "parallel.ulysses=2", "run.compile=true"],
+            ["run.strategy=accelerate", "parallel.ulysses=2", "run.compile=true"],
             2,
-            "run.compile must be false",
+            "run.compile must be false where sequences are split",
         ),
     ],
 )
