@@ -35,7 +35,8 @@ exchanges.
 
 All parts are added, though not all are at their largest at once: an upper bound, 0 to 18 % above
 what was alive in tests on a CPU. Not in it: activations of networks that are no denoiser, Muon's
-passes, batches, keys that `gather` copies on a CPU. On a GPU `RESERVE` is added for CUDA, NCCL and what the allocator cannot use.
+passes, batches, keys that `gather` copies on a CPU. On a GPU `RESERVE` is added for CUDA, NCCL and
+what the allocator cannot use.
 """
 
 from __future__ import annotations
