@@ -39,7 +39,7 @@ VERBS = {
     ),
     "demo": ("fastvideo_inference.commands.demo:demo", "Open the demo page in a browser."),
 }
-IN_MANY = ("generate", "inspect", "doctor", "train")
+IN_MANY = ("generate", "train")
 """Verbs that may run in several processes of a launcher at once."""
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

@@ -5,7 +5,8 @@ need = least_bytes(Path("a.webm"), "webm")      # more than the file has: it was
 Only headers are read, and a structure that is not understood asks for nothing. What stays unseen is
 a cut exactly between two parts of a file that says neither its size nor that it ends (live
 Matroska, fragmented MP4, FLV, an AVI never closed, MPEG program and transport streams), and any cut
-of a broadcast ASF. An ASF may lack its index, an AVI 8 bytes: some writers count a header twice.
+of a broadcast ASF. An Ogg stream whose last page has no end flag counts as cut. An ASF may lack its
+index, an AVI 8 bytes: some writers count a header twice.
 """
 
 from __future__ import annotations

@@ -49,6 +49,15 @@ def ranks() -> Iterator[Ranks]:
     pool.close()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as ranks have: other numbers sum in other orders, and bits differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of every real class, Wan2.2 VAE layout, stride 4x8x8, with our spec."""

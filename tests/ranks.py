@@ -74,6 +74,7 @@ class Ranks:
 
 def _serve(pipe: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun does; else accelerate sets as many as cores
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             rank, size, store, function, args = pipe.recv()
@@ -87,6 +88,8 @@ def _serve(pipe: Any) -> None:
                     timeout=timedelta(seconds=TIMEOUT_S / 2),
                 )
                 answer = (True, function(rank, size, *args))
+                if dist.is_initialized():
+                    dist.barrier()  # who leaves at once cuts off those that still connect to it
             except BaseException:
                 answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
             finally:

@@ -102,7 +102,7 @@ def joined(device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[torch
 
 
 def _own(device: torch.device) -> torch.device:
-    if device.type != "cuda" or device != torch.device("cuda"):  # a number was given
+    if device != torch.device("cuda"):  # no CUDA, or a number was given
         return device
     local, count = env.local_rank(), torch.cuda.device_count()
     if local >= count:

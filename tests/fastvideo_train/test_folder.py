@@ -183,7 +183,7 @@ def test_a_file_that_is_no_listing_is_refused_in_one_line(clips, name, content, 
 def test_parquet_without_its_package_names_the_extra(clips, monkeypatch):
     (clips / "l.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"pip install 'fastvideo\[data\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[data\]'"):
         find(clips)
 
 

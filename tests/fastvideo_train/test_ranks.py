@@ -24,6 +24,8 @@ from tiny_recipes import CONFIGS, ROOT, finish, tiny
 from fastvideo.parallel import mesh
 from fastvideo.parallel.degrees import Degrees
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGE = str(CONFIGS / "dit-image.toml")
 
 

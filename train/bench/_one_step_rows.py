@@ -257,7 +257,7 @@ def _plain_tree(recipe: Recipe, config: wan.Config, args: argparse.Namespace) ->
 
 
 def random_weights(config: wan.Config, device: str) -> dict[str, Tensor]:
-    """Draw float32 weights as large as a trained network's, none of them constant, on the CPU."""
+    """Draw float32 weights as large as a trained network's, none constant; kept on the CPU."""
     generator = torch.Generator(device).manual_seed(0)
     drawn = {}
     for name, p in weights.build(lambda: wan.DiT(config)).named_parameters():

@@ -21,7 +21,7 @@ the allocator gave out on a GPU; all live tensors on a CPU, without what an oper
 
     python train/bench/one_step.py --size 21 16 16 --batch 4 --out results-one-step.jsonl
 
-On an H200, below eight minutes (it needs this package's requirements, accelerate and diffusers):
+On an H200, where it was not run yet; it needs accelerate and diffusers there:
 
     python train/bench/one_step.py configs/train/wan-1.3b/vsa.toml --device cuda --size 21 60 104 \
 --batch 1 --threads 0 --warmup 2 --out results-one-step.jsonl

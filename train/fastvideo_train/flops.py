@@ -64,7 +64,7 @@ def forward(
     layer = 4 * (pairs + tokens * text) * c.dim + 4 * text * c.dim**2
     layer += 2 * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
     if isinstance(pattern, attention.Vsa):
-        scores = 2 * _num_tiles(pattern, grid) ** 2 * c.dim
+        scores = 2 * num_tiles(pattern, grid) ** 2 * c.dim
         layer += scores + (scores + 2 * tokens * c.dim**2) * c.gate_compress
     patch = math.prod(c.patch_size) * (c.in_channels + c.out_channels)
     outside = 2 * tokens * c.dim * patch + 2 * text * (c.text_dim + c.dim) * c.dim
@@ -80,7 +80,7 @@ def learning(once: Forward, *, recompute: bool) -> float:
 def padded_pairs(pattern: attention.Pattern, grid: TokenGrid) -> float:
     """Return the pairs of a query and a key of a head; VSA's tiles are filled up to whole ones."""
     if isinstance(pattern, attention.Vsa):
-        tiles = _num_tiles(pattern, grid)
+        tiles = num_tiles(pattern, grid)
         slots = tiles * math.prod(pattern.tile)
         return slots**2 * pattern.num_selected(tiles) / tiles
     return seen(attention.plan(pattern, grid))[1]
@@ -125,6 +125,7 @@ def passes(recipe: Recipe) -> dict[str, float]:
     }
 
 
-def _num_tiles(pattern: attention.Vsa, grid: TokenGrid) -> int:
+def num_tiles(pattern: attention.Vsa, grid: TokenGrid) -> int:
+    """Return how many tiles cover a grid."""
     axes = (grid.frames, grid.height, grid.width)
     return math.prod(-(-n // t) for n, t in zip(axes, pattern.tile, strict=True))

@@ -32,6 +32,8 @@ NETWORK_CLASS: dict[Kind, str] = {
     "decoder": "Decoder",
     "discriminator": "Discriminator",
 }
+CUT_WHEN_FROZEN: tuple[Kind, ...] = ("dit", "text")
+"""What FSDP2 cuts even if it is frozen; others are small, and called by functions of their own."""
 
 _ANY_WINDOW_FITS = TokenGrid(*[1 << 60] * 3)
 """Clips are not known yet when roles are built."""

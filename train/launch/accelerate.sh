@@ -16,7 +16,7 @@ many=()
 if [ $((processes * machines)) -gt 1 ]; then
   many=(--multi_gpu)  # accelerate's word for several processes; they need no GPU
 fi
-exec accelerate launch "${many[@]}" \
+exec accelerate launch ${many[@]+"${many[@]}"} \
   --num_machines "$machines" --machine_rank "${NODE_RANK:-0}" --num_processes $((processes * machines)) \
   --main_process_ip "${HEAD:-127.0.0.1}" --main_process_port "${PORT:-29500}" \
   --mixed_precision no --dynamo_backend no --module fastvideo train "$@"

@@ -32,6 +32,7 @@ if [ -n "${SLURM_JOB_END_TIME:-}" ]; then  # seconds since 1970, set by SLURM 22
   fi
   limit=(--max-minutes "$minutes")
 fi
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since 22.05 srun does not inherit it
 # From the checkout, as sbatch runs a copy of this file.
 cd "$SLURM_SUBMIT_DIR"
-srun --kill-on-bad-exit=1 train/launch/torchrun.sh "${processes##*:}" "$@" "${limit[@]}"
+srun --kill-on-bad-exit=1 train/launch/torchrun.sh "${processes##*:}" "$@" ${limit[@]+"${limit[@]}"}

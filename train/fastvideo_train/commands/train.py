@@ -85,7 +85,9 @@ def _together(device: str, degrees: Degrees) -> Iterator[World]:
     from fastvideo.parallel import mesh
     from fastvideo_train.world import World
 
-    with together(torch.device(device)) as own:
+    with ExitStack() as stack:
+        with refusing():  # more processes than devices
+            own = stack.enter_context(together(torch.device(device)))
         yield World(mesh.build(degrees, own))
 
 

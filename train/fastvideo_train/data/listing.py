@@ -76,7 +76,7 @@ def _parquet(path: Path) -> Rows:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"captions {path} needs pyarrow, which is not installed: pip install 'fastvideo[data]'"
+            f"captions {path} needs pyarrow, which is not installed: pip install -e '.[data]'"
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)

@@ -46,7 +46,7 @@ def _package() -> Any:
         import accelerate
     except ModuleNotFoundError:
         raise ValueError(
-            "run.strategy 'accelerate' needs the package accelerate; pip install 'fastvideo[train]'"
+            "run.strategy 'accelerate' needs the package accelerate; pip install -e '.[train]'"
         ) from None
     return accelerate
 

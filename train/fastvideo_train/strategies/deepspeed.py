@@ -81,7 +81,8 @@ class Strategy(Masters):
         super().__init__(recipe, meshes)
         if not dist.is_initialized():  # alone: DeepSpeed wants a group all the same
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            backend = "nccl" if self.meshes.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         self._engines: dict[str, _Engine] = {}
 
     @classmethod
@@ -248,6 +249,7 @@ def _package() -> Any:
         import deepspeed
     except ModuleNotFoundError:
         raise ValueError(
-            "run.strategy 'deepspeed' needs the package deepspeed; pip install 'fastvideo[train]'"
+            "run.strategy 'deepspeed' needs the package deepspeed;"
+            " DS_BUILD_OPS=0 pip install -e '.[train]'"
         ) from None
     return deepspeed

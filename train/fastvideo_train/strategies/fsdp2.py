@@ -39,7 +39,7 @@ from fastvideo.parallel.degrees import Degrees
 from fastvideo.parallel.mesh import Meshes
 from fastvideo_train.optim import Optimizer, Rows
 from fastvideo_train.recipe import OptimSpec, Recipe
-from fastvideo_train.roles import Role
+from fastvideo_train.roles import CUT_WHEN_FROZEN, Role
 from fastvideo_train.strategies._masters import (
     Masters,
     Trained,
@@ -49,8 +49,6 @@ from fastvideo_train.strategies._masters import (
 )
 
 OLDEST_TORCH = (2, 13)
-CUT_WHEN_FROZEN = ("dit", "text")
-"""Other networks are small, and are called by functions of their own."""
 CALLS = {"dit": ("features",), "vae": ("encode_moments", "decode"), "decoder": ("decode",)}
 """Functions beside `forward` that methods call on a learning network."""
 
@@ -71,8 +69,8 @@ class _Parts(Trained):
 
     def _optimizer(self, spec: OptimSpec, rows: Rows | None = None) -> Optimizer:
         shapes = {n: tuple(p.shape) for n, p in self.params.items()}
-        rows = Rows(shapes, self._whole_rows, self._own_rows)
-        optimizer = Optimizer(self.masters, spec, rows, self.dtype)
+        own = Rows(shapes, self._whole_rows, self._own_rows)
+        optimizer = super()._optimizer(spec, own)
         assert all(isinstance(self.params[n], DTensor) for n in optimizer.muon_names), "cut"
         if optimizer.adamw is not None:  # there from the start, so that a checkpoint finds it
             for param in (p for g in optimizer.adamw.param_groups for p in g["params"]):
@@ -189,7 +187,10 @@ class Strategy(Masters):
         if not self.is_alone:
             # Layers hand on what they were given, which FSDP2 sees as views; nobody writes to it.
             warnings.filterwarnings("ignore", "FSDP2-wrapped .* a view", UserWarning)
-            is_cut = {n: r.trainable or r.kind in CUT_WHEN_FROZEN for n, r in roles.items()}
+            is_cut = {  # stored text states are a network without numbers
+                n: r.trainable or (r.kind in CUT_WHEN_FROZEN and r.num_params() > 0)
+                for n, r in roles.items()
+            }
             for name, role in roles.items():
                 read(role, self.meshes, _whole(role) if is_cut[name] else None)
             self._outlines = {n: outline_of(r.net) for n, r in roles.items() if is_cut[n]}
@@ -203,7 +204,9 @@ class Strategy(Masters):
     def _back_propagate(self, roles: Sequence[str], loss: Tensor) -> None:
         if self.is_alone:
             return super()._back_propagate(roles, loss)
-        for name, one in self._trained.items():  # replicas meet once an update
+        # Replicas meet once an update. Of roles that this loss is not for they meet at once: a sum
+        # that waits would leak into their next update, while their gradients are dropped here.
+        for name, one in self._trained.items():
             is_last = one.num_micro + 1 == self.recipe.run.accumulate
             one.net.set_requires_all_reduce(is_last or name not in roles)  # type: ignore[operator]
         torch.autograd.backward(loss)  # what it reaches are gathered weights, which come and go
