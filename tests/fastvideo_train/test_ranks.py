@@ -14,6 +14,7 @@ import pytest
 import torch
 from fastvideo_train import logs, loop, origins
 from fastvideo_train.batches import stream
+from fastvideo_train.checkpoints import Checkpoints
 from fastvideo_train.loop import Job, StepDone, train
 from fastvideo_train.methods import StepKey
 from fastvideo_train.recipe import Recipe
@@ -215,13 +216,15 @@ def test_the_first_rank_validates_whole_averaged_networks_and_all_learn_the_numb
 # torchrun
 
 
-def launched(run_dir: Path, *sets: str) -> subprocess.Popen[str]:
+def launched(
+    run_dir: Path, *sets: str, program: tuple[str, ...] = ("-m", "fastvideo")
+) -> subprocess.Popen[str]:
     """`fastvideo train` in several processes, as a user starts it."""
     words = [w for s in ("run.dtype=float32", "run.batch=4", *sets) for w in ("--set", s)]
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "fastvideo", "train"),
+            *("--nproc-per-node", "2", *program, "train"),
             *(IMAGE, "--smoke", "--run-dir", str(run_dir), *words),
         ],
         cwd=ROOT,
@@ -308,6 +311,38 @@ def test_the_error_of_the_rank_that_failed_comes_first_and_alone(tmp_path):
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert running.returncode != 0 and len(lines) == 1, err
     assert "cannot save checkpoint" in lines[0] and "(rank " in lines[0]
+
+
+FAILING = """
+import os, sys
+from fastvideo_train import loop
+from fastvideo.cli import main
+
+step = loop._one_step
+
+def failing(job, batches):
+    if os.environ["RANK"] == "1" and job.step == 2:
+        raise ValueError("a batch that only this rank has is bad")
+    return step(job, batches)
+
+loop._one_step = failing
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_error_of_another_rank_than_the_first_is_told_once_and_ends_the_run(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    sets = ("run.strategy=accelerate", "run.save_every=1", "run.steps=100")
+    running = launched(tmp_path / "r", *sets, program=(str(tmp_path / "failing.py"),))
+    try:
+        until(running, "step 2: saved")
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert running.returncode != 0
+    assert lines == ["error: a batch that only this rank has is bad (rank 1)"], err
+    assert Checkpoints(tmp_path / "r" / "checkpoints").latest().name == "step-00000002"
 
 
 def test_a_launch_that_cannot_be_is_refused_in_one_line_each(tmp_path):
