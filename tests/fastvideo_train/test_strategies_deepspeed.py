@@ -41,37 +41,39 @@ def fresh() -> Iterator[Ranks]:
 
 
 @pytest.mark.parametrize(
-    ("method", "args", "sets"),
+    ("size", "method", "args", "sets"),
     [
-        pytest.param("flow_matching", "{zero=1}", [FROZEN_TEXT], marks=runs),
-        pytest.param("flow_matching", "{zero=2, offload=true}", [FROZEN_TEXT], marks=runs),
-        pytest.param("dmd", "{zero=2}", [], marks=runs),
-        pytest.param("vae", "{zero=2}", [], marks=runs),
-        pytest.param("classify", "{zero=3}", ["data.workers=0"], marks=runs),
+        pytest.param(2, "flow_matching", "{zero=1}", [FROZEN_TEXT], marks=runs),
+        pytest.param(2, "flow_matching", "{zero=2, offload=true}", [FROZEN_TEXT], marks=runs),
+        pytest.param(2, "dmd", "{zero=2}", [], marks=runs),
+        pytest.param(2, "vae", "{zero=2}", [], marks=runs),
+        pytest.param(2, "classify", "{zero=3}", ["data.workers=0"], marks=runs),
+        pytest.param(1, "flow_matching", "{zero=2}", [FROZEN_TEXT], marks=runs),
+        pytest.param(1, "dmd", "{zero=2}", [], marks=runs),
+        pytest.param(1, "vae", "{zero=2}", [], marks=runs),
     ],
 )
 def test_losses_are_those_of_a_single_process_and_a_resumed_run_goes_on_bit_for_bit(
-    method, args, sets, fresh, tmp_path
+    size, method, args, sets, fresh, tmp_path
 ):
+    """The processes of each part are killed before the next one begins."""
     wanted = losses(0, 1, small(method, *sets), str(tmp_path / "single"))
     recipe = small(method, *sets, "run.strategy=deepspeed", f"run.strategy_args={args}")
-    straight, end = fresh(2, weights, recipe, str(tmp_path / "straight"))[0]
+    straight, end = fresh(size, weights, recipe, str(tmp_path / "straight"))[0]
     assert worst(straight, wanted) <= 1e-5
     fresh.close()
-    first, _ = fresh(2, weights, recipe, str(tmp_path / "stopped"), 1)[0]
+    first, _ = fresh(size, weights, recipe, str(tmp_path / "stopped"), 1)[0]
     fresh.close()
-    rest, resumed = fresh(2, weights, recipe, str(tmp_path / "stopped"))[0]
+    rest, resumed = fresh(size, weights, recipe, str(tmp_path / "stopped"))[0]
     assert [*first, *rest] == straight and same(end, resumed)
     trained = load_run(tmp_path / "stopped")
     assert trained.step == 3, "an export reads it"
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=runs)])
-def test_one_process_trains_and_others_may_not_go_on_from_it(size, fresh, tmp_path):
+def test_others_may_not_go_on_from_one_process(size, fresh, tmp_path):
     sets = ("run.strategy=deepspeed", FROZEN_TEXT)
-    wanted = losses(0, 1, small("flow_matching", FROZEN_TEXT), str(tmp_path / "single"))
-    got = fresh(size, losses, small("flow_matching", *sets), str(tmp_path / "run"), 2)[0]
-    assert worst(got, wanted[:2]) <= 1e-5
+    fresh(size, losses, small("flow_matching", *sets), str(tmp_path / "run"), 2)
     with pytest.raises(ValueError, match="was saved by ZeRO-2 on 1 processes, and goes on as it"):
         opened(small("flow_matching", FROZEN_TEXT), tmp_path / "run")
     fresh.close()
