@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,14 +112,32 @@ def work(tiles: Tiles, lists: Lists, *, multiple: int = 1) -> tuple[int, int]:
     """
     count, index = lists.count_BHN, lists.index_BHNK
     place_K = torch.arange(index.shape[-1], device=index.device)
-    pairs = []
+    found = []
     for step in (multiple, 1):
         size_N = (tiles.sizes_N + step - 1) // step * step
         size_BHNK = size_N[index]
         if count is not None:
             size_BHNK = size_BHNK.where(place_K < count[..., None], 0)
-        pairs.append(int((size_BHNK.sum(-1) * size_N).sum()))
-    return pairs[0], pairs[1]
+        found.append(int((size_BHNK.sum(-1) * size_N).sum()))
+    return found[0], found[1]
+
+
+def pairs(layout: Layout, backend: Any = None) -> tuple[float, float]:
+    """Return the pairs of a query and a key that a head multiplies, and those that it has to.
+
+    backend: a module of `fastvideo.attention.backends`, or None for one that wastes nothing. What
+    VSA selects is drawn with a seed, for four heads, as scores of random weights are.
+    """
+    tiles, lists = layout.tiles, layout.lists
+    if tiles is None:
+        return layout.grid.num_tokens**2, layout.grid.num_tokens**2
+    if lists is None:
+        generator = torch.Generator().manual_seed(0)
+        scores_BHNN = torch.randn(1, 4, tiles.num, tiles.num, generator=generator)
+        lists = Lists(select(scores_BHNN.to(tiles.sizes_N.device), layout.num_selected))
+    heads, needed = math.prod(lists.index_BHNK.shape[:2]), work(tiles, lists)[1]
+    share = 1.0 if backend is None else vars(backend)["issued"](tiles, lists)
+    return share * needed / heads, needed / heads
 
 
 def mask(tiles: Tiles, lists: Lists) -> Tensor:

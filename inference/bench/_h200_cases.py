@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastvideo import attention, render, rng, weights
 from fastvideo.attention import sparse
-from fastvideo.attention.layout import Lists
 from fastvideo.models.dit import wan
 from fastvideo.models.text import umt5
 from fastvideo.models.vae.wan import WanVae, WanVaeConfig
@@ -199,7 +198,7 @@ def dit_part(case: Case, args: argparse.Namespace) -> Part:
         return deque(sample(velocity, at_sigmas, latents=start, **how), maxlen=1).pop().x
 
     once, dense = dit_flop(config, x_BCTHW, args)
-    pairs, needed = seen(layout, inner)
+    pairs, needed = (round(n) for n in sparse.pairs(layout, inner))
     length, tiles = grid.num_tokens, layout.tiles.num if layout.tiles else 0
     extra = 4 * config.dim * (pairs - length**2 + tiles**2 * has_gates)
     extra += 2 * length * config.dim**2 * has_gates
@@ -223,23 +222,6 @@ def dit_flop(config: wan.Config, x_BCTHW: Tensor, args: argparse.Namespace) -> t
     once = counted(lambda: meta.prepare(cond))
     cond = meta.prepare(cond)
     return once, counted(lambda: meta(x_BCTHW, torch.empty(1, 1, device="meta"), cond))
-
-
-def seen(layout: attention.Layout, backend: Any) -> tuple[int, int]:
-    """Return the pairs of a query and a key that a head multiplies, and those that it has to.
-
-    What VSA selects is drawn with a seed, for 4 heads, as scores of random weights are.
-    """
-    tiles, lists = layout.tiles, layout.lists
-    if tiles is None:
-        return layout.grid.num_tokens**2, layout.grid.num_tokens**2
-    if lists is None:
-        generator = torch.Generator().manual_seed(0)
-        scores = torch.randn(1, 4, tiles.num, tiles.num, generator=generator)
-        lists = Lists(sparse.select(scores.to(tiles.sizes_N.device), layout.num_selected))
-    heads, needed = math.prod(lists.index_BHNK.shape[:2]), sparse.work(tiles, lists)[1]
-    executed = vars(backend)["issued"](tiles, lists) * needed
-    return round(executed / heads), needed // heads
 
 
 def network(make: Callable[[], Any], args: argparse.Namespace, keep: Sequence[str] = ()) -> Any:

@@ -107,7 +107,7 @@ def test_executed_work_of_a_tiny_sparse_forward_is_what_the_reference_pattern_ne
     grid = cases.LatentShape(4, 16, 16).tokens((1, 2, 2))  # 4 whole tiles of 64 tokens
     layout = cases.attention.plan(cases.attention.Vsa(top_k=1), grid)
     gather = registry.module("fastvideo.attention.backends", "gather")
-    assert cases.seen(layout, gather) == (4 * 64 * 64, 4 * 64 * 64)
+    assert cases.sparse.pairs(layout, gather) == (4 * 64 * 64, 4 * 64 * 64)
 
 
 def test_weights_are_drawn_never_zero_and_float32_where_the_family_keeps_it(cases: ModuleType):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvideo import attention, registry
-from fastvideo.attention import Dense, Vsa
+from fastvideo.attention import Dense, Vsa, sparse
 from fastvideo.models.dit import wan
 from fastvideo.shapes import LatentShape
 
@@ -101,10 +101,10 @@ def test_uneven_tiles_are_counted_as_each_backend_multiplies_them():
     layout = attention.plan(pattern, grid)
     assert layout.tiles is not None and not layout.tiles.is_uniform
     gather, masked = (
-        flops.seen(layout, registry.module("fastvideo.attention.backends", name))
+        sparse.pairs(layout, registry.module("fastvideo.attention.backends", name))
         for name in ("gather", "masked")
     )
-    assert gather[1] == masked[1] == flops.seen(layout)[0] < gather[0] <= masked[0] == TOKENS**2
+    assert gather[1] == masked[1] == sparse.pairs(layout)[0] < gather[0] <= masked[0] == TOKENS**2
     assert flops.padded_pairs(pattern, grid) == 4 * 32 * 2 * 32
 
 

@@ -22,6 +22,7 @@ from step_time import peer_model
 from torch import Tensor
 
 from fastvideo import attention, rng, weights
+from fastvideo.attention import sparse
 from fastvideo.config import merge, parse
 from fastvideo.models.dit import wan
 from fastvideo.parallel.degrees import Degrees
@@ -161,7 +162,7 @@ class Ours:
         length = case.text_BLC.shape[1]
         chosen = role.attend(case.clip, num_text_tokens=length, step=0)
         layout, backend = chosen["layout"], chosen["attend"].self_backend
-        executed, needed = flops.seen(layout, backend)
+        executed, needed = sparse.pairs(layout, backend)
         self.net = role.net
         self.work = case.work(pattern=layout.pattern, executed=executed, needed=needed)
         self.says = f"{'Muon and AdamW' if muon else 'AdamW'}, {attention.write(layout.pattern)}"

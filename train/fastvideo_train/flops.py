@@ -11,22 +11,19 @@ that come in and go out, Q frequencies of the time, A pairs of a query and a key
     outside  2 L C (P + P) + 2 S (W C + C^2) + 2 (Q C + 7 C^2)
 
 A is L^2 if dense. Under VSA a kernel that fills tiles up multiplies the slots of all tiles by those
-of the selected ones; `seen` asks a backend what it does. A backward pass counts twice its forward
-pass, as every product has two: attention kernels that make scores again do more. Norms, rotations,
-softmax, optimizer and average are not counted: they are bound by memory, not by arithmetic.
+of the selected ones; `attention.sparse.pairs` asks a backend what it does. A backward pass counts
+twice its forward pass, as every product has two: attention kernels that make scores again do more.
+Norms, rotations, softmax, optimizer and average are not counted: they are bound by memory, not by
+arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from fastvideo import attention
-from fastvideo.attention import Layout, sparse
-from fastvideo.attention.layout import Lists
+from fastvideo.attention import sparse
 from fastvideo.models.dit.wan import Config
 from fastvideo.shapes import LatentShape, TokenGrid
 from fastvideo_train.recipe import Recipe
@@ -83,25 +80,7 @@ def padded_pairs(pattern: attention.Pattern, grid: TokenGrid) -> float:
         tiles = num_tiles(pattern, grid)
         slots = tiles * math.prod(pattern.tile)
         return slots**2 * pattern.num_selected(tiles) / tiles
-    return seen(attention.plan(pattern, grid))[1]
-
-
-def seen(layout: Layout, backend: Any = None) -> tuple[float, float]:
-    """Return the pairs of a query and a key that a head multiplies, and those that it has to.
-
-    backend: a module of `fastvideo.attention.backends`, or None for one that wastes nothing. What
-    VSA selects is drawn with a seed, for four heads, as scores of random weights are.
-    """
-    tiles, lists = layout.tiles, layout.lists
-    if tiles is None:
-        return layout.grid.num_tokens**2, layout.grid.num_tokens**2
-    if lists is None:
-        generator = torch.Generator().manual_seed(0)
-        scores = torch.randn(1, 4, tiles.num, tiles.num, generator=generator)
-        lists = Lists(sparse.select(scores.to(tiles.sizes_N.device), layout.num_selected))
-    heads, needed = lists.index_BHNK.shape[1], sparse.work(tiles, lists)[1]
-    share = 1.0 if backend is None else vars(backend)["issued"](tiles, lists)
-    return share * needed / heads, needed / heads
+    return sparse.pairs(attention.plan(pattern, grid))[1]
 
 
 def of_role(recipe: Recipe, role: str, clip: LatentShape) -> Forward:

@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from fastvideo.attention import Attention, Dense, Layout, Vsa, choose, plan, select
 from fastvideo.models.dit.wan import KEEP_FLOAT32, Tokens, WanConditioning, WanConfig, WanDiT
 from fastvideo.shapes import TokenGrid
+from tests.drawn import drawn
 
 TINY = {
     "patch_size": (1, 2, 2),
@@ -25,18 +26,9 @@ TINY = {
 }
 
 
-def randomise(module: torch.nn.Module, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            scale = 0.3 if p.ndim < 2 or "table" in name else p[0].numel() ** -0.5
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            p.copy_(centre + scale * torch.randn(p.shape, generator=generator))
-
-
 def pair(**changes) -> tuple[WanTransformer3DModel, WanDiT]:
     ref = WanTransformer3DModel(**{**TINY, **changes}).eval()
-    randomise(ref)
+    drawn(ref)
     ours = WanDiT(WanConfig.parse(dict(ref.config))).eval()
     ours.load_state_dict(ref.state_dict(), strict=True)
     return ref, ours
