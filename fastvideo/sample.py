@@ -124,7 +124,7 @@ def _steps(
     start: int,
     state: Any,
 ) -> Iterator[Step]:
-    sigmas, times = grid.sigmas.tolist(), grid.timesteps.to(x.device)
+    sigmas, times = grid.sigmas.tolist(), _handed_over(grid.timesteps, x.device)
     for i in range(start, grid.num_steps):
         t_BT = times[i].expand(len(x), 1)
         v = velocity(x.to(dtype), t_BT).to(x.dtype)  # (B, C, T, H, W)
@@ -132,6 +132,13 @@ def _steps(
         noise = None
         if scheduler.renoise and i + 1 < grid.num_steps:
             noise = rng.clip_noise(tuple(x.shape[1:]), seeds=seeds, purpose="renoise", step=i)
-            noise = noise.to(x.device)
+            noise = _handed_over(noise, x.device)
         state, x = scheduler.step(state, x, v, i, noise=noise)
         yield Step(i, grid.num_steps, x, clean, state)
+
+
+def _handed_over(x: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host without waiting for what a GPU is still doing."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)  # from other memory, the host would wait

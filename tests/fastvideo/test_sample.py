@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastvideo import rng
+from fastvideo import attention, rng
+from fastvideo.models.dit import wan
 from fastvideo.sample import guide, sample
 from fastvideo.schedulers import euler, few_step, unipc
+from fastvideo.shapes import TokenGrid
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,49 @@ def test_noise_is_frozen():
     noise = rng.noise((4,), seed=0, purpose="latents")
     expected = torch.tensor([0.029582, -0.180560, 0.664307, -1.260425])
     torch.testing.assert_close(noise, expected, rtol=0, atol=1e-6)
+
+
+def _loop(module, device: str, pattern: attention.Pattern) -> Callable[[], list[Tensor]]:
+    """Return three steps of a small Wan network, which return what each step left."""
+    has_gates = isinstance(pattern, attention.Vsa)
+    dims = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "num_layers": 2}
+    net = wan.DiT(wan.Config(**dims, text_dim=32, gate_compress=has_gates)).to(device)
+    layout = attention.plan(pattern, TokenGrid(3, 8, 8), device)
+    need = {"dtype": torch.float32, "device": device, "needs_grad": False, "head_dim": 24}
+    attend = attention.select(layout=layout, num_text_tokens=4, **need)
+    cond = net.prepare(wan.Conditioning(torch.randn(1, 4, 32).to(device)))
+    latents = torch.randn(1, 16, 3, 16, 16).to(device)
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        velocity = guide(partial(net, attend=attend, layout=layout), scale=1, cond=cond)
+        steps = sample(velocity, module.Scheduler(), latents=latents, num_steps=3)
+        return [step.x for step in steps]
+
+    return run
+
+
+MODULES = pytest.mark.parametrize("module", [euler, few_step, unipc])
+
+
+@MODULES
+def test_the_loop_reads_nothing_back_from_its_device(module):
+    # tensors on meta hold no numbers: whatever asked for one would raise
+    made = _loop(module, "meta", attention.Dense())()
+    assert [(x.device.type, x.shape) for x in made] == [("meta", (1, 16, 3, 16, 16))] * 3
+
+
+@pytest.mark.gpu
+@MODULES
+@pytest.mark.parametrize("pattern", [attention.Dense(), attention.Vsa(sparsity=0.5)])
+def test_the_loop_never_waits_for_a_gpu(module, pattern):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    run = _loop(module, "cuda", pattern)
+    wanted = run()  # the first run tunes, and reads the layout
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(made, wanted)
