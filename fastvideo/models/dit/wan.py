@@ -209,6 +209,8 @@ class Blocks(nn.ModuleList):
         """Run the first `num` layers, or all, on `tokens`, whose conditioning is embedded."""
         cond, layers = tokens.cond, list(self)[:num]
         texts = cond.keys_values[:num] or [cond.text_BLC] * len(layers)
+        # With the keys of all layers in its arguments, torch 2.11 compiles every layer anew.
+        tokens = dataclasses.replace(tokens, cond=WanConditioning(cond.text_BLC))
         for block, text in zip(layers, texts, strict=True):
             tokens = block(tokens, attend, text)
         return tokens

@@ -138,6 +138,18 @@ def test_modulation_of_one_time_is_not_spread_over_tokens():
     assert tokens.per_token(tokens.time_BTC).shape == (2, 1, 48)
 
 
+def test_a_layer_is_handed_the_keys_and_values_of_its_own_alone():
+    ours, (x, t, text) = pair(num_layers=3)[1], inputs()
+    seen = []
+    for block in ours.blocks:
+        block.register_forward_pre_hook(lambda _, given: seen.append(given))
+    with torch.no_grad():
+        cond = ours.prepare(WanConditioning(text))
+        ours(x, t, cond)
+    assert [given[2] for given in seen] == list(cond.keys_values)
+    assert [given[0].cond.keys_values for given in seen] == [()] * 3
+
+
 def test_prepared_text_gives_the_same_velocity_bit_for_bit():
     _, ours = pair()
     x, t, text = inputs()
