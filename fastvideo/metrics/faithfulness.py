@@ -17,7 +17,10 @@ ALL = "all"  # every attribute of a clip right at once
 
 @dataclass(frozen=True)
 class Row:
-    """One attribute: right in `right` of `n` clips, by a constant guess in a share of `chance`."""
+    """One attribute: right in `right` of `n` values, by a constant guess in a share of `chance`.
+
+    A clip has one value of it, or one for each of several things.
+    """
 
     attribute: str
     right: int
@@ -26,7 +29,7 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """Share of clips in which the attribute was right."""
+        """Share of values that were right."""
         return self.right / self.n
 
     @property
@@ -41,25 +44,23 @@ def faithfulness(
     """Compare parses with truths, clip by clip; a row for each attribute of `legal`, then `all`.
 
     legal: the values that each attribute may take; always naming the commonest one is `chance`.
-    A value that the parser could not read counts as wrong. Raises `ValueError` without clips.
+    A value may join those of several things by `+`, in any order: each counts for itself. A value
+    that the parser could not read counts as wrong, one that is not in the truth counts in `all`
+    alone. Raises `ValueError` without clips.
     """
     if not truths or len(truths) != len(parses):
         raise ValueError(f"{len(parses)} parses for {len(truths)} truths; one each, at least one")
-    marks = [
-        {name: parse.get(name) == truth[name] for name in legal}
-        for truth, parse in zip(truths, parses, strict=True)
-    ]
-    rows = [
-        Row(
-            name,
-            sum(mark[name] for mark in marks),
-            len(marks),
-            _commonest(truth[name] for truth in truths),
-        )
-        for name in legal
-    ]
-    whole = _commonest(tuple(truth[name] for name in legal) for truth in truths)
-    return [*rows, Row(ALL, sum(all(mark.values()) for mark in marks), len(marks), whole)]
+    rows = []
+    for name in legal:
+        wanted = [set(truth[name].split("+")) for truth in truths]
+        found = [set(parse.get(name, "").split("+")) for parse in parses]
+        right = sum(len(w & f) for w, f in zip(wanted, found, strict=True))
+        values = [value for w in wanted for value in w]
+        rows.append(Row(name, right, len(values), _commonest(values)))
+    wholes = [tuple(truth[name] for name in legal) for truth in truths]
+    reads = [tuple(parse.get(name) for name in legal) for parse in parses]
+    right = sum(whole == read for whole, read in zip(wholes, reads, strict=True))
+    return [*rows, Row(ALL, right, len(wholes), _commonest(wholes))]
 
 
 def _commonest(values: Iterable[Hashable]) -> float:

@@ -1,7 +1,8 @@
 """Programs that make captioned clips with exact truth, and read that truth back out of frames.
 
 A world module exports `World`, `ATTRIBUTES` (the legal values of each attribute) and
-`GENERATOR_VERSION`, raised whenever the frames or captions of any clip change. It may export
+`GENERATOR_VERSION`, raised whenever the frames or captions of any clip change. A truth names a
+value of every attribute, or joins those of several things by `+`. The module may export
 `CLASSIFIER`, the folder of its trained classifier: a name in the package's zoo, or a path.
 """
 

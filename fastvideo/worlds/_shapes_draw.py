@@ -102,13 +102,17 @@ def path(
     times_T: Float64,
     height: int,
     width: int,
-    generator: np.random.Generator,
+    draws: Float64,
+    wander: float = 1.0,
 ) -> Path:
-    """Draw a path for one motion; `diameter` in shorter sides, `times_T` in seconds.
+    """Lay a path for one motion; `diameter` in shorter sides, `times_T` in seconds.
 
-    A mover that has left the frame after its five seconds returns on the side it came from.
+    Four `draws` from -1 to 1 say where it lies, where and how fast it begins, and the phase of a
+    bounce; it lies up to `wander` times as far from the middle as where an object is alone. A mover
+    that has left the frame after its five seconds returns on the side it came from.
     """
-    spread, start, speed, phase = generator.uniform(-1, 1, 4)
+    spread, start, speed, phase = draws
+    spread = wander * spread
     side = diameter * min(height, width)
     room_x, room_y = 1 - side / width, 1 - side / height
     if motion == "bouncing":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,24 +46,30 @@ def parse(frames_THWC: NDArray[np.uint8], *, fps: int) -> dict[str, str]:
     """
     found = dict.fromkeys(("shape", "colour", "scene", "motion", "size"), UNKNOWN)
     frames = np.asarray(frames_THWC)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or min(frames.shape[:3]) < 1:
+    if not is_readable(frames):
         return found
-    if min(frames.shape[1:3]) < 16:
-        return found
-    seconds_T, small = _reduce(frames, fps)
+    seconds_T, small = reduced(frames, fps)
     backdrop_H3 = _backdrop(small)
     found["scene"] = _scene(backdrop_H3)
     colour, mask_THW = _find(small, backdrop_H3)
-    seen = _track(mask_THW)
+    seen = track(mask_THW)
     if colour == UNKNOWN or seen is None:
         return found
     found["colour"] = colour
-    found["motion"] = _motion(seen, seconds_T)
-    found["shape"], found["size"] = _form(mask_THW, seen)
+    found["motion"] = motion(seen, seconds_T)
+    found["shape"], across = form(mask_THW, seen)
+    found["size"] = "big" if across > _SIZE_LIMIT else "small"
     return found
 
 
-def _reduce(frames: NDArray[np.uint8], fps: int) -> tuple[Float64, Float32]:
+def is_readable(frames: NDArray[Any]) -> bool:
+    """Tell whether this is frames (T, H, W, 3), of at least 16 pixels a side."""
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        return False
+    return len(frames) > 0 and min(frames.shape[1:3]) >= 16
+
+
+def reduced(frames: NDArray[np.uint8], fps: int) -> tuple[Float64, Float32]:
     """Return the seconds of the frames kept and those frames, averaged over small squares."""
     count, height, width, _ = frames.shape
     kept = np.unique(np.linspace(0, count - 1, min(count, _NUM_FRAMES)).round().astype(int))
@@ -91,7 +97,7 @@ def _backdrop(frames: Float32) -> Float32:
 
 
 @functools.cache
-def _typical_backdrops() -> Float32:
+def typical_backdrops() -> Float32:
     """Return the row colours of every scene, (scene, 64, 3), without its moving parts."""
     canvas = scenes.Canvas(_SIDE_PX, _SIDE_PX, np.zeros(1))
     stills = [scenes.paint(name, canvas, np.random.default_rng(0)).still_HW3 for name in SCENES]
@@ -100,12 +106,12 @@ def _typical_backdrops() -> Float32:
 
 def _scene(backdrop_H3: Float32) -> str:
     rows = (np.arange(_SIDE_PX) * len(backdrop_H3)) // _SIDE_PX
-    gap = np.linalg.norm(_typical_backdrops() - backdrop_H3[rows], axis=-1).mean(axis=-1)
+    gap = np.linalg.norm(typical_backdrops() - backdrop_H3[rows], axis=-1).mean(axis=-1)
     best = int(gap.argmin())
     return SCENES[best] if gap[best] < _SCENE_LIMIT else UNKNOWN
 
 
-def _chroma(rgb: Float32) -> tuple[Float32, Float32]:
+def chroma(rgb: Float32) -> tuple[Float32, Float32]:
     """Return the two coordinates of a colour that grey does not have."""
     red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     across = (red - green) * np.float32(0.5**0.5)
@@ -118,12 +124,12 @@ def _find(frames: Float32, backdrop_H3: Float32) -> tuple[str, Bool]:
     A pixel belongs to the colour whose chroma it is nearest to, or to the backdrop of its row; the
     colour with most pixels is the object's, and its edge lies half way to the backdrop.
     """
-    a_H, b_H = _chroma(backdrop_H3)
-    a, b = _chroma(frames)
+    a_H, b_H = chroma(backdrop_H3)
+    a, b = chroma(frames)
     a -= a_H[:, None]
     b -= b_H[:, None]
     palette = np.asarray(list(draw.COLOURS.values()), np.float32)
-    toward_a, toward_b = _chroma(palette)
+    toward_a, toward_b = chroma(palette)
     near = a * a + b * b  # squared distance to the backdrop
     best = np.full(a.shape, -1, np.int8)
     for c, (pa, pb) in enumerate(zip(toward_a, toward_b, strict=True)):
@@ -142,7 +148,7 @@ def _find(frames: Float32, backdrop_H3: Float32) -> tuple[str, Bool]:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """Per frame in which there is an object: index, centre in pixels, area in pixels, wholeness."""
 
     frame_N: NDArray[np.int64]
@@ -154,7 +160,7 @@ class _Seen:
     width: int
 
 
-def _track(mask_THW: Bool) -> _Seen | None:
+def track(mask_THW: Bool) -> Seen | None:
     """Follow the object; None if fewer than half of the frames show one compact patch."""
     count, height, width = mask_THW.shape
     by_column = mask_THW.sum(axis=1).astype(np.float64)
@@ -169,7 +175,7 @@ def _track(mask_THW: Bool) -> _Seen | None:
     if 2 * len(frame) < count:
         return None
     sides = by_column[:, 0] + by_column[:, -1] + by_row[:, 0] + by_row[:, -1]
-    return _Seen(frame, x[frame], y[frame], area[frame], sides[frame] == 0, height, width)
+    return Seen(frame, x[frame], y[frame], area[frame], sides[frame] == 0, height, width)
 
 
 def _moments(weight_TN: Float64) -> tuple[Float64, Float64]:
@@ -179,7 +185,7 @@ def _moments(weight_TN: Float64) -> tuple[Float64, Float64]:
     return mean, weight_TN @ at**2 - mean**2
 
 
-def _motion(seen: _Seen, seconds_T: Float64) -> str:
+def motion(seen: Seen, seconds_T: Float64) -> str:
     """Tell a steady drift from a bounce, which strays from a straight line and turns back."""
     seconds = seconds_T[seen.frame_N]
     if len(seconds) < 3:
@@ -223,8 +229,11 @@ def _centres(count: int) -> Float32:
     return ((np.arange(count) + 0.5) * (2 / count) - 1).astype(np.float32)
 
 
-def _form(mask_THW: Bool, seen: _Seen) -> tuple[str, str]:
-    """Return shape and size: average the centred masks and compare with each shape's template."""
+def form(mask_THW: Bool, seen: Seen) -> tuple[str, float]:
+    """Return the shape, and the diameter in shorter sides.
+
+    The average of the centred masks is compared with each shape's template.
+    """
     use = seen.whole_N if seen.whole_N.sum() >= min(3, len(seen.frame_N)) else seen.area_N > 0
     frame, area = seen.frame_N[use], float(np.median(seen.area_N[use]))
     at = _centres(_TEMPLATE) * area**0.5
@@ -241,5 +250,4 @@ def _form(mask_THW: Bool, seen: _Seen) -> tuple[str, str]:
     overlap = both / np.maximum(mean, templates).sum(axis=(1, 2))
     best = int(overlap.argmax())
     across = (area / unit_areas[best]) ** 0.5 / min(seen.height, seen.width)
-    size = "big" if across > _SIZE_LIMIT else "small"
-    return (names[best] if overlap[best] > _FIT_LIMIT else UNKNOWN), size
+    return (names[best] if overlap[best] > _FIT_LIMIT else UNKNOWN), across

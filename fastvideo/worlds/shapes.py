@@ -19,6 +19,7 @@ from fastvideo.worlds import _shapes_draw as draw
 from fastvideo.worlds import _shapes_read as reader
 from fastvideo.worlds import _shapes_scenes as scenes
 from fastvideo.worlds import _shapes_text as text
+from fastvideo.worlds._shapes_film import film
 from fastvideo.worlds._shapes_text import truth_of, words
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "motion": tuple(text.MOTIONS),
     "size": tuple(text.SIZES),
 }
-
-_CHUNK_PIXELS = 1 << 17  # frames drawn at once: what stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,16 @@ class World:
 
     def clip(self, seed: int, index: int, split: str = "train") -> Clip:
         """Make clip `index` of a split; nothing but the arguments and the sizes decides it."""
-        combinations = _combinations(_legal_split(split))
+        legal = combinations(split)
         purpose = f"worlds.shapes/{split}"
         chooser = rng.numpy_generator(seed, f"{purpose}/caption", index)
-        truth = dict(combinations[int(chooser.integers(len(combinations)))])
+        truth = dict(legal[int(chooser.integers(len(legal)))])
         frames = self.render(truth, rng.numpy_generator(seed, f"{purpose}/frames", index))
         return Clip(frames, text.caption(truth, chooser), truth)
 
     def render(self, truth: Mapping[str, str], generator: np.random.Generator) -> NDArray[np.uint8]:
         """Draw frames (T, H, W, 3) in which `truth` holds; the generator decides the rest."""
-        _check(truth)
+        check(truth)
         times_T = np.arange(self.num_frames) / self.fps
         canvas = scenes.Canvas(self.height, self.width, times_T)
         jitter = 1 + 0.04 * float(generator.uniform(-1, 1))
@@ -101,10 +100,10 @@ class World:
             times_T=times_T,
             height=self.height,
             width=self.width,
-            generator=generator,
+            draws=generator.uniform(-1, 1, 4),
         )
         drawn = draw.sprites(truth["shape"], truth["colour"], diameter * canvas.unit, where)
-        return _film(scenes.paint(truth["scene"], canvas, generator), drawn, where)
+        return film(scenes.paint(truth["scene"], canvas, generator), [(drawn, where)])
 
     def parse(self, frames_THWC: NDArray[np.uint8]) -> dict[str, str]:
         """Read every attribute out of frames of any size; "unknown" for what cannot be read."""
@@ -113,13 +112,16 @@ class World:
 
 def held_out(truth: Mapping[str, str]) -> bool:
     """Tell whether this combination of all five attributes is kept away from training."""
-    _check(truth)
+    check(truth)
     key = ",".join(truth[attribute] for attribute in ATTRIBUTES)
     return rng.derive(0, f"worlds.shapes/held out/{key}") % 10 == 0
 
 
 @functools.cache
-def _combinations(split: str) -> tuple[dict[str, str], ...]:
+def combinations(split: str) -> tuple[dict[str, str], ...]:
+    """Return every combination of a split; `ValueError` for a split that there is not."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown (known: {', '.join(SPLITS)})")
     every = (
         dict(zip(ATTRIBUTES, values, strict=True))
         for values in itertools.product(*ATTRIBUTES.values())
@@ -127,31 +129,9 @@ def _combinations(split: str) -> tuple[dict[str, str], ...]:
     return tuple(truth for truth in every if held_out(truth) == (split == "heldout"))
 
 
-def _legal_split(split: str) -> str:
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown (known: {', '.join(SPLITS)})")
-    return split
-
-
-def _check(truth: Mapping[str, str]) -> None:
+def check(truth: Mapping[str, str]) -> None:
+    """Raise `ValueError` unless every attribute has a legal value."""
     for attribute, legal in ATTRIBUTES.items():
         if truth.get(attribute) not in legal:
             value = truth.get(attribute)
             raise ValueError(f"{attribute} {value!r} is unknown (known: {', '.join(legal)})")
-
-
-def _film(scene: scenes.Scene, drawn: draw.Sprites, where: draw.Path) -> NDArray[np.uint8]:
-    height, width, _ = scene.still_HW3.shape
-    count, terms = scene.rows_TKW3.shape[:2]
-    frames = np.empty((count, height, width, 3), np.uint8)
-    flat_TH3W = frames.reshape(count, height, 3 * width)
-    rows_TK3W = scene.rows_TKW3.reshape(count, terms, 3 * width)
-    still_H3W = scene.still_HW3.reshape(height, 3 * width) + np.float32(0.5)  # rounds, not floors
-    chunk = max(1, _CHUNK_PIXELS // (height * width))
-    for first in range(0, count, chunk):
-        picture = scene.columns_HK @ rows_TK3W[first : first + chunk]
-        picture += still_H3W
-        draw.stamp(picture, drawn, where, first)
-        np.clip(picture, 0, 255, out=picture)
-        np.copyto(flat_TH3W[first : first + chunk], picture, casting="unsafe")
-    return frames

@@ -136,6 +136,15 @@ def test_faithfulness_counts_each_attribute_and_all_of_them_together():
         faithfulness(truths, parses[:2], legal=legal)
 
 
+def test_faithfulness_counts_each_of_several_things_for_itself():
+    legal = {"shape": ("red ball", "red star", "blue ball", "blue star")}
+    truths = [{"shape": "red ball+blue star"}, {"shape": "red ball"}]
+    parses = [{"shape": "blue star+red star"}, {"shape": "red ball+blue ball"}]
+    each, whole = faithfulness(truths, parses, legal=legal)
+    assert (each.right, each.n, each.chance) == (2, 3, 2 / 3)
+    assert (whole.right, whole.n) == (0, 2), "one too many is not the clip that was asked for"
+
+
 def test_wilsons_interval_has_its_published_values_and_stays_within_bounds():
     assert wilson(10, 100) == pytest.approx((0.0552, 0.1744), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)

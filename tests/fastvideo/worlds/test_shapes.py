@@ -103,7 +103,7 @@ def test_captions_use_only_the_listed_words():
     generator = rng.numpy_generator(0, "test")
     said = set()
     for index in range(2000):
-        truth = shapes._combinations("train")[index % 800]
+        truth = shapes.combinations("train")[index % 800]
         said |= set(shapes.text.caption(truth, generator).replace(",", " ,").split())
     assert said == known
     assert len(known) < 100
@@ -131,7 +131,7 @@ def test_a_prompt_with_two_colours_is_refused_by_name():
 
 
 def test_splits_share_no_combination_and_leave_none_out():
-    train, heldout = (shapes._combinations(split) for split in SPLITS)
+    train, heldout = (shapes.combinations(split) for split in SPLITS)
     every = len(list(itertools.product(*ATTRIBUTES.values())))
     assert len(train) + len(heldout) == every == 960
     assert 0.07 < len(heldout) / every < 0.13
@@ -147,7 +147,7 @@ def test_clips_of_a_split_stay_in_it():
 def test_each_split_shows_every_value_of_every_attribute():
     for split in SPLITS:
         for attribute, values in ATTRIBUTES.items():
-            assert {t[attribute] for t in shapes._combinations(split)} == set(values)
+            assert {t[attribute] for t in shapes.combinations(split)} == set(values)
 
 
 def test_render_shows_the_truth_it_is_given():
