@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from fastvideo_train.data.latents import LatentBatches
 
 from fastvideo import media
@@ -53,6 +54,9 @@ def test_encode_makes_latents_that_a_recipe_can_name(tiny_folder, tmp_path, caps
     words += ["--batch", "2", "--shard", "4", "--dtype", "float32"]
     assert main([*words, "--clips", "5"]) == 0
     assert "5 clips in 2 shards" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert main([*words, "--clips", "5", "--device", "cuda"]) != 0
+        assert "torch finds no CUDA device" in capsys.readouterr().err
     batch = LatentBatches(tmp_path / "l", seed=0, batch=5).batch(0)
     assert batch["latents"].shape == (5, 4, 2, 4, 6)
     assert main([*words, "--clips", "6"]) == 0
@@ -103,3 +107,16 @@ def test_export_of_a_run_says_what_it_compared(tmp_path, capsys):
     assert main([*words, *sets]) == 0
     assert "read back; one forward differs by" in capsys.readouterr().out
     assert (tmp_path / "out" / "vae" / "config.json").is_file()
+
+
+@pytest.mark.gpu
+def test_a_gpu_encodes_a_worlds_clips_as_the_cpu_does(tiny_folder, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    words = ["data", "encode", "--vae", str(tiny_folder), *SMALL, "--clips", "4"]
+    for device in ("cpu", "cuda"):
+        folder = str(tmp_path / device)
+        assert main([*words, "-o", folder, "--dtype", "float32", "--device", device]) == 0
+    made = [LatentBatches(tmp_path / d, seed=0, batch=4).batch(0) for d in ("cpu", "cuda")]
+    torch.testing.assert_close(made[0]["latents"], made[1]["latents"], atol=2e-2, rtol=0)
+    assert made[0]["captions"] == made[1]["captions"]

@@ -198,7 +198,7 @@ def encode(
     shard: Annotated[int, typer.Option(min=1, help="Clips a file; a multiple of batch.")] = 256,
     workers: Workers = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
-    device: Annotated[str, typer.Option(help="For videos: auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32, bfloat16.")] = "bfloat16",
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Four videos and the shortest clips, in OUTPUT-smoke.")
@@ -220,19 +220,19 @@ def encode(
         width, height = parse_size(size or WORLD_SIZE)
         chosen: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
         open_world(world, fps=rate, **chosen).clip(seed, 0, split)
-        net = _load_vae(model, PixelShape(num_frames, height, width), dtype)
+        net = _load_vae(model, PixelShape(num_frames, height, width), device, dtype)
     chosen |= {"seed": seed, "fps": rate, "split": split, "shard_size": shard, "batch": batch or 4}
     return _encode_world(net, world, output, clips, chosen, workers=workers or 0, threads=threads)
 
 
-def _load_vae(model: str, clip: PixelShape, dtype: str) -> Any:
+def _load_vae(model: str, clip: PixelShape, device: str, dtype: str) -> Any:
     """Load a VAE; `ValueError` if it cannot encode clips of this size."""
-    import torch  # here, after what can be refused without it
-
-    from fastvideo.model import pick_dtype
+    # here, after what can be refused without torch
+    from fastvideo.model import pick_device, pick_dtype
     from fastvideo_train.bundle import load_vae
 
-    net = load_vae(model, dtype=pick_dtype(dtype, torch.device("cpu")))
+    place = pick_device(device)
+    net = load_vae(model, dtype=pick_dtype(dtype, place)).to(place)
     clip.latent(Compression(net.config.temporal_stride, net.config.spatial_stride, (1, 1, 1)))
     return net
 
