@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fastvideo_train import recipe as recipes
 from tiny_recipes import ROOT
 
 LAUNCH = ROOT / "train" / "launch"
@@ -28,7 +29,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **own, "OMP_NUM_THREADS": "1", **more}
 
 
-@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+LAUNCHERS = sorted(path for path in LAUNCH.glob("*.sh") if path.stem != "trio")
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
 def test_a_launch_file_is_sound_bash_and_names_1_8_and_64_devices(path):
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     assert os.access(path, os.X_OK)
@@ -96,3 +100,32 @@ def test_slurm_directives_are_those_of_one_launcher_a_machine():
     told = dict(x.partition("=")[::2] for x in found)
     assert told["ntasks-per-node"] == "1" and told["gpus-per-node"] == "8"
     assert "requeue" in told and "time" in told
+
+
+def test_the_chain_of_trio_has_a_stage_for_every_recipe_in_their_order():
+    path = LAUNCH / "trio.sh"
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    assert os.access(path, os.X_OK)
+    stages = re.findall(r"^ +train ([a-z -]+)$", path.read_text(), re.MULTILINE)
+    order = [name for stage in stages for name in stage.split()]
+    assert sorted(order) == sorted(p.stem for p in (ROOT / "configs/train/trio").glob("*.toml"))
+    run_of = {
+        name: recipes.load(ROOT / f"configs/train/trio/{name}.toml").run.name for name in order
+    }
+    for name in order:
+        recipe = recipes.load(ROOT / f"configs/train/trio/{name}.toml")
+        for role in recipe.roles.values():
+            earlier = [f"runs/{run_of[n]}" for n in order[: order.index(name)]]
+            assert not role.from_ or role.from_ in earlier, f"{name} starts from {role.from_}"
+
+
+def test_the_chain_of_trio_refuses_a_stage_that_it_lacks(tmp_path):
+    done = subprocess.run(
+        ["bash", LAUNCH / "trio.sh", "vaes"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "stage 'vaes' is unknown; known: vae, latents" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -13,10 +13,10 @@ from tiny_recipes import CONFIGS, tiny
 
 from fastvideo.config import parse
 
-ALL = sorted(CONFIGS.glob("*.toml"))
+ALL = sorted([*CONFIGS.glob("*.toml"), *CONFIGS.parent.glob("trio/*.toml")])
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parent.name}-{p.stem}")
 @pytest.mark.parametrize("smoke", [False, True])
 def test_every_bundled_recipe_parses_and_survives_a_round_trip(path, smoke):
     recipe = recipes.load(path, smoke=smoke)
