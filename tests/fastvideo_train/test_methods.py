@@ -123,6 +123,18 @@ def test_draws_differ_by_purpose_step_and_lane_and_repeat():
     assert torch.equal(KEY.noise("a", (4,)), draws[0])
 
 
+def test_many_numbers_drawn_in_threads_are_those_of_each_clip_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        whole = KEY.noise("a", (4, 2, 600, 300))
+    finally:
+        torch.set_num_threads(before)
+    for clip in range(4):
+        alone = StepKey(0, 0, 1, first=clip).noise("a", (1, 2, 600, 300))
+        assert torch.equal(whole[clip : clip + 1], alone)
+
+
 def test_a_frozen_encoder_keeps_its_weights_while_the_decoder_learns(tmp_path):
     job = Job.open(tiny("vae", "method.args.train_encoder=false"), tmp_path)
     before = {n: p.detach().clone() for n, p in job.roles["vae"].net.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, cast
 
@@ -20,8 +21,19 @@ def stream(recipe: Recipe, *, start: int, part: Part = WHOLE) -> Iterator[Iterat
     Micro-batch i is the same in every life of the run, however many processes hold a `part` of it.
     Raises `ValueError` for illegal data.
     """
-    with closing(_open(recipe, start, part)) as batches:
-        yield batches
+    batches = _open(recipe, start, part)
+    with closing(batches if recipe.run.device == "cpu" else ahead(batches)) as chosen:
+        yield chosen
+
+
+def ahead(batches: Endless) -> Endless:
+    """Make the next batch in a thread, while a GPU works on the last one."""
+    with closing(batches), ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches)
+        while True:
+            batch = coming.result()
+            coming = thread.submit(next, batches)
+            yield batch
 
 
 def check(recipe: Recipe) -> None:

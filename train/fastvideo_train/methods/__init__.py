@@ -11,7 +11,9 @@ back-propagates each `Update`, updates the roles that it names, and only then re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +47,9 @@ class Update:
     metrics: Mapping[str, torch.Tensor | float] = field(default_factory=dict)
 
 
+_MANY_DRAWS = 1 << 20  # numbers; threads take a millisecond to begin, in which one draws 100,000
+
+
 @dataclass(frozen=True)
 class StepKey:
     """Names one micro-batch of one step; every random draw of a method comes from here.
@@ -75,12 +80,16 @@ class StepKey:
     def _stacked(
         self, draw: Callable[..., torch.Tensor], purpose: str, shape: tuple[int, ...]
     ) -> torch.Tensor:
+        def of_clip(clip: int) -> torch.Tensor:
+            key = (self.seed, f"{purpose}/{clip}", self.step, self.lane)
+            return draw(shape[1:], generator=rng.torch_generator(*key))
+
         clips = range(self.first, self.first + shape[0])
-        of_clip = (
-            rng.torch_generator(self.seed, f"{purpose}/{clip}", self.step, self.lane)
-            for clip in clips
-        )
-        return torch.stack([draw(shape[1:], generator=generator) for generator in of_clip])
+        threads = min(torch.get_num_threads(), len(clips))
+        if threads == 1 or math.prod(shape) < _MANY_DRAWS:
+            return torch.stack([of_clip(clip) for clip in clips])
+        with ThreadPoolExecutor(threads) as pool:  # a generator draws in one thread only
+            return torch.stack(list(pool.map(of_clip, clips)))
 
 
 class Method(Protocol):
