@@ -34,7 +34,7 @@ class Row:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the rate."""
+        """Wilson's 95 % interval of the rate, as if values were independent."""
         return wilson(self.right, self.n)
 
 
@@ -52,15 +52,20 @@ def faithfulness(
         raise ValueError(f"{len(parses)} parses for {len(truths)} truths; one each, at least one")
     rows = []
     for name in legal:
-        wanted = [set(truth[name].split("+")) for truth in truths]
-        found = [set(parse.get(name, "").split("+")) for parse in parses]
-        right = sum(len(w & f) for w, f in zip(wanted, found, strict=True))
-        values = [value for w in wanted for value in w]
+        right = sum(matched(t, p, name)[0] for t, p in zip(truths, parses, strict=True))
+        values = [value for truth in truths for value in truth[name].split("+")]
         rows.append(Row(name, right, len(values), _commonest(values)))
     wholes = [tuple(truth[name] for name in legal) for truth in truths]
     reads = [tuple(parse.get(name) for name in legal) for parse in parses]
     right = sum(whole == read for whole, read in zip(wholes, reads, strict=True))
     return [*rows, Row(ALL, right, len(wholes), _commonest(wholes))]
+
+
+def matched(truth: Truth, parse: Truth, name: str) -> tuple[int, int]:
+    """Return how many of a truth's values of one attribute a parse has, and how many they are."""
+    wanted = truth[name].split("+")
+    found = parse.get(name, "").split("+")
+    return sum(value in found for value in wanted), len(wanted)
 
 
 def _commonest(values: Iterable[Hashable]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvideo import timing
 from fastvideo.metrics.diversity import diversity
-from fastvideo.metrics.faithfulness import ALL
+from fastvideo.metrics.faithfulness import ALL, matched
 from fastvideo_inference import paired, scores
 from fastvideo_inference.paired import Estimate
 from fastvideo_inference.scores import Distance, Legal, Record
@@ -170,12 +170,13 @@ def against(made: Made, base: Made, *, legal: Legal) -> Against:
 
 def _share_right(record: Record, legal: Legal) -> float:
     """Return the share of a clip's attributes that are as its prompt asked."""
-    return fmean(record["parse"].get(name) == record["truth"][name] for name in legal)
+    marks = [matched(record["truth"], record["parse"], name) for name in legal]
+    return fmean(right / count for right, count in marks)
 
 
 def _all_right(record: Record, legal: Legal) -> float:
     """Return 1 if every attribute is as asked, else 0."""
-    return float(_share_right(record, legal) == 1)
+    return float(all(record["parse"].get(name) == record["truth"][name] for name in legal))
 
 
 def spreads(takes: Sequence[Sequence[Record]], key: str = "features") -> list[float]:

@@ -63,6 +63,19 @@ def test_a_paired_difference_is_what_one_computes_by_hand():
     assert row.all.value == pytest.approx((0 + 0 + 1 + 1 - 1 - 1 - 0 - 0) / 4)
 
 
+@pytest.mark.parametrize(
+    ("parse", "mean", "whole"),
+    [("ball+star", 0.0, 0.0), ("ball", -0.25, -1.0), ("ball+star+cube", 0.0, -1.0)],
+)
+def test_each_of_several_things_counts_and_all_only_without_another(parse, mean, whole):
+    base, other = made("base", "ball red"), made("other", "ball red")
+    for one, shapes in ((base, "ball+star"), (other, parse)):
+        one.takes[0][0]["truth"] = {"shape": "ball+star", "colour": "red"}
+        one.takes[0][0]["parse"] = {"shape": shapes, "colour": "red"}
+    row = against(other, base, legal=LEGAL)
+    assert (row.mean.value, row.all.value) == (mean, whole)
+
+
 def test_diversity_is_a_share_of_the_bases_over_the_prompts_of_both():
     row = against(STUDENT, BASE, legal=LEGAL)
     assert row.diversity.value == pytest.approx(3.0 / 6.0)

@@ -224,6 +224,16 @@ def test_a_world_without_a_classifier_has_no_feature_numbers(
     assert "no feature numbers: the world has no classifier" in capsys.readouterr().out
 
 
+def test_each_of_several_objects_counts_for_itself(tiny_folder, tmp_path, capsys):
+    few = ["--prompts", "3", "--reconstructions", "1", "--steps", "1", "-o", str(tmp_path)]
+    assert main(["eval", str(tiny_folder), "--world", "fastvideo.worlds.trio:two", *few]) == 0
+    out = capsys.readouterr().out
+    assert "3 prompts of 3 held-out combinations" in out
+    rows = [line.partition("  ")[0] for line in out.splitlines()[2:9]]
+    several = [f"{name} (n=6)" for name in ("colour", "shape", "motion", "size")]
+    assert rows == ["number", "scene", *several, "all"]
+
+
 def test_another_classifier_is_another_recipe(done, monkeypatch, tmp_path):
     evaluation, _ = done
     folder = shutil.copytree(hub.ZOO / CLASSIFIER, tmp_path / "c")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_recipes import CONFIGS, ROOT
 
 from fastvideo.cli import main
@@ -35,6 +36,18 @@ def test_fresh_sets_the_old_run_aside(tmp_path: Path, capsys):
 def test_resume_without_a_checkpoint_is_a_usage_error(tmp_path: Path, capsys):
     assert main(["train", VAE, "--smoke", "--run-dir", str(tmp_path), "--resume"]) == 2
     assert "has no checkpoint to resume" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_is_a_usage_error_and_auto_takes_one_that_is(tmp_path, capsys):
+    words = ["train", VAE, "--smoke", "--run-dir", str(tmp_path / "r"), "--set", "run.steps=1"]
+    assert main([*words, "--set", "run.device=gpu"]) == 2
+    assert "device 'gpu' is unknown; use auto, cpu" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main([*words, "--set", "run.device=cuda"]) == 2
+        assert "torch finds no CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([*words, "--set", "run.device=auto"]) == 0
+    assert "step 1: saved" in capsys.readouterr().out
 
 
 def test_a_dry_run_describes_and_writes_nothing(tmp_path: Path, capsys):

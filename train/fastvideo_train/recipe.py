@@ -37,7 +37,7 @@ class Run(Strict):
     batch: int = Field(ge=1)
     accumulate: int = Field(default=1, ge=1)
     dtype: Dtype = "bfloat16"
-    device: str = "cpu"
+    device: str = Field(default="cpu", description="auto, cpu, cuda or cuda:N")
     strategy: str = "single"
     strategy_args: dict[str, Any] = Field(default_factory=dict)
     threads: int = Field(default=0, ge=0, description="0 leaves the number to torch")

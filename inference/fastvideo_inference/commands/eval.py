@@ -142,11 +142,15 @@ def _text(table: Table | Contrast) -> str:
         return markdown(table)
     n = table.lines[0].n
     vae_n = f"VAE ({table.num_reconstructions})"
-    head = f"{'':<10}{f'made (n={n})':>14}{'95 % interval':>18}{vae_n:>10}{'truth':>8}{'chance':>8}"
+    names = [x.attribute if x.n == n else f"{x.attribute} (n={x.n})" for x in table.lines]
+    w = max(map(len, [*names, " " * 9])) + 1
+    head = (
+        f"{'':<{w}}{f'made (n={n})':>14}{'95 % interval':>18}{vae_n:>10}{'truth':>8}{'chance':>8}"
+    )
     rows = [
-        f"{line.attribute:<10}{line.rate:>14.3f}{f'{line.low:.3f} - {line.high:.3f}':>18}"
+        f"{name:<{w}}{line.rate:>14.3f}{f'{line.low:.3f} - {line.high:.3f}':>18}"
         f"{line.vae:>10.3f}{line.truth:>8.3f}{line.chance:>8.3f}"
-        for line in table.lines
+        for name, line in zip(names, table.lines, strict=True)
     ]
     small = table.recipe.get("decoder")
     what = f"VAE with decoder {small['name_or_path']}" if small else "VAE"

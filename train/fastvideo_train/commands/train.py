@@ -63,9 +63,10 @@ def train(
         parsed = recipes.load(recipe, sets=words, smoke=smoke)
         folder = run_dir or Path("runs") / (parsed.run.name + ("-smoke" if smoke else ""))
         if dry_run:
-            plan(parsed, folder)
+            plan(_placed(parsed) if parsed.run.device == "auto" else parsed, folder)
             return OK
         degrees = parsed.degrees(env.world_size())
+        parsed = _placed(parsed)
     with _together(parsed.run.device, degrees) as world:
         with refusing():
             world.on_first(lambda: _settle(folder, resume))
@@ -74,6 +75,16 @@ def train(
                 job = _open(parsed, folder, world)
             limit = math.inf if max_minutes is None else 60 * max_minutes
             return _run(job, stopped, max_seconds=limit)
+
+
+def _placed(recipe: Recipe) -> Recipe:
+    """Return the recipe with its device, of which "auto" is one; `ValueError` if it is not here."""
+    from fastvideo.model import pick_device
+
+    if env.world_size() > 1 and recipe.run.device != "auto":
+        return recipe  # to try the first device here would cost each process a context on it
+    run = recipe.run.model_copy(update={"device": str(pick_device(recipe.run.device))})
+    return recipe.model_copy(update={"run": run})
 
 
 @contextmanager
