@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -89,9 +89,10 @@ def _value(text: str) -> Any:
 
 def _explain(model: type[BaseModel], error: Any, source: str) -> str:
     path = [str(part) for part in error["loc"]]
-    where = ".".join(path)
+    keys, shown = _keys_at(model, path[:-1])
+    where = ".".join([*shown, *path[-1:]])
     if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-        hint = did_you_mean(path[-1], _keys_at(model, path[:-1]))
+        hint = did_you_mean(path[-1], keys)
         return f"{where} in {source} is unknown{hint}"
     if error["type"] == "missing":
         return f"{where} is missing in {source}"
@@ -121,12 +122,24 @@ def _rule(error: Any) -> str:
     return message.replace("Input should ", "must ", 1)
 
 
-def _keys_at(model: type, path: list[str]) -> list[str]:
+def _keys_at(model: type, path: list[str]) -> tuple[list[str], list[str]]:
+    """Return the keys of the table at a path, and the path without the tags of unions."""
+    models, shown = [model], list[str]()
     for part in path:
-        inner = _inner_model(_fields(model).get(part))
-        if inner is not None:  # else a union's tag or a list index: stay with the model at hand
-            model = inner
-    return list(_fields(model))
+        chosen = [m for m in models if part in _tags(m)] if len(models) > 1 else []
+        if chosen:
+            models = chosen
+            continue
+        shown.append(part)
+        # a table of tables or a list: its names and indices stay with the model at hand
+        models = _inner_models(_fields(models[0]).get(part)) or models
+    return list(_fields(models[0])), shown
+
+
+def _tags(model: type) -> list[Any]:
+    """Return the values of a model's fields that have only one."""
+    kinds = [kind for kind in _fields(model).values() if get_origin(kind) is Literal]
+    return [get_args(kind)[0] for kind in kinds if len(get_args(kind)) == 1]
 
 
 def _fields(model: type) -> dict[str, Any]:
@@ -135,9 +148,8 @@ def _fields(model: type) -> dict[str, Any]:
     return get_type_hints(model)
 
 
-def _inner_model(annotation: Any) -> type | None:
+def _inner_models(annotation: Any) -> list[type]:
     if isinstance(annotation, type) and get_origin(annotation) is None:
         is_model = issubclass(annotation, BaseModel) or is_dataclass(annotation)
-        return annotation if is_model else None
-    found = (_inner_model(a) for a in get_args(annotation))
-    return next((m for m in found if m), None)
+        return [annotation] if is_model else []
+    return [model for part in get_args(annotation) for model in _inner_models(part)]

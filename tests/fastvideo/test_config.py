@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError
@@ -20,8 +21,19 @@ class Optim(Strict):
     kind: str = "adamw"
 
 
+class Clips(Strict):
+    name: Literal["clips"] = "clips"
+    workers: int = 1
+
+
+class Stored(Strict):
+    name: Literal["stored"] = "stored"
+    folder: str = ""
+
+
 class Recipe(Strict):
     steps: int
+    data: Annotated[Clips | Stored, Field(discriminator="name")] = Clips()
     optim: Optim = Optim()
     size: Size = Size()
     others: dict[str, Optim] = Field(default_factory=dict)
@@ -50,6 +62,12 @@ def test_values_become_a_frozen_model():
         ({"size": {"hight": 1}}, "size.hight in x.toml is unknown; did you mean 'height'?"),
         ({"others": {"a": {"knd": 1}}}, "others.a.knd in x.toml is unknown; did you mean 'kind'?"),
         ({"last": {"knd": 1}}, "last.knd in x.toml is unknown; did you mean 'kind'?"),
+        (
+            {"data": {"name": "stored", "foldr": 1}},
+            "data.foldr in x.toml is unknown; did you mean 'folder'?",
+        ),
+        ({"data": {"name": "stored", "workers": 1}}, "data.workers in x.toml is unknown"),
+        ({"data": {"workers": None}}, "data.workers null in x.toml: must be a valid integer"),
         ({"zzz": 1}, "zzz in x.toml is unknown"),
         ({"optim": {"lr": 0}}, "optim.lr 0 in x.toml: must be greater than 0"),
     ],
