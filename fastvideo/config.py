@@ -98,6 +98,9 @@ def _explain(model: type[BaseModel], error: Any, source: str) -> str:
         return f"{where} is missing in {source}"
     if error["type"] == "union_tag_invalid":
         return _explain_tag(where, error["ctx"], source)
+    if error["type"] == "union_tag_not_found":
+        key = error["ctx"]["discriminator"].replace("'", "")
+        return f"{where}.{key} is missing in {source}"
     value = json.dumps(error["input"], default=repr)
     given = f"{where} {value}" if where else ""
     return f"{given} in {source}: {_rule(error)}".strip()

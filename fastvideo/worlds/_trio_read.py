@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 _SIZE_LIMIT = 0.33  # between small and big, in shorter sides
 _SCENE_LIMIT = 60.0  # RGB distance beyond which a pixel is none of a scene's
-_CORE = 21  # of 25 pixels: where so many of a colour lie together is no rim and no noise
-_LEAST_CORE = 0.004  # of the shorter side squared; the smallest star has 0.01
-_SIDEWAYS = 0.45  # chroma beside a colour's own, in its own squared
+_CORE = 21  # of the 25 pixels around one: where so many of a colour lie together is no rim
+_RIM = 7  # pixels from a core within which its colour is the object's
 
 
 def parse(frames_THWC: NDArray[np.uint8], *, fps: int) -> tuple[str, list[dict[str, str]]]:
@@ -34,13 +33,10 @@ def parse(frames_THWC: NDArray[np.uint8], *, fps: int) -> tuple[str, list[dict[s
     seconds_T, small = shapes.reduced(frames, fps)
     scene, backdrop_H3 = _backdrop(small)
     things = []
-    masks = _find(small, backdrop_H3)
-    for colour, mask_THW in masks.items():
+    for colour, mask_THW in _find(small, backdrop_H3):
         seen = shapes.track(mask_THW)
         if seen is None:
             continue
-        others = [other for name, other in masks.items() if name != colour]
-        seen = _prefer_apart(seen, mask_THW, others)
         shape, across = shapes.form(mask_THW, seen)
         size = "big" if across > _SIZE_LIMIT else "small"
         motion = shapes.motion(seen, seconds_T)
@@ -49,68 +45,49 @@ def parse(frames_THWC: NDArray[np.uint8], *, fps: int) -> tuple[str, list[dict[s
 
 
 def _backdrop(frames: Float32) -> tuple[str, Float32]:
-    """Return the scene that most pixels fit, and the median colour (H, 3) of those that fit it."""
+    """Return the scene that most pixels fit, and the colours of its rows (H, 3)."""
     typical = shapes.typical_backdrops()  # (scene, 64, 3)
     rows = (np.arange(frames.shape[1]) * typical.shape[1]) // frames.shape[1]
-    fits = [np.linalg.norm(frames - t[rows][:, None], axis=-1) < _SCENE_LIMIT for t in typical]
-    shares = [float(fit.mean()) for fit in fits]
+    gaps = [np.linalg.norm(frames - colours[rows][:, None], axis=-1) for colours in typical]
+    shares = [float((gap < _SCENE_LIMIT).mean()) for gap in gaps]
     best = int(np.argmax(shares))
-    backdrop_H3 = typical[best][rows].copy()
-    for y, fit_TW in enumerate(fits[best].swapaxes(0, 1)):
-        if fit_TW.any():
-            backdrop_H3[y] = np.median(frames[:, y][fit_TW], axis=0)
-    return (shapes.SCENES[best] if shares[best] > 0.3 else shapes.UNKNOWN), backdrop_H3
+    return (shapes.SCENES[best] if shares[best] > 0.3 else shapes.UNKNOWN), typical[best][rows]
 
 
-def _find(frames: Float32, backdrop_H3: Float32) -> dict[str, Bool]:
-    """Return the mask (T, H, W) of each colour that has a core in half of the frames.
+def _find(frames: Float32, backdrop_H3: Float32) -> Iterator[tuple[str, Bool]]:
+    """Yield the mask (T, H, W) of each colour that has a core in half of the frames.
 
-    A pixel belongs to the colour whose chroma it is nearest to, or to the backdrop of its row. Rims
-    where two colours mix may look like a third, but have no core.
+    A pixel belongs to the colour whose chroma it is nearest to, or to the backdrop of its row. A
+    rim where two colours mix looks like a third, but it has no core and lies at another's.
     """
     a_H, b_H = shapes.chroma(backdrop_H3)
     a, b = shapes.chroma(frames)
-    a -= a_H[:, None]
-    b -= b_H[:, None]
     toward = np.stack(shapes.chroma(np.asarray(list(draw.COLOURS.values()), np.float32)), axis=1)
-    apart = [(pa - a_H[:, None], pb - b_H[:, None]) for pa, pb in toward]
-    away = np.stack([(a - pa) ** 2 + (b - pb) ** 2 for pa, pb in apart])
-    near = np.concatenate([(a * a + b * b)[None], away])
-    least = _LEAST_CORE * min(frames.shape[1:3]) ** 2
-    best = near.argmin(axis=0)
-    present = [
-        c
-        for c in range(len(toward))
-        if ((_around(best == c + 1) > _CORE).sum(axis=(1, 2)) > least).mean() >= 0.5
-    ]
-    best = near[[0, *(c + 1 for c in present)]].argmin(axis=0)
-    masks = {}
-    for i, c in enumerate(present):
-        pa, pb = apart[c]
-        straight = np.abs(a * pb - b * pa) < _SIDEWAYS * (pa * pa + pb * pb)
-        masks[list(draw.COLOURS)[c]] = (best == i + 1) & straight
-    return masks
+    away = [(a - a_H[:, None]) ** 2 + (b - b_H[:, None]) ** 2]
+    away += [(a - pa) ** 2 + (b - pb) ** 2 for pa, pb in toward]
+    near = np.stack(away)  # the squared distance to the backdrop, then to each colour
+    cores = {c: _core(near.argmin(axis=0) == c) for c in range(1, len(near))}
+    present = [c for c, core in cores.items() if core.any(axis=(1, 2)).mean() >= 0.5]
+    best = near[[0, *present]].argmin(axis=0)
+    for i, c in enumerate(present, start=1):
+        mask = best == i
+        yield list(draw.COLOURS)[c - 1], mask & (_around(_core(mask), _RIM) > 0)
 
 
-def _around(mask_THW: Bool) -> NDArray[np.int32]:
-    """Count the pixels of the mask in the 5 x 5 around each pixel."""
-    total = (
-        np.pad(mask_THW, ((0, 0), (3, 2), (3, 2))).astype(np.int32).cumsum(axis=1).cumsum(axis=2)
-    )
+def _core(mask_THW: Bool) -> Bool:
+    core: Bool = _around(mask_THW, 2) >= _CORE
+    return core
+
+
+def _around(mask_THW: Bool, reach: int) -> NDArray[np.int32]:
+    """Count the pixels of the mask in the square around each pixel, `reach` to every side."""
+    side, before = 2 * reach + 1, (reach + 1, reach)
+    total = np.pad(mask_THW, ((0, 0), before, before)).astype(np.int32)
+    total = total.cumsum(axis=1).cumsum(axis=2)
     counts: NDArray[np.int32] = (
-        total[:, 5:, 5:] - total[:, :-5, 5:] - total[:, 5:, :-5] + total[:, :-5, :-5]
+        total[:, side:, side:]
+        - total[:, :-side, side:]
+        - total[:, side:, :-side]
+        + total[:, :-side, :-side]
     )
     return counts
-
-
-def _prefer_apart(seen: shapes.Seen, mask_THW: Bool, others: list[Bool]) -> shapes.Seen:
-    """Keep the frames in which the object touches no other, if these are a quarter of all."""
-    if not others:
-        return seen
-    other = np.logical_or.reduce(others)
-    touching_T = ((_around(mask_THW) > 0) & other).any(axis=(1, 2))
-    use = ~touching_T[seen.frame_N]
-    if use.sum() * 4 < len(mask_THW):
-        return replace(seen, whole_N=seen.whole_N & use)
-    kept = {k: v[use] for k, v in vars(seen).items() if k.endswith("_N")}
-    return replace(seen, **kept)

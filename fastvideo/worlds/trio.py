@@ -75,8 +75,11 @@ class World:
     def __post_init__(self) -> None:
         """Refuse sizes at which the shapes cannot be told apart, and numbers of objects."""
         shapes.World(self.height, self.width, self.num_frames, self.fps)
-        if not self.numbers or not set(self.numbers) <= {1, 2, 3}:
-            raise ValueError(f"numbers {self.numbers} of objects must be some of 1, 2, 3")
+        numbers = sorted(self.numbers)
+        if not numbers or sorted({1, 2, 3} & set(numbers)) != numbers:
+            raise ValueError(
+                f"numbers {self.numbers} of objects must be some of 1, 2, 3, once each"
+            )
 
     def clip(self, seed: int, index: int, split: str = "train") -> shapes.Clip:
         """Make clip `index` of a split; nothing but the arguments and the sizes decides it."""
@@ -95,7 +98,10 @@ class World:
         return self._film(scene, things, self._place(things, generator), generator)
 
     def parse(self, frames_THWC: NDArray[np.uint8]) -> dict[str, str]:
-        """Read every attribute out of frames of any size; "unknown" for what cannot be read."""
+        """Read every attribute out of frames of any size; "unknown" for what cannot be read.
+
+        Wrong frames may hold things that no clip does: their number is then "many".
+        """
         scene, things = reader.parse(frames_THWC, fps=self.fps)
         return join(scene, things)
 
@@ -209,14 +215,17 @@ def separate(truth: Mapping[str, str]) -> tuple[str, list[dict[str, str]]]:
     for name in OF_EACH:
         for part in truth.get(name, "").split("+"):
             colour, _, value = part.partition(" ")
-            if colour not in things:
-                raise ValueError(f"{name} {part!r} is of no colour of {list(things)}")
+            if colour not in things or name in things[colour]:
+                raise ValueError(
+                    f"{name} {part!r} must be of a colour of its own of {', '.join(things)}"
+                )
             things[colour][name] = value
     scene, listed = truth.get("scene", ""), list(things.values())
     for thing in listed:
         shapes.check({**thing, "scene": scene})
-    if join(scene, listed) != dict(truth):
-        raise ValueError(f"{dict(truth)} is no truth of this world; {join(scene, listed)} is")
+    for name, value in join(scene, listed).items():
+        if truth.get(name) != value:
+            raise ValueError(f"{name} {truth.get(name)!r} must be {value!r}, as its things are")
     return scene, listed
 
 

@@ -67,7 +67,11 @@ def test_values_become_a_frozen_model():
             "data.foldr in x.toml is unknown; did you mean 'folder'?",
         ),
         ({"data": {"name": "stored", "workers": 1}}, "data.workers in x.toml is unknown"),
-        ({"data": {"workers": None}}, "data.workers null in x.toml: must be a valid integer"),
+        (
+            {"data": {"name": "clips", "workers": None}},
+            "data.workers null in x.toml: must be a valid integer",
+        ),
+        ({"data": {"workers": 1}}, "data.name is missing in x.toml"),
         ({"zzz": 1}, "zzz in x.toml is unknown"),
         ({"optim": {"lr": 0}}, "optim.lr 0 in x.toml: must be greater than 0"),
     ],

@@ -119,6 +119,28 @@ def test_the_chain_of_trio_has_a_stage_for_every_recipe_in_their_order():
             assert not role.from_ or role.from_ in earlier, f"{name} starts from {role.from_}"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--max-minutes", "0"], "runs/trio-vae-image has no checkpoint yet, so the chain ends"),
+        (["--max-minutes", "0.02"], "runs/trio-vae-image is at step "),
+    ],
+)
+def test_a_run_that_is_not_finished_ends_the_chain(words, told, tmp_path):
+    words = ["--", *words, "--set", "run.compile=false", "--set", "run.batch=4"]
+    done = subprocess.run(
+        ["bash", LAUNCH / "trio.sh", "vae", *words],
+        cwd=tmp_path,
+        env=environment(DEVICE="cpu", WORKERS="0"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1 and told in done.stderr, done.stderr[-2000:]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["trio-vae-image"]
+
+
 def test_the_chain_of_trio_refuses_a_stage_that_it_lacks(tmp_path):
     done = subprocess.run(
         ["bash", LAUNCH / "trio.sh", "vaes"],

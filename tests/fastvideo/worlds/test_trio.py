@@ -105,11 +105,19 @@ def test_render_shows_the_truth_it_is_given():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shape": "red ball+green star"}, "shape 'green star' is of no colour of"),
+        (
+            {"shape": "red ball+green star"},
+            "shape 'green star' must be of a colour of its own of red, blue",
+        ),
         ({"motion": "red left+blue sideways"}, "motion 'sideways' is unknown"),
         ({"size": "red big"}, "size None is unknown"),
-        ({"number": "three"}, "is no truth of this world"),
-        ({"colour": ""}, "is of no colour"),
+        ({"number": "three"}, "number 'three' must be 'two', as its things are"),
+        ({"shape": "red ball+blue star+blue ball"}, "shape 'blue ball' must be of a colour of"),
+        (
+            {"shape": "blue star+red ball"},
+            "shape 'blue star.red ball' must be 'red ball.blue star'",
+        ),
+        ({"colour": ""}, "must be of a colour of its own"),
         ({"scene": "space"}, "scene 'space' is unknown"),
     ],
 )
@@ -123,7 +131,7 @@ def test_illegal_sizes_splits_and_numbers_are_refused():
         World(height=16)
     with pytest.raises(ValueError, match="split 'test' is unknown"):
         SHORT.clip(0, 0, "test")
-    for numbers in ((), (0, 1), (4,)):
+    for numbers in ((), (0, 1), (4,), (1, 1)):
         with pytest.raises(ValueError, match="must be some of 1, 2, 3"):
             World(numbers=numbers)
 
@@ -134,11 +142,20 @@ def test_a_world_of_one_number_is_opened_by_name_and_read_in_every_attribute(nam
     world = open_world(path, height=64, width=112, num_frames=81)
     assert attributes(path) == ATTRIBUTES
     assert {world.clip(3, index).truth["number"] for index in range(10)} == {name}
-    assert min(rates(world, 30).values()) >= 0.96  # one of 30 may be wrong
+    assert min(rates(world, 30).values()) >= 0.99
 
 
 def test_the_parser_reads_clips_of_full_size():
-    assert min(rates(World(), 20).values()) >= 0.95
+    assert min(rates(World(), 20).values()) >= 0.99
+
+
+@pytest.mark.parametrize("index", [77, 140, 214, 251])
+def test_an_orange_object_is_not_confused_with_the_rim_of_a_yellow_one_at_night(index):
+    clip = World(numbers=(3,)).clip(0, index)
+    assert clip.truth["scene"] == "night" and {"orange", "yellow"} <= set(
+        clip.truth["colour"].split("+")
+    )
+    assert World().parse(clip.frames_THWC) == clip.truth
 
 
 def test_noise_and_dimmer_light_are_survived():
@@ -148,7 +165,7 @@ def test_noise_and_dimmer_light_are_survived():
         noise = 12 * generator.standard_normal(frames.shape, dtype=np.float32)
         return (0.8 * frames + 20 + noise).clip(0, 255).astype(np.uint8)
 
-    assert min(rates(World(num_frames=33), 16, worse).values()) >= 0.9
+    assert min(rates(World(num_frames=33), 16, worse).values()) >= 0.99
 
 
 def test_an_object_that_is_painted_out_is_missed_alone():
