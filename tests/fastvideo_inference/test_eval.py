@@ -232,6 +232,7 @@ def test_each_of_several_objects_counts_for_itself(tiny_folder, tmp_path, capsys
     rows = [line.partition("  ")[0] for line in out.splitlines()[2:9]]
     several = [f"{name} (n=6)" for name in ("colour", "shape", "motion", "size")]
     assert rows == ["number", "scene", *several, "all"]
+    assert "intervals count each object as a clip of its own" in out
 
 
 def test_another_classifier_is_another_recipe(done, monkeypatch, tmp_path):

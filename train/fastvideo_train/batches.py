@@ -22,12 +22,16 @@ def stream(recipe: Recipe, *, start: int, part: Part = WHOLE) -> Iterator[Iterat
     Raises `ValueError` for illegal data.
     """
     batches = _open(recipe, start, part)
-    with closing(batches if recipe.run.device == "cpu" else ahead(batches)) as chosen:
+    is_on_cpu = recipe.run.device.partition(":")[0] == "cpu"
+    with closing(batches if is_on_cpu else ahead(batches)) as chosen:
         yield chosen
 
 
 def ahead(batches: Endless) -> Endless:
-    """Make the next batch in a thread, while a GPU works on the last one."""
+    """Make the next batch in a thread, while a GPU works on the last one.
+
+    The source is closed with it, after the batch that is being made.
+    """
     with closing(batches), ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, batches)
         while True:

@@ -157,7 +157,9 @@ def _text(table: Table | Contrast) -> str:
     vae = f"{what} on {table.num_reconstructions} held-out clips: {table.psnr:.2f} dB"
     unrest = [f"{x:.2f}" for x in (table.flicker, table.flicker_truth) if x is not None]
     flicker = [f"flicker: made {unrest[0]}, truth {unrest[1]}"] if unrest else []
-    ends = [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_features(table.features)]
+    several = ["intervals count each object as a clip of its own, and are narrow for that"]
+    ends = several if any(line.n != n for line in table.lines) else []
+    ends += [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_features(table.features)]
     title = f"{table.model}: {n} prompts of {table.combinations} held-out combinations"
     return "\n".join([title, head, *rows, *ends])
 
