@@ -33,7 +33,7 @@ def cold(case: Case, args: argparse.Namespace) -> Record:
     """
     from _h200_timing import repeated, rows_of, short
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         job, gib = prepared(Path(folder), case, args)
         rows = repeated(lambda _: one_start(job), args)
     stages = rows_of(rows, args, {})

@@ -112,9 +112,15 @@ def summary(seconds: Sequence[float], args: argparse.Namespace, flop: Flop = (0,
         record |= {"tflop": short(flop[0] / 1e12), "tflop_per_s": short(rate)}
         record["dense_tflop"] = short(flop[1] / 1e12)
         known = torch.cuda.get_device_name() if args.device != "cpu" else "CPU"
-        peaks = [p for name, p in PEAK_TFLOPS.items() if name in known and args.dtype != "float32"]
-        record["mfu"] = round(rate / peaks[0], 3) if peaks else None
+        peak = None if args.dtype == "float32" else peak_of(known)
+        record["mfu"] = round(rate / peak, 3) if peak else None
     return record
+
+
+def peak_of(device: str) -> float | None:
+    """Return the dense bf16 TFLOP/s of a device by its datasheet; None where it is not known."""
+    is_slower = "PCIe" in device or "NVL" in device
+    return next((p for n, p in PEAK_TFLOPS.items() if n in device and not is_slower), None)
 
 
 def estimated(

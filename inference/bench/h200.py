@@ -18,11 +18,13 @@ import gc
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -120,6 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--stage-s", type=float, default=20, help="after these, three repeats will do")
     p.add_argument("--case-s", type=float, default=300, help="after these, a case is given up")
     p.add_argument("--budget-s", type=float, default=170, help="after these, no case is started")
+    p.add_argument("--spare-s", type=float, default=60, help="the last case may take so much more")
     p.add_argument("--compile-peer-vae", action="store_true", help="minutes more")
     p.add_argument("--profile", default="", help="folder for a profiler's table of each case")
     p.add_argument("--out", default="", help="JSON lines file to append to")
@@ -127,6 +130,7 @@ def parse_arguments() -> argparse.Namespace:
         "--smoke", action="store_true", help="tiny networks on the CPU, in a minute or two"
     )
     p.add_argument("--child", default="", help=argparse.SUPPRESS)
+    p.add_argument("--scratch", default=None, help=argparse.SUPPRESS)
     if p.parse_known_args()[0].smoke:
         p.set_defaults(**SMOKE)
     return p.parse_args()
@@ -187,10 +191,15 @@ def run_apart(cases: list[Case], args: argparse.Namespace) -> Iterator[Record]:
 
 def one_process(left: Sequence[int], deadline: float, args: argparse.Namespace) -> Iterator[Record]:
     """Yield the record of one case after another, also of one that ends the process."""
-    command = [sys.executable, *sys.argv, "--child", ",".join(map(str, left))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    words = ["--child", ",".join(map(str, left))]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        child_of([*words, "--scratch", scratch]) as child,
+    ):
         for _ in left:
-            watch = threading.Timer(args.case_s, child.kill)
+            spare = max(0.0, deadline - time.monotonic()) + args.spare_s
+            limit_s = min(args.case_s, spare)
+            watch = threading.Timer(limit_s, end, [child])
             watch.start()
             assert child.stdout is not None, "it is a pipe"
             line = next((x for x in child.stdout if x.startswith(MARK)), "")
@@ -202,12 +211,29 @@ def one_process(left: Sequence[int], deadline: float, args: argparse.Namespace) 
             else:
                 how = child.returncode
                 name = signal.Signals(-how).name if how < 0 else f"exit code {how}"
-                reason = f"its process ended with {name}; after {args.case_s:g} s it is killed"
+                reason = f"its process ended with {name}; after {limit_s:.3g} s it is killed"
                 yield {"status": "failed", "reason": reason}
                 return
             if time.monotonic() >= deadline:
-                child.kill()
                 return
+
+
+@contextlib.contextmanager
+def child_of(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start this script again; what it started itself ends with it."""
+    command = [sys.executable, *sys.argv, *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as child:
+        try:
+            yield child
+        finally:
+            end(child)
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """Kill a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def keep(record: Record, case: Case, args: argparse.Namespace) -> Record:

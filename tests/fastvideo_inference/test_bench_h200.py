@@ -172,6 +172,17 @@ def test_a_case_that_kills_its_process_is_recorded_and_the_rest_goes_on(tmp_path
     assert all("SIGKILL" in r["reason"] for r in records)
 
 
+def test_a_cold_start_that_is_killed_leaves_no_file_and_no_process(tmp_path: Path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    done, records = run(tmp_path, "--cases", "cold", "--case-s", "6")
+    assert done.returncode == 1 and "SIGKILL" in records[0]["reason"]
+    assert not list(scratch.glob("tmp*")), "nothing but caches of the compiler"
+    commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    assert not any(str(scratch).encode() in command for command in commands)
+
+
 def test_after_the_budget_no_case_is_started(tmp_path: Path):
     done, records = run(tmp_path, "--budget-s", "0")
     assert done.returncode == 0
@@ -227,6 +238,16 @@ def args() -> SimpleNamespace:
     how = {"device": "cpu", "dtype": "bfloat16", "tokens": 16, "steps": None, "smoke": True}
     how |= {"repeats": 1, "stage_s": 20.0, "profile": ""}
     return SimpleNamespace(**how, compiler="eager", compile_peer_vae=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", None)],
+)
+def test_the_peak_of_a_slower_edition_is_not_guessed(
+    device: str, peak: float | None, bench: SimpleNamespace
+):
+    assert bench.timing.peak_of(device) == peak
 
 
 def test_dense_work_of_the_published_shape_is_what_the_literature_counts(bench: SimpleNamespace):
