@@ -8,7 +8,7 @@ vocabulary and the scenes are those of the shapes world, and so are the combinat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,21 +119,24 @@ class World:
 
     def _place(self, things: Sequence[Thing], generator: np.random.Generator) -> _Placed:
         """Draw where things go until all are free for long enough, or the best of many tries."""
-        best = _Placed(-1.0, (), ())
+        tries = []
         for _ in range(_PLACES):
             jitter = 1 + 0.04 * generator.uniform(-1, 1, len(things))
             diameters = [DIAMETER[t["size"]] * j for t, j in zip(things, jitter, strict=True)]
-            draws = tuple(generator.uniform(-1, 1, (len(things), 4)))
-            placed = _Placed(0.0, tuple(diameters), draws)
-            placed = replace(
-                placed, free=self._free(self._paths(things, placed, np.arange(81) / 16), placed)
-            )
-            best = max(best, placed, key=lambda p: p.free)
-            if best.free >= _FREE:
+            draws = generator.uniform(-1, 1, (len(things), 4))
+            paths = self._paths(things, diameters, draws, np.arange(81) / 16)
+            tries.append(_Placed(self._free(paths, diameters), diameters, draws))
+            if tries[-1].free >= _FREE:
                 break
-        return best
+        return max(tries, key=lambda placed: placed.free)
 
-    def _paths(self, things: Sequence[Thing], placed: _Placed, times_T: Float64) -> list[draw.Path]:
+    def _paths(
+        self,
+        things: Sequence[Thing],
+        diameters: Sequence[float],
+        draws_N4: Float64,
+        times_T: Float64,
+    ) -> list[draw.Path]:
         return [
             draw.path(
                 thing["motion"],
@@ -144,15 +147,15 @@ class World:
                 draws=draws,
                 wander=1.0 if len(things) == 1 else _WANDER,
             )
-            for thing, diameter, draws in zip(things, placed.diameters, placed.draws, strict=True)
+            for thing, diameter, draws in zip(things, diameters, draws_N4, strict=True)
         ]
 
-    def _free(self, paths: Sequence[draw.Path], placed: _Placed) -> float:
+    def _free(self, paths: Sequence[draw.Path], diameters: Sequence[float]) -> float:
         """Return the least share of the time in which an object is whole and touches no other."""
         unit = min(self.height, self.width)
         x_NT = np.stack([p.x_T for p in paths])
         y_NT = np.stack([p.y_T for p in paths])
-        reach_N = _REACH * unit * np.asarray(placed.diameters)
+        reach_N = _REACH * unit * np.asarray(diameters)
         room_NT = np.minimum.reduce([x_NT, self.width - x_NT, y_NT, self.height - y_NT])
         apart_NNT = np.hypot(x_NT[:, None] - x_NT, y_NT[:, None] - y_NT)
         is_apart_NNT = apart_NNT > (reach_N[:, None] + reach_N)[..., None]
@@ -164,7 +167,7 @@ class World:
         self, scene: str, things: Sequence[Thing], placed: _Placed, generator: np.random.Generator
     ) -> NDArray[np.uint8]:
         canvas = scenes.Canvas(self.height, self.width, np.arange(self.num_frames) / self.fps)
-        paths = self._paths(things, placed, canvas.times_T)
+        paths = self._paths(things, placed.diameters, placed.draws_N4, canvas.times_T)
         objects = [
             (draw.sprites(thing["shape"], thing["colour"], diameter * canvas.unit, path), path)
             for thing, diameter, path in zip(things, placed.diameters, paths, strict=True)
@@ -192,8 +195,8 @@ class _Placed:
     """Where objects go: four draws and a diameter in shorter sides for each."""
 
     free: float
-    diameters: tuple[float, ...]
-    draws: tuple[Float64, ...]
+    diameters: Sequence[float]
+    draws_N4: Float64
 
 
 def join(scene: str, things: Sequence[Thing]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
@@ -79,9 +80,8 @@ def kernel(case: Case, args: argparse.Namespace) -> Record:
         stages = {"attention": timed(run, args, (dense, dense))}
     else:
         fine, lists = attend.self_backend.fine, layout.lists or selected(q, k, v, layout)
-        heads = lists.index_BHNK.shape[:2].numel()
-        share = attend.self_backend.issued(tiles, lists)
-        pairs = round(share * sparse.work(tiles, lists)[1] / heads)
+        seen = dataclasses.replace(layout, lists=lists)
+        pairs = round(sparse.pairs(seen, attend.self_backend)[0])
         coarse = 4 * config.dim * tiles.num**2 * is_vsa
         stages = {
             "kernel": timed(
