@@ -59,8 +59,10 @@ def open_spec(name_or_path: str | Path, *, weights: bool = False) -> tuple[Spec,
             logger.info("%s has no %s; %s", folder.name, specs.FILE_NAME, line)
         # a hub snapshot's folder is named by its commit
         title = str(name_or_path) if folder.parent.name == "snapshots" else derived.name
-        return derived.model_copy(update={"name": title}), folder
-    return _filled(own, layout.configs(folder), folder), folder
+        spec = derived.model_copy(update={"name": title})
+    else:
+        spec = _filled(own, layout.configs(folder), folder)
+    return spec.model_copy(update={"unknown_keys": layout.unknown_keys(folder)}), folder
 
 
 def find_lora(name: str | Path) -> Path:

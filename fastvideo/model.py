@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvideo import cpu, formats, registry, weights
+from fastvideo import cpu, foreign, formats, registry, weights
 from fastvideo.formats import PARTS
 from fastvideo.hub import open_spec
 from fastvideo.log import logger
@@ -87,6 +87,7 @@ def load(
     unknown = sorted(set(parts) - set(PARTS))
     assert not unknown, f"parts {unknown} are none of {PARTS}"
     spec, folder = open_spec(name_or_path, weights=True)
+    foreign.warn(spec.unknown_keys, source=folder)
     layout = formats.find(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)

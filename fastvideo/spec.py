@@ -87,6 +87,7 @@ class Spec(Strict):
     defaults: Defaults = Defaults()
     provenance: Provenance = Provenance()
     derived: tuple[str, ...] = ()
+    unknown_keys: tuple[str, ...] = Field(default=(), exclude=True)  # found beside it; not stored
 
     @field_validator("version")
     @classmethod

@@ -33,7 +33,10 @@ MAY_IMPORT = {
 # The library's rooms, strictly downward: a room imports from those above it in this list. Rooms on
 # one line may import each other as long as they make no circle.
 LAYERS = [
-    {"", "__main__", "cli", "config", "env", "files", "log", "registry", "rng", "shapes", "spec"},
+    {
+        *("", "__main__", "cli", "config", "env", "files", "foreign", "log", "registry"),
+        *("rng", "shapes", "spec"),
+    },
     {
         "attention",
         "cpu",
@@ -109,6 +112,7 @@ TORCH_FREE = [
     "fastvideo.extent",
     "fastvideo.files",
     "fastvideo.footage",
+    "fastvideo.foreign",
     "fastvideo.formats",
     "fastvideo.hub",
     "fastvideo.log",

@@ -1,4 +1,5 @@
-"""Layouts of model folders: a file here has `detect`, `derive_spec`, `configs`, `tensors`, `MARKS`.
+"""Layouts of model folders: a file here has `detect`, `derive_spec`, `configs`, `unknown_keys`,
+`tensors`, `tokenizer_folder`, `MARKS`.
 
 Nothing here imports torch until tensors are asked for: a request is judged from the spec alone.
 """
@@ -7,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastvideo import registry
+from fastvideo import foreign, registry
 
 PARTS = ("text", "dit", "vae")
 METADATA = "__metadata__"
@@ -52,6 +53,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return values
+
+
+def find_unknown_keys(folder: Path, kinds: Mapping[str, foreign.Keys]) -> tuple[str, ...]:
+    """Return the keys that are not known here of configs by name, those that are there."""
+    found: list[str] = []
+    for name, keys in kinds.items():
+        if (path := folder / name).is_file():
+            entries = foreign.check(read_json(path), keys, source=path)
+            found += (f"{name}: {entry}" for entry in entries)
+    return tuple(found)
 
 
 def tensor_names(folder: Path, stem: str) -> list[str]:

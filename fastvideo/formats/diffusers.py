@@ -14,9 +14,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvideo import foreign
 from fastvideo import spec as specs
 from fastvideo.files import write_text
-from fastvideo.formats import PARTS, _few_step, read_json, refuse_variants, tensor_names
+from fastvideo.formats import (
+    PARTS,
+    _few_step,
+    find_unknown_keys,
+    read_json,
+    refuse_variants,
+    tensor_names,
+)
 from fastvideo.log import logger
 from fastvideo.shapes import Compression
 from fastvideo.spec import Attention, Defaults, Network, Scheduler, Spec
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
 MARKS = "fastvideo.json, or model_index.json with transformer/, vae/, text_encoder/ (diffusers)"
 SUBFOLDERS = {"dit": "transformer", "vae": "vae", "text": "text_encoder"}
 TOKENIZER = "tokenizer"
+_SCHEDULER = "scheduler/scheduler_config.json"
 
 # {part: {class name in the part's config: family}}
 _FAMILIES = {
@@ -37,6 +46,10 @@ _FAMILIES = {
     "dit": {"WanTransformer3DModel": "wan", "WanVsaTransformer3DModel": "wan"},
     "vae": {"AutoencoderKLWan": "wan"},
     "text": {"UMT5EncoderModel": "umt5"},
+}
+_SCHEDULERS = {
+    "UniPCMultistepScheduler": ("unipc", foreign.UNIPC),
+    "FlowMatchEulerDiscreteScheduler": ("euler", foreign.EULER),
 }
 _STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model"}
 # Stock diffusers reads any transformer/ whose weights it finds, whatever class its config names,
@@ -60,37 +73,6 @@ _FASTWAN: dict[str, Any] = {
 # FastWan's scripts train the 1.3B (30 layers) and the 14B (40) at these; their files do not tell.
 _FASTWAN_SPARSITY, _FASTWAN_SPARSITY_14B, _LAYERS_14B = 0.8, 0.9, 40
 
-_EULER_NEUTRAL: dict[str, Any] = {
-    "use_dynamic_shifting": False,
-    "shift_terminal": None,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-    "num_train_timesteps": 1000,
-}
-_UNIPC_FLOW: dict[str, Any] = {
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "solver_order": 2,
-    "solver_type": "bh2",
-    "predict_x0": True,
-    "lower_order_final": True,
-    "thresholding": False,
-    "disable_corrector": [],
-    "final_sigmas_type": "zero",
-    "shift_terminal": None,
-    "solver_p": None,
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": False,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-    "num_train_timesteps": 1000,
-}
-# What diffusers takes for an entry that a scheduler config omits, where it is not the value needed.
-_UNIPC_OMITTED = {"prediction_type": "epsilon", "use_flow_sigmas": False}
-
 
 def detect(folder: Path) -> bool:
     """Tell whether a folder has this layout."""
@@ -100,7 +82,7 @@ def detect(folder: Path) -> bool:
 
 def configs(folder: Path) -> dict[str, dict[str, Any]]:
     """Read the config of each part: {"dit": {...}, "vae": {...}, "text": {...}}."""
-    found = {part: read_json(folder / SUBFOLDERS[part] / "config.json") for part in PARTS}
+    found = {part: _config(folder, part) for part in PARTS}
     if "gate_compress" not in found["dit"] and _has_gates(folder):
         found["dit"]["gate_compress"] = True
     return found
@@ -114,7 +96,7 @@ def derive_spec(folder: Path) -> Spec:
         scheduler = Scheduler(name="few_step", args=dict(_FASTWAN))
         origin = "assumed for a WanDMDPipeline"
     else:
-        scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
+        scheduler = _scheduler(folder / _SCHEDULER)
         origin = "from scheduler_config.json"
     attention, why = _attention(found["dit"])
     return Spec(
@@ -194,7 +176,7 @@ def save(
             )
         model.tokenizer.save(new / TOKENIZER)
         scheduler = scheduler_config(model.spec)
-        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        _write_json(new / _SCHEDULER, scheduler)
         _write_json(new / "model_index.json", _index(model.spec, scheduler["_class_name"]))
         specs.write(model.spec, new)
     return target
@@ -249,7 +231,25 @@ def _attention(dims: Mapping[str, Any]) -> tuple[Attention, str]:
 
 def read_network(folder: Path, part: str) -> Network:
     """Read the family and dims of one part of a model folder; other parts need not be there."""
-    return _network(folder, part, read_json(folder / SUBFOLDERS[part] / "config.json"))
+    return _network(folder, part, _config(folder, part))
+
+
+def unknown_keys(folder: Path) -> tuple[str, ...]:
+    """Return keys of the configs that other libraries wrote which are not known here, by file.
+
+    Raises `ValueError` for a value that makes other arithmetic.
+    """
+    kinds = {f"{SUBFOLDERS['text']}/config.json": foreign.UMT5}
+    if not (folder / specs.FILE_NAME).is_file() and _pipeline_kind(folder) != "WanDMDPipeline":
+        kinds[_SCHEDULER] = _scheduler_kind(folder / _SCHEDULER)[1]
+    kinds[f"{TOKENIZER}/tokenizer_config.json"] = foreign.TOKENIZER
+    return find_unknown_keys(folder, kinds)
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    """Read the config of a part; of the text encoder, which transformers writes, what is known."""
+    values = read_json(folder / SUBFOLDERS[part] / "config.json")
+    return {k: v for k, v in values.items() if part != "text" or k in foreign.UMT5}
 
 
 def _kind_entries(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -294,9 +294,10 @@ def scheduler_config(spec: Spec) -> dict[str, Any]:
         return _few_step_config(spec)
     shift = float(spec.scheduler.args.get("shift", 1.0))
     if spec.scheduler.name == "unipc":
-        kind = {"_class_name": "UniPCMultistepScheduler", **_UNIPC_FLOW}
+        kind = {"_class_name": "UniPCMultistepScheduler", **foreign.UNIPC.implemented()}
         return {**kind, "flow_shift": shift}
-    return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_EULER_NEUTRAL, "shift": shift}
+    kind = {"_class_name": "FlowMatchEulerDiscreteScheduler", **foreign.EULER.implemented()}
+    return {**kind, "shift": shift}
 
 
 def _few_step_config(spec: Spec) -> dict[str, Any]:
@@ -317,30 +318,24 @@ def _few_step_config(spec: Spec) -> dict[str, Any]:
         )  # fmt: skip
         found = (1.0, None)
     shift, terminal = found
-    kind = {"_class_name": "FlowMatchEulerDiscreteScheduler", **_EULER_NEUTRAL}
+    kind = {"_class_name": "FlowMatchEulerDiscreteScheduler", **foreign.EULER.implemented()}
     mine = {"shift": shift, "shift_terminal": terminal, "stochastic_sampling": own.renoise}
     return {**kind, **mine}
 
 
 def _scheduler(path: Path) -> Scheduler:
-    values = read_json(path)
-    kind = values.get("_class_name")
-    if kind == "UniPCMultistepScheduler":
-        _require({**_UNIPC_OMITTED, **values}, _UNIPC_FLOW, path)
-        return Scheduler(name="unipc", args={"shift": float(values.get("flow_shift", 1.0))})
-    if kind == "FlowMatchEulerDiscreteScheduler":
-        _require(values, _EULER_NEUTRAL, path)
-        return Scheduler(name="euler", args={"shift": float(values.get("shift", 1.0))})
-    raise ValueError(
-        f"scheduler {kind!r} in {path} is not supported "
-        "(known: UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)"
-    )
+    values, (name, keys) = read_json(path), _scheduler_kind(path)
+    foreign.check(values, keys, source=path)
+    shift = values.get("flow_shift" if name == "unipc" else "shift", 1.0)
+    return Scheduler(name=name, args={"shift": float(shift)})
 
 
-def _require(values: Mapping[str, Any], needed: Mapping[str, Any], path: Path) -> None:
-    for key, value in needed.items():
-        if values.get(key, value) != value:
-            raise ValueError(f"{key} {values.get(key)!r} in {path} must be {value!r}")
+def _scheduler_kind(path: Path) -> tuple[str, foreign.Keys]:
+    kind = read_json(path).get("_class_name")
+    if kind not in _SCHEDULERS:
+        known = ", ".join(_SCHEDULERS)
+        raise ValueError(f"scheduler {kind!r} in {path} is not supported (known: {known})")
+    return _SCHEDULERS[kind]
 
 
 def _network(folder: Path, part: str, config: dict[str, Any]) -> Network:

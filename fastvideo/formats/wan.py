@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo.formats import diffusers, read_json, refuse_variants
+from fastvideo import foreign
+from fastvideo.formats import diffusers, find_unknown_keys, read_json, refuse_variants
 from fastvideo.registry import did_you_mean
 from fastvideo.spec import Network, Scheduler, Spec
 
@@ -151,6 +152,11 @@ def configs(folder: Path) -> dict[str, dict[str, Any]]:
         "vae": {**_VAE_CONFIG},
         "text": {**_TEXT_CONFIG},
     }
+
+
+def unknown_keys(folder: Path) -> tuple[str, ...]:
+    """Return keys of the tokenizer's config that are not known here."""
+    return find_unknown_keys(folder, {f"{TOKENIZER}/tokenizer_config.json": foreign.TOKENIZER})
 
 
 def derive_spec(folder: Path) -> Spec:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastvideo import foreign
 from fastvideo.formats import wan
 from fastvideo.log import logger
 from fastvideo.lora.file import Entry, LoraFile, read, some
@@ -193,11 +194,13 @@ def collect(
     for use in uses:
         if not math.isfinite(use.strength):
             raise ValueError(f"strength {use.strength} of {use.path} must be a finite number")
-        found = fit(read(use.path), net)
+        file = read(use.path)
+        found = fit(file, net)
         if (use.path, use.hash) not in told:
             told.add((use.path, use.hash))
             is_partial = found.unmatched or found.text
             (logger.warning if is_partial else logger.info)("LoRA: %s", found.describe())
+            foreign.warn(file.unknown_keys, source=use.path)
         for name, changes in found.changes.items():
             parts.setdefault(name, []).extend((use.strength, change) for change in changes)
     return parts

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo import weights
+from fastvideo import foreign, weights
 from fastvideo.weights import Checkpoint
 
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -66,11 +66,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The modules of a file by their names in it, less the prefix; `text` names those of others."""
+    """The modules of a file by their names in it, less the prefix; `text` names those of others,
+    and `unknown_keys` what PEFT's config says that is not known here.
+    """
 
     path: Path
     modules: Mapping[str, Entry]
     text: tuple[str, ...] = ()
+    unknown_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,16 @@ def read(path: str | Path) -> LoraFile:
             found[module][kind] = checkpoint.tensor(name)
     if strange:
         raise ValueError(f"{path} has {len(strange)} tensors of no LoRA: {some(strange)}")
-    scale_of = _scales(checkpoint.path)
+    config = _adapter_config(checkpoint.path)
+    unknown = foreign.check(config, foreign.PEFT, source=path)
+    scale_of = _scales(config)
     modules = {name: _entry(name, tensors, scale_of, path) for name, tensors in found.items()}
-    return LoraFile(checkpoint.path, modules, tuple(text))
+    return LoraFile(checkpoint.path, modules, tuple(text), unknown)
+
+
+def unknown_keys(path: Path) -> tuple[str, ...]:
+    """Return what PEFT's config of a LoRA says that is not known here."""
+    return foreign.check(_adapter_config(path), foreign.PEFT, source=path)
 
 
 def save(
@@ -187,12 +197,8 @@ def _entry(
     return Entry(tensors, scale_of(name, len(down), None if alpha is None else float(alpha)))
 
 
-def _scales(path: Path) -> Callable[[str, int, float | None], float]:
+def _scales(config: Mapping[str, Any]) -> Callable[[str, int, float | None], float]:
     """Return the scale of a module from name, rank and own alpha, by what the file says of all."""
-    config = _adapter_config(path)
-    for flag in ("use_dora", "fan_in_fan_out"):
-        if config.get(flag):
-            raise ValueError(f"{path} was made with {flag}, which is not supported")
     everywhere, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
 
     def scale(name: str, rank: int, alpha: float | None) -> float:
@@ -219,4 +225,5 @@ def _adapter_config(path: Path) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"the config of the LoRA in {source} is not a JSON object")
-    return {key.removeprefix("transformer."): value for key, value in values.items()}
+    own = {key.removeprefix("transformer."): value for key, value in values.items()}
+    return {key: value for key, value in own.items() if "." not in key}  # of no text encoder

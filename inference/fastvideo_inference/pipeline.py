@@ -269,6 +269,7 @@ class VideoPipeline:
             latents="given" if own_noise else "seed",
             decoder=self.decoder_id,
             versions=recipe.versions(),
+            unknown_keys=(*self.model.spec.unknown_keys, *_unknown_keys(plan.lora)),
         )
 
     def video(self, state: State, *, own_noise: bool = False) -> Video:
@@ -300,6 +301,14 @@ def _parse_lora(path: str | Path, strength: float, file_hash: str = "") -> LoraU
     return parse(
         LoraUse, {"path": str(path), "strength": strength, "hash": file_hash}, source="the LoRA"
     )
+
+
+def _unknown_keys(loras: Sequence[LoraUse]) -> Iterator[str]:
+    from fastvideo.lora import file
+
+    for use in loras:
+        for entry in file.unknown_keys(hub.find_lora(use.path)):
+            yield f"{use.path}: {entry}"
 
 
 def request_of(**fields: Any) -> GenerateRequest:

@@ -48,6 +48,7 @@ class Recipe(Strict):
     latents: str = "seed"  # or "given", if the caller passed its own noise
     decoder: DecoderId | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    unknown_keys: tuple[str, ...] = ()  # of configs that other libraries wrote; they do not count
 
 
 def fingerprint(place: str | Path) -> str:

@@ -14,39 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvideo import foreign
 from fastvideo.registry import did_you_mean
 
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-
-# Entries of a transformers config that say nothing of the encoder's arithmetic.
-_IRRELEVANT = frozenset(
-    {
-        "architectures",
-        "bos_token_id",
-        "classifier_dropout",
-        "decoder_start_token_id",
-        "dropout_rate",
-        "dtype",
-        "eos_token_id",
-        "initializer_factor",
-        "is_decoder",
-        "is_encoder_decoder",
-        "model_type",
-        "name_or_path",
-        "num_decoder_layers",
-        "output_past",
-        "pad_token_id",
-        "scalable_attention",
-        "task_specific_params",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
-# Entries that do, with the only value this encoder implements.
-_FIXED = {"dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu", "is_gated_act": True}
 
 
 @dataclass(frozen=True)
@@ -67,14 +38,11 @@ class Umt5Config:
     def parse(cls, values: Mapping[str, Any]) -> Umt5Config:
         """Read a transformers config; raise `ValueError` for a key or variant not known here."""
         known = set(cls.__dataclass_fields__)
-        own = {key: value for key, value in values.items() if key in known}
-        for key, value in values.items():
-            if key in known or key in _IRRELEVANT or key.startswith("_"):
-                continue
-            if key not in _FIXED:
+        for key in values:
+            if key not in foreign.UMT5:
                 raise ValueError(f"umt5 config key {key!r} is unknown{did_you_mean(key, known)}")
-            if value != _FIXED[key]:
-                raise ValueError(f"umt5 config {key} {value!r} must be {_FIXED[key]!r}")
+        foreign.check(values, foreign.UMT5, source="the umt5 config")
+        own = {key: value for key, value in values.items() if key in known}
         return cls(**own)
 
 
