@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from fastvideo import cli, media
 
@@ -22,6 +25,7 @@ PAGES = sorted(
     if (ROOT / name).is_file()
 )  # fmt: skip
 README = ROOT / "README.md"
+CONSTRAINTS = "configs/constraints.txt"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 PACKAGE_OF = {
     "train/README.md": "train/fastvideo_train",
@@ -76,6 +80,19 @@ def test_the_first_two_shell_blocks_are_the_commands_of_the_gate():
     assert "pip install" in first and "fastvideo generate" in first
     assert "pip install" in second and second.rstrip().endswith("pytest")
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    assert all(f"-c {CONSTRAINTS}" in command for command in (first, second))
+
+
+def test_every_package_of_both_commands_is_constrained_to_a_public_release_within_its_range():
+    lines = [line for line in (ROOT / CONSTRAINTS).read_text().splitlines() if line[0] != "#"]
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
+    (exact,) = {tuple(s.operator for s in pin.specifier) for pin in pins.values()}
+    assert exact == ("==",) and "+" not in "".join(lines)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(line)
+        (pin,) = pins[canonicalize_name(wanted.name)].specifier
+        assert wanted.specifier.contains(pin.version), f"{line}: {pin.version} is constrained"
 
 
 @pytest.mark.parametrize("line", COMMANDS)
