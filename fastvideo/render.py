@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvideo import attention, registry, rng, schedulers
+from fastvideo.errors import NotFiniteError
 from fastvideo.log import logger
 from fastvideo.models.text import encode_prompts
 from fastvideo.parallel import decode as bands
@@ -80,7 +81,7 @@ def denoise(
     The arguments are those of `sample.guide` and `sample.sample`, `pattern` an attention other
     than the spec's, `backend` the name of one that computes it, and `drop_gates` lets a pattern
     drop the gates of a VSA model. Gradients are off only while a step is computed, never in the
-    consumer.
+    consumer. Raises `NotFiniteError` that names the step and the likely cause.
     """
     scheduler = schedulers.create(model.spec.scheduler.name, model.spec.scheduler.args)
     prepare = model.dit.prepare  # what no step changes, once for all steps
@@ -92,7 +93,7 @@ def denoise(
         uncond=None if uncond is None or guidance_scale == 1 else prepare(uncond),
         batched=batched,
     )
-    yield from sample(
+    steps = sample(
         velocity,
         scheduler,
         latents=latents,
@@ -102,6 +103,25 @@ def denoise(
         start=start,
         state=state,
     )
+    try:
+        yield from steps
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}; {_cause(model, cond, guidance_scale)}") from None
+
+
+def _cause(model: Model, cond: Any, guidance_scale: float) -> str:
+    """Return in words what most likely made latents that are not finite."""
+    loras = ", ".join(f"{use.path.name} at strength {use.strength:g}" for use in model.loras.active)
+    if not all(bool(p.isfinite().all()) for p in model.dit.parameters()):
+        return f"weights of the denoiser are not finite{loras and f' with LoRA {loras}'}"
+    if not all(bool(x.isfinite().all()) for x in vars(cond).values() if isinstance(x, Tensor)):
+        return "the text encoder's states are not finite"
+    likely = [
+        f"LoRA {loras}" if loras else "",
+        "float16, which overflows at 65,504 (bfloat16 does not)" * (model.dtype == torch.float16),
+        f"guidance_scale {guidance_scale:g}" * (guidance_scale > 1),
+    ]
+    return f"likely cause: {' or '.join(filter(None, likely)) or 'the weights, or the noise given'}"
 
 
 def _guide(
@@ -163,7 +183,14 @@ def decode(model: Model, latents: Tensor, *, chunk: int | None = None) -> Iterat
 
 
 def to_uint8(pixels_CTHW: Tensor) -> Frames:
-    """Turn pixels in [-1, 1] into frames (T, H, W, C) of bytes, rounding to the nearest."""
+    """Turn pixels in [-1, 1] into frames (T, H, W, C) of bytes, rounding to the nearest.
+
+    Raises `NotFiniteError` for pixels that are not finite, which would be black.
+    """
+    if not bool(pixels_CTHW.isfinite().all()):
+        raise NotFiniteError(
+            f"decoded pixels are not finite in {pixels_CTHW.dtype}; try dtype float32"
+        )
     levels = (pixels_CTHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 

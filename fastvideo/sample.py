@@ -10,6 +10,7 @@ Nothing here touches gradients or devices: callers that only render wrap it in `
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvideo import flow, rng
+from fastvideo.errors import NotFiniteError
 from fastvideo.schedulers import Grid, Scheduler
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_BCTHW, t_BT in 0..1000) -> v_BCTHW
@@ -104,7 +106,8 @@ def sample(
     `velocity` sees x (B, C, T, H, W) in `dtype` and t (B, 1) in float32; the scheduler's arithmetic
     is float32. `seed` is of use to schedulers that add noise: one for the batch (clip b gets seed +
     b) or one for each clip, so that a clip does not depend on its neighbours. Raises `ValueError`
-    for a number of steps that the scheduler or `start` does not allow, before any evaluation.
+    for a number of steps that the scheduler or `start` does not allow, before any evaluation, and
+    `NotFiniteError` at the first step whose latents are not finite (on a GPU, one step later).
     """
     grid = scheduler.grid(num_steps)
     if not 0 <= start < num_steps:
@@ -125,6 +128,7 @@ def _steps(
     state: Any,
 ) -> Iterator[Step]:
     sigmas, times = grid.sigmas.tolist(), _handed_over(grid.timesteps, x.device)
+    flags: deque[tuple[int, Callable[[], bool]]] = deque()
     for i in range(start, grid.num_steps):
         t_BT = times[i].expand(len(x), 1)
         v = velocity(x.to(dtype), t_BT).to(x.dtype)  # (B, C, T, H, W)
@@ -134,7 +138,31 @@ def _steps(
             noise = rng.clip_noise(tuple(x.shape[1:]), seeds=seeds, purpose="renoise", step=i)
             noise = _handed_over(noise, x.device)
         state, x = scheduler.step(state, x, v, i, noise=noise)
+        flags.append((i, _finite(x)))
+        may_wait = not x.is_cuda or i + 1 == grid.num_steps
+        while len(flags) > (0 if may_wait else 1):  # a GPU works on this step while we read
+            index, is_finite = flags.popleft()
+            if not is_finite():
+                raise NotFiniteError(
+                    f"latents are not finite after denoising step {index + 1} of {grid.num_steps}"
+                )
         yield Step(i, grid.num_steps, x, clean, state)
+
+
+def _finite(x: Tensor) -> Callable[[], bool]:
+    """Ask whether all of x is finite; the answer waits for x alone, not for later work."""
+    flag = x.isfinite().all()
+    if not x.is_cuda:
+        return lambda: flag.is_meta or bool(flag)
+    on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    on_host.copy_(flag, non_blocking=True)
+    copied = torch.cuda.current_stream(x.device).record_event()
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(on_host)
+
+    return read
 
 
 def _handed_over(x: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -18,6 +18,11 @@ from fastvideo.files import write_text
 from fastvideo.shapes import Compression, LatentShape, PixelShape
 
 FILE_NAME = "fastvideo.json"
+
+GuidanceScale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+"""The scale of classifier-free guidance, 1 for none; published models use 1 to 15."""
+LoraStrength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+"""How strongly a LoRA counts, 1 as it was trained."""
 
 
 class Network(Strict):
@@ -49,7 +54,7 @@ class Defaults(Strict):
     width: int = Field(default=832, ge=1)
     fps: int = Field(default=16, ge=1)
     num_inference_steps: int = Field(default=50, ge=1)
-    guidance_scale: float = Field(default=5.0, ge=0)
+    guidance_scale: GuidanceScale = 5.0
     negative_prompt: str = ""
     max_text_tokens: int = Field(default=512, ge=1)
 
@@ -59,7 +64,7 @@ class Sampler(Strict):
 
     scheduler: Scheduler | None = None
     num_inference_steps: int | None = Field(default=None, ge=1)
-    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    guidance_scale: GuidanceScale | None = None
     attention: Attention | None = None
 
 

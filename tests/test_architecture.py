@@ -34,7 +34,7 @@ MAY_IMPORT = {
 # one line may import each other as long as they make no circle.
 LAYERS = [
     {
-        *("", "__main__", "cli", "config", "env", "files", "foreign", "log", "registry"),
+        *("", "__main__", "cli", "config", "env", "errors", "files", "foreign", "log", "registry"),
         *("rng", "shapes", "spec"),
     },
     {

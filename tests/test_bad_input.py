@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tiny_recipes import CONFIGS
 
-from fastvideo import cli, hub, media
+from fastvideo import cli, hub, media, weights
 
 PROMPT = "a red ball moving left"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -181,6 +181,63 @@ def test_an_unwritable_output_is_refused_before_any_work(fail, tiny_folder: Path
     code, line = fail("generate", PROMPT, "--model", str(tiny_folder), "-o", "/sys/a.mp4")
     assert code == 2
     assert line.startswith("/sys/a.mp4: ")  # the system's own reason follows
+
+
+def fill(folder: Path, name: str, part: str, value: float) -> None:
+    """Set one number of a tensor of a model folder's part."""
+    path = next((folder / part).glob("*.safetensors"))
+    state = dict(weights.Checkpoint(path))
+    state[name] = state[name].clone()
+    state[name].view(-1)[0] = value
+    weights.save(path, state)
+
+
+# case: (part, tensor, value, what the line must hold)
+NOT_FINITE = {
+    "denoiser": (
+        "transformer",
+        "proj_out.weight",
+        float("nan"),
+        "latents are not finite after denoising step 1 of 2; weights of the denoiser are not",
+    ),
+    "text": (
+        "text_encoder",
+        "encoder.final_layer_norm.weight",
+        float("inf"),
+        "after denoising step 1 of 2; the text encoder's states are not finite",
+    ),
+    "vae": ("vae", "post_quant_conv.weight", float("nan"), "decoded pixels are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+@pytest.mark.parametrize("verb", ["generate", "eval"])
+def test_a_clip_that_is_not_finite_is_told_in_one_line_and_not_written(
+    capsys, tiny_copy: Path, case: str, verb: str
+):
+    part, name, value, text = NOT_FINITE[case]
+    fill(tiny_copy, name, part, value)
+    size = ["--size", "64x64", "--frames", "5", "--steps", "2"]
+    words = {
+        "generate": ["generate", PROMPT, "--model", str(tiny_copy), "-o", "a.mp4", *size],
+        "eval": ["eval", str(tiny_copy), "--prompts", "1", "-o", "found", *size],
+    }
+    assert cli.main(words[verb]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and text in errors[0]
+    assert {path.name for path in Path().rglob("*") if path.is_file()} <= {"recipe.json"}
+
+
+def test_a_number_that_can_only_overflow_is_refused(fail, tiny_folder: Path):
+    for words, rule in (
+        (["--guidance", "1e38"], "guidance_scale 1e+38"),
+        (["--guidance", "100.5"], "guidance_scale 100.5"),
+        (["--lora", "a.safetensors:1e30"], "lora.0.strength 1e+30"),
+        (["--lora", "a.safetensors:-101"], "lora.0.strength -101"),
+    ):
+        code, line = fail("generate", PROMPT, "--model", str(tiny_folder), *words)
+        assert (code, line.startswith(rule)) == (2, True), line
+        assert "100" in line.removeprefix(rule)
 
 
 class FullDisk(io.FileIO):

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from fastvideo import attention as patterns
 from fastvideo import hub, registry, sampler_note
 from fastvideo.config import Strict, merge, parse
-from fastvideo.spec import Spec
+from fastvideo.spec import GuidanceScale, LoraStrength, Spec
 
 MAX_SEED = 2**63 - 1
 # Larger seeds are legal; drawn ones stay short, since people read and type them.
@@ -28,7 +28,7 @@ class LoraUse(Strict):
     """A LoRA's file (or name on the hub), how strongly it counts, and its hash once it is known."""
 
     path: str = Field(min_length=1)
-    strength: float = Field(default=1.0, allow_inf_nan=False)
+    strength: LoraStrength = 1.0
     hash: str = ""
 
     def found(self) -> LoraUse:
@@ -51,7 +51,7 @@ class GenerateRequest(Strict):
     width: int | None = Field(default=None, ge=1)
     fps: int | None = Field(default=None, ge=1, le=240)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    guidance_scale: GuidanceScale | None = None
     seed: int | None = Field(default=None, ge=-1, le=MAX_SEED)
     attention: str | None = Field(default=None, description="such as dense or vsa(sparsity=0.8)")
     backend: str | None = Field(default=None, description="what computes it, such as gather")
@@ -128,7 +128,7 @@ class Plan(GenerateRequest):
     width: int = Field(ge=1)
     fps: int = Field(ge=1, le=240)
     num_inference_steps: int = Field(ge=1, le=1000)
-    guidance_scale: float = Field(ge=0, allow_inf_nan=False)
+    guidance_scale: GuidanceScale
     seed: int = Field(ge=0, le=MAX_SEED)
     attention: str = "dense"  # a recipe that does not say is older than the choice
     backend: str = "auto"

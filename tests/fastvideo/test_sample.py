@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvideo import attention, rng
+from fastvideo.errors import NotFiniteError
 from fastvideo.models.dit import wan
 from fastvideo.sample import guide, sample
 from fastvideo.schedulers import euler, few_step, unipc
@@ -206,3 +207,39 @@ def test_the_loop_never_waits_for_a_gpu(module, pattern):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("scheduler", "first"), [(unipc, 1), (euler, 0), (few_step, 2)])
+def test_the_loop_stops_at_the_first_step_whose_latents_are_not_finite(scheduler, first, bad):
+    calls = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        v = torch.zeros_like(x)
+        v[1, 0, 0, 0, 0] = bad if len(calls) > first else 0.0
+        return v
+
+    steps = sample(velocity, scheduler.Scheduler(), latents=LATENTS, num_steps=3)
+    done = []
+    with pytest.raises(NotFiniteError, match=f"after denoising step {first + 1} of 3"):
+        for step in steps:
+            done.append(step.index)
+    assert (done, len(calls)) == (list(range(first)), first + 1)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_flag_of_a_step_is_read_one_step_late_and_that_of_the_last_in_time():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for first, computed in ((0, 2), (2, 3)):
+        calls = []
+
+        def velocity(x: Tensor, t: Tensor, calls=calls, first=first) -> Tensor:
+            calls.append(t)
+            return torch.full_like(x, float("nan") if len(calls) > first else 0.0)
+
+        steps = sample(velocity, euler.Scheduler(), latents=LATENTS.cuda(), num_steps=3)
+        with pytest.raises(NotFiniteError, match=f"after denoising step {first + 1} of 3"):
+            list(steps)
+        assert len(calls) == computed

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,15 +10,16 @@ import torch
 from fastvideo_train.bundle import load_vae
 from fastvideo_train.data.latents import encode_pixels, encode_world
 from fastvideo_train.export import TOLERANCE, TrainClips, check, export, load_run
-from fastvideo_train.loop import Job
+from fastvideo_train.loop import Job, Validated, train
 from fastvideo_train.recipe import LatentsSpec
 from fastvideo_train.validate import Clips, validator
 from tiny_recipes import finish, tiny
 
-from fastvideo import hub
+from fastvideo import hub, weights
 from fastvideo import model as models
 from fastvideo.formats import diffusers as layout
 from fastvideo.models.classifier import read
+from fastvideo.weights import Checkpoint
 from fastvideo.worlds.shapes import World
 
 CLIPS = {"count": 3, "num_frames": 5, "height": 64, "width": 64}
@@ -220,6 +222,22 @@ def test_a_denoising_run_is_validated_by_what_the_parser_reads(vae_folder, tmp_p
     assert {"flicker", "right/colour", "right/all"} <= set(numbers)
     assert (tmp_path / "validate" / "step-00000004.png").is_file()
     assert "forward" in job.roles["student"].net.__dict__
+
+
+def test_a_validation_whose_clips_are_not_finite_is_reported_and_training_goes_on(
+    vae_folder, tmp_path, caplog
+):
+    broken = shutil.copytree(vae_folder, tmp_path / "broken")
+    path = next((broken / "vae").glob("*.safetensors"))
+    state = {name: tensor.clone() for name, tensor in Checkpoint(path).items()}
+    state["post_quant_conv.weight"].view(-1)[0] = math.nan
+    weights.save(path, state)
+    words = [f"validate.vae={broken}", "validate.steps=1", "run.validate_every=1", "run.steps=2"]
+    recipe = tiny("flow_matching", *WORDS, *words)
+    job = Job.open(recipe, tmp_path / "run", validate=validator(recipe, tmp_path))
+    made = [event for event in train(job) if isinstance(event, Validated)]
+    assert made == [Validated(1, {}), Validated(2, {})]
+    assert "validation at step 1 gives no numbers: decoded pixels are not finite" in caplog.text
 
 
 def test_a_validation_of_single_frames_has_no_flicker(vae_folder, tmp_path):

@@ -26,6 +26,7 @@ import torch
 
 from fastvideo import attention, registry
 from fastvideo.config import parse
+from fastvideo.errors import NotFiniteError
 from fastvideo.log import logger
 from fastvideo.parallel import rules
 from fastvideo.parallel.degrees import Degrees
@@ -329,10 +330,19 @@ def _check_finite(job: Job, value: float, batches: list[Batch], what: str) -> No
 
 def _validate(job: Job, validate: Validate, logs: Logs | None) -> Validated:
     with job.strategy.averaged() as roles, torch.no_grad():
-        metrics = job.world.on_first(lambda: dict(validate(roles, step=job.step)))
+        metrics = job.world.on_first(lambda: _validated(validate, roles, job.step))
     if logs:
         logs.write(job.step, metrics, prefix="validate")
     return Validated(job.step, metrics)
+
+
+def _validated(validate: Validate, roles: Mapping[str, Role], step: int) -> dict[str, float]:
+    """Return the numbers of a validation, none if its clips are not finite; training goes on."""
+    try:
+        return dict(validate(roles, step=step))
+    except NotFiniteError as error:
+        logger.warning("validation at step %d gives no numbers: %s", step, error)
+        return {}
 
 
 def _done(

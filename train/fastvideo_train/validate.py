@@ -24,7 +24,7 @@ from fastvideo.config import Strict, parse
 from fastvideo.measure import Frames, Reconstructed, Rendered
 from fastvideo.metrics.faithfulness import faithfulness, rates
 from fastvideo.model import Model
-from fastvideo.spec import Scheduler
+from fastvideo.spec import GuidanceScale, Scheduler
 from fastvideo_train.bundle import (
     bundle,
     check_latents,
@@ -75,7 +75,7 @@ class Prompts(Clips):
 
     vae: str
     steps: int = Field(default=20, ge=1)
-    guidance: float = Field(default=3.0, ge=0)
+    guidance: GuidanceScale = 3.0
     scheduler: Scheduler = Scheduler(name="euler")
     batch: int = Field(default=8, ge=1)
 

@@ -225,7 +225,7 @@ def _words(event: Event) -> str:
     if isinstance(event, Saved):
         return f"step {event.step}: saved {event.path}"
     if isinstance(event, Validated):
-        return f"step {event.step}: validated, {_numbers(event.metrics)}"
+        return f"step {event.step}: validated, {_numbers(event.metrics) or 'without numbers'}"
     left = timedelta(seconds=round(event.seconds_left))
     extra = {k: v for k, v in event.metrics.items() if k not in _SHOWN_ANYWAY}
     speed = f"{event.samples_per_s:.2f} samples/s"
