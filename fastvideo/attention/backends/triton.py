@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType
@@ -40,6 +41,7 @@ _CONFIGS = {
 }
 _FIXED_HALF = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 _FIXED = {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+_LAUNCHES = threading.Lock()
 
 
 def unsupported(need: Need) -> str | None:
@@ -118,11 +120,18 @@ def compile_s() -> float:
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     """Call a function that PyTorch's compiler must not look into."""
-    call: Callable[..., Tensor] = function.apply
+    call: Callable[..., Tensor] = _apply_alone
     if torch.compiler.is_compiling():  # otherwise `disable` would load the compiler, for seconds
         call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
     # Triton launches on the current device.
     with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
+        return call(function, *arguments)
+
+
+def _apply_alone(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """Launch from one thread at a time: Triton's tuner keeps a call's arguments in itself."""
+    call: Callable[..., Tensor] = function.apply
+    with _LAUNCHES:
         return call(*arguments)
 
 

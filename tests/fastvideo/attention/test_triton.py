@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -109,6 +110,18 @@ def test_interpreted_attention_with_a_coarse_branch_and_gate_gives_the_reference
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@interpreted
+def test_interpreted_calls_in_two_threads_give_what_each_gives_alone():
+    calls = []
+    for i, grid in enumerate((GRID, TokenGrid(3, 4, 4))):
+        tiles = plan(Vsa(top_k=1, tile=(2, 4, 4)), grid).tiles
+        calls.append((*draw(grid, count=3, seed=i), tiles, any_lists(tiles)))
+    alone = [triton.fine(*call) for call in calls]
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.map(lambda i: triton.fine(*calls[i % 2]), range(10))
+        assert all(torch.equal(out, alone[i % 2]) for i, out in enumerate(found))
 
 
 # without running a kernel
