@@ -31,7 +31,7 @@ class Model:
     """A bundle that stages read. Families share functions, not a base class: hence `Any`.
 
     folder: where it was loaded from; None for a model put together in memory.
-    loras: what is merged into the denoiser's weights now.
+    loras: what is merged into the denoiser's weights now, with the lock of threads that share them.
     decoder: what makes pixels of normalised latents in place of the VAE; None for the VAE itself.
     meshes: the processes that render together, each with whole networks of its own; `render` alone
         looks at it.

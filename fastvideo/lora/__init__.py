@@ -5,14 +5,19 @@ loras.use(net, [Use(Path("style.safetensors"), 0.8), Use(Path("motion.safetensor
 loras.use(net, [])  # the weights that it had before
 
 Merged, a LoRA costs nothing while a clip is made; the weights that it changed are kept on the CPU.
+Threads may share the network: `Loras.during` keeps the weights while an iterator is open.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +27,7 @@ from fastvideo.formats import wan
 from fastvideo.log import logger
 from fastvideo.lora.file import Entry, LoraFile, read, some
 
+T = TypeVar("T")
 _WHOLE = ("diff", "diff_b", "diff_m")
 
 
@@ -143,13 +149,30 @@ def spellings(params: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     return found
 
 
+@dataclass(eq=False)
+class _Claim:
+    """Keeps the weights as they are until its last reference is gone, however an iterator ends.
+
+    thread: the last one that computed an item, in which waiting for the end would never end.
+    """
+
+    thread: int
+
+
 class Loras:
-    """The LoRAs that are in one network's weights now, and what those weights were."""
+    """The LoRAs that are in one network's weights now, and what those weights were.
+
+    While an iterator of `during` is open, a call that needs other LoRAs waits if it is in another
+    thread; in the same one, where it would wait for itself, it raises `ValueError`. Iterators of
+    equal LoRAs never wait for each other's end, nor behind others that do.
+    """
 
     def __init__(self) -> None:
-        self.active: tuple[Use, ...] = ()
+        self.active: tuple[Use, ...] | None = ()
         self._kept: dict[str, Tensor] = {}
         self._told: set[tuple[Path, str]] = set()
+        self._lock = threading.RLock()  # held while weights change, and while an item is computed
+        self._claims: list[weakref.ref[_Claim]] = []
 
     def use(self, net: nn.Module, uses: Sequence[Use]) -> None:
         """Set the weights to what they were, plus strength * change of every use, rounded once.
@@ -157,17 +180,79 @@ class Loras:
         Nothing happens if they are so already. Raises `ValueError` for a file that does not fit,
         before any weight is changed. A strength of 0 changes no bit.
         """
-        wanted = tuple(use for use in uses if use.strength != 0)
+        self._claim(net, _nonzero(uses))  # and drop it
+
+    def during(
+        self, net: nn.Module, uses: Sequence[Use], items: Iterator[T]
+    ) -> Generator[T, None, None]:
+        """Return an iterator over `items`, which are computed with these LoRAs in the weights.
+
+        It is open from its first item until it ends, fails, is closed or is dropped. A lock is held
+        while an item is computed, never between two: iterators of equal LoRAs take turns.
+        Raises `ValueError` now for a file that does not fit.
+        """
+        wanted = _nonzero(uses)
+        if wanted != self.active:
+            collect(wanted, net, told=self._told)
+        return self._during(net, wanted, items)
+
+    def _during(
+        self, net: nn.Module, wanted: tuple[Use, ...], items: Iterator[T]
+    ) -> Generator[T, None, None]:
+        claim = self._claim(net, wanted)
+        try:
+            while True:
+                claim.thread = threading.get_ident()
+                with self._lock:
+                    try:
+                        item = next(items)
+                    except StopIteration:
+                        return
+                yield item
+        finally:
+            del claim  # a traceback would keep it with this frame
+
+    def _claim(self, net: nn.Module, wanted: tuple[Use, ...]) -> _Claim:
+        """Put LoRAs into the weights, as soon as no open iterator needs others."""
+        while True:
+            # Garbage collection may end a claim in any thread, even one that holds the lock: what
+            # it calls must not wait, and `put` never does.
+            ended: SimpleQueue[object] = SimpleQueue()
+            with self._lock:
+                ends = [] if wanted == self.active else self._open(ended.put)
+                if not ends:
+                    self._merge(net, wanted)
+                    self._claims = [ref for ref in self._claims if ref() is not None]
+                    claim = _Claim(threading.get_ident())
+                    self._claims.append(weakref.ref(claim))
+                    return claim
+                if threading.get_ident() in (thread for thread, _ in ends):
+                    raise ValueError(
+                        f"LoRAs {_words(wanted)} differ from {_words(self.active or ())}, which an"
+                        " open iterator of this thread needs; finish, close() or drop it first"
+                    )
+            ended.get()
+
+    def _open(self, report: Callable[[object], None]) -> list[tuple[int, weakref.ref[_Claim]]]:
+        """Return each claim's thread, and a weak reference that calls `report` at its end.
+
+        Not the claims: a traceback that held one would keep it open.
+        """
+        claims = (ref() for ref in self._claims)
+        return [(claim.thread, weakref.ref(claim, report)) for claim in claims if claim is not None]
+
+    def _merge(self, net: nn.Module, wanted: tuple[Use, ...]) -> None:
         if wanted == self.active:
             return
-        changes = collect(wanted, net, told=self._told)
+        changes, params = collect(wanted, net, told=self._told), dict(net.named_parameters())
+        self.active = None  # until it is known: a second interrupt may leave the way back half done
         try:
-            self._apply(dict(net.named_parameters()), changes)
+            self._apply(params, changes)
+            self.active = wanted
         except BaseException:  # an interrupt or no memory: half of a LoRA is none
-            self._apply(dict(net.named_parameters()), {})
+            self._apply(params, {})
             self.active = ()
             raise
-        self.active = wanted
 
     @torch.no_grad()
     def _apply(self, params: Mapping[str, Tensor], changes: Mapping[str, Sequence[Part]]) -> None:
@@ -212,6 +297,14 @@ def merged(weight: Tensor, parts: Sequence[Part]) -> Tensor:
     for strength, change in parts:
         total = total + change.times(strength, total)
     return total.to(weight.dtype)
+
+
+def _nonzero(uses: Sequence[Use]) -> tuple[Use, ...]:
+    return tuple(use for use in uses if use.strength != 0)
+
+
+def _words(uses: Sequence[Use]) -> str:
+    return f"({', '.join(f'{use.path.name}:{use.strength:g}' for use in uses) or 'none'})"
 
 
 def _changes(entry: Entry) -> dict[str, Change]:

@@ -5,14 +5,18 @@ pipe("a big red ball moving left at night", seed=1).save("ball.mp4")
 
 Under `torchrun`, processes make a clip together: `from_pretrained(..., parallel="ulysses=2")`. Each
 of them runs the same script, makes the same calls and gets the same clip; one writes it.
+
+Threads may share a pipeline: clips of equal LoRAs take turns, an event at a time; one that needs
+others waits for the open iterators of other threads (see `fastvideo.lora.Loras`).
 """
 
 from __future__ import annotations
 
 import atexit
 import dataclasses
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +96,7 @@ class VideoPipeline:
         self.model_id = model_id
         self.decoder_id = decoder_id
         self.loras: dict[str, LoraUse] = {}
+        self._thread = threading.get_ident()
 
     @classmethod
     def from_pretrained(
@@ -178,7 +183,7 @@ class VideoPipeline:
 
     def stream(
         self, prompt: str, *, latents: Tensor | None = None, **fields: Any
-    ) -> Iterator[Frames]:
+    ) -> Generator[Frames, None, None]:
         """Yield frames (H W 3 uint8) as they are decoded; a call's arguments, but `output`."""
         request = request_of(prompt=prompt, **fields)
         # Resolved now, so that an illegal request fails here and not at the first frame.
@@ -191,14 +196,18 @@ class VideoPipeline:
         *,
         latents: Tensor | None = None,
         preset: str = "text_to_video",
-    ) -> Iterator[Event]:
-        """Resolve the request and return its events; drop the iterator to cancel."""
+    ) -> Generator[Event, None, None]:
+        """Resolve the request and return its events; drop or `close()` the iterator to cancel.
+
+        From its first event to its end it needs its LoRAs in the weights. What needs others waits
+        in another thread, and raises `ValueError` in the same one.
+        """
         plan = self._with_loras(request).resolve(self.model.spec)
         plan, latents = self._agreed(plan, latents)
-        self._merge(plan.lora)  # now, so that one that does not fit fails here
         row = stages.PRESETS[preset]
         stages.check(row)
-        return stages.run(row, self.model, State(plan, noise=latents))
+        events = stages.run(row, self.model, State(plan, noise=latents))
+        return self.model.loras.during(self.model.dit, denoise.uses_of(plan.lora), events)
 
     def _agreed(self, plan: Plan, latents: Tensor | None) -> tuple[Plan, Tensor | None]:
         """Check that the processes at hand can make a clip, and take what the first of them asks.
@@ -211,6 +220,11 @@ class VideoPipeline:
         sharing.check(meshes.degrees, plan, self.model.spec, has_small_decoder=has_small)
         if meshes.axis("sample").size == 1:
             return plan, latents
+        if threading.get_ident() != self._thread:
+            raise ValueError(
+                "parallel: clips are made in the thread that loaded the pipeline, as all processes"
+                " must make them in the same order"
+            )
         asked = (plan, None if latents is None else latents.cpu())
         return with_first(asked, meshes.axis("sample"), meshes.device)
 
@@ -219,31 +233,34 @@ class VideoPipeline:
 
         The name is the file's unless given; the same name again is another strength or file.
         Raises `ValueError` if it does not fit the model, which then stays as it is, or is sampled
-        otherwise, as one that was distilled.
+        otherwise, as one that was distilled. Like `set_lora` and `unload_lora`, it waits for open
+        iterators of other threads that need other LoRAs, and is refused in the thread of one.
         """
         use = _parse_lora(path, strength).found()
         key = name or hub.find_lora(use.path).stem
-        self._set_loras({**self.loras, key: use})
+        self._set_lora(key, use)
         return key
 
     def set_lora(self, name: str, *, strength: float) -> None:
         """Change the strength of a loaded LoRA; `ValueError` for an unknown name."""
         old = self._known(name)
-        self._set_loras({**self.loras, name: _parse_lora(old.path, strength, old.hash)})
+        self._set_lora(name, _parse_lora(old.path, strength, old.hash))
 
     def unload_lora(self, name: str | None = None) -> None:
         """Drop a LoRA, or all; without any, the weights are what they were before, bit for bit."""
-        kept = {} if name is None else {k: v for k, v in self.loras.items() if k != name}
+        gone = list(self.loras) if name is None else [name]
         if name is not None:
             self._known(name)
-        self._set_loras(kept)
+        self._merge([use for key, use in {**self.loras}.items() if key not in gone])
+        for key in gone:
+            self.loras.pop(key, None)
 
-    def _set_loras(self, loras: dict[str, LoraUse]) -> None:
-        check_samplers(loras.values(), self.model.spec)
-        self._merge(tuple(loras.values()))
-        self.loras = loras
+    def _set_lora(self, name: str, use: LoraUse) -> None:
+        check_samplers([use], self.model.spec)
+        self._merge({**self.loras, name: use}.values())
+        self.loras[name] = use  # alone: another thread may have loaded its own meanwhile
 
-    def _merge(self, loras: Sequence[LoraUse]) -> None:
+    def _merge(self, loras: Iterable[LoraUse]) -> None:
         self.model.loras.use(self.model.dit, denoise.uses_of(loras))
 
     def _known(self, name: str) -> LoraUse:
@@ -316,7 +333,7 @@ def request_of(**fields: Any) -> GenerateRequest:
     return read_layers(("the call", {k: v for k, v in fields.items() if v is not None}))
 
 
-def _single_frames(events: Iterator[Event]) -> Iterator[Frames]:
+def _single_frames(events: Iterator[Event]) -> Generator[Frames, None, None]:
     for event in events:
         if isinstance(event, Chunk):
             yield from event.frames

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,21 +79,52 @@ def test_a_request_names_its_own_loras_instead_of_the_loaded_ones(pipe: VideoPip
     assert used == {"path": str(lora), "strength": -2.0, "hash": digest}
 
 
-def test_clips_of_other_loras_may_be_made_in_turns(pipe: VideoPipeline, lora: Path):
-    def events(**fields: object):
-        request = GenerateRequest.model_validate(
-            {"prompt": PROMPT, "seed": 3, "num_frames": 5, "num_inference_steps": 3, **fields}
-        )
-        return pipe.events(request, preset="text_to_latents")
+def test_clips_of_other_loras_in_two_threads_are_those_of_one(pipe: VideoPipeline, lora: Path):
+    before, texts = bits(pipe), [f"{lora}:0.5", f"{lora}:-1"]
+    alone = [latents(pipe, lora=[text]) for text in texts]
+    with ThreadPoolExecutor(2) as threads:
+        found = [*threads.map(lambda text: latents(pipe, lora=[text]), texts * 4)]
+    assert all(torch.equal(a, b) for a, b in zip(found, alone * 4, strict=True))
+    pipe.unload_lora()
+    assert all(torch.equal(before[name], tensor) for name, tensor in bits(pipe).items())
 
-    alone = [list(events(lora=[text]))[-1].state.latents for text in (f"{lora}:0.5", f"{lora}:-1")]
-    running = [events(lora=[f"{lora}:0.5"]), events(lora=[f"{lora}:-1"])]
-    last = [None, None]
-    while any(running):
-        for i, one in enumerate(running):
-            event = next(one, None) if one else None
-            last[i], running[i] = (event, one) if event else (last[i], None)
-    assert all(torch.equal(e.state.latents, a) for e, a in zip(last, alone, strict=True))
+
+def test_clips_of_equal_loras_take_turns_and_in_one_thread_others_are_refused(
+    pipe: VideoPipeline, lora: Path
+):
+    pipe.load_lora(lora, strength=0.5)
+    alone = [pipe(PROMPT, seed=seed, num_frames=5).frames for seed in range(2)]
+    streams = [pipe.stream(PROMPT, seed=seed, num_frames=5) for seed in range(2)]
+    frames = [next(zip(*streams, strict=True))]
+    changes = (
+        lambda: pipe.set_lora("comfy", strength=1),
+        lambda: pipe.load_lora(lora, name="other"),
+        pipe.unload_lora,
+        lambda: next(pipe.stream(PROMPT, lora=[])),
+    )
+    for change in changes:
+        with pytest.raises(ValueError, match=r"differ from \(comfy.safetensors:0.5\)"):
+            change()
+    frames += zip(*streams, strict=True)
+    for made, expected in zip(zip(*frames, strict=True), alone, strict=True):
+        assert (np.stack(made) == expected).all()
+    for change in changes:
+        change()
+
+
+def test_loras_that_threads_load_during_a_clip_wait_for_it_and_all_are_loaded(
+    pipe: VideoPipeline, lora: Path
+):
+    stream = pipe.stream(PROMPT, num_frames=5)
+    next(stream)
+    with ThreadPoolExecutor(2) as threads:
+        loading = [threads.submit(pipe.load_lora, lora, name=name) for name in "ab"]
+        while [f.f_code.co_name for f in sys._current_frames().values()].count("_claim") < 2:
+            time.sleep(0.001)
+        stream.close()
+    assert {thread.result() for thread in loading} == pipe.loras.keys() == {"a", "b"}
+    pipe.unload_lora("a")
+    assert pipe.loras.keys() == {"b"}
 
 
 def test_a_state_stored_half_way_goes_on_with_its_lora_in_another_process(

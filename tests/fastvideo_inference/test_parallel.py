@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def own_clips(rank: int, size: int, folder: Path) -> tuple[bool, int]:
 def test_replicas_make_clips_of_their_own_and_the_first_of_each_decides(ranks, tiny_folder: Path):
     clips = ranks(4, own_clips, tiny_folder)
     assert clips == [(True, 0), (False, 0), (True, 2), (False, 2)]
+
+
+def in_another_thread(rank: int, size: int, folder: Path) -> str:
+    pipe = open_pipe(folder, "guidance=2")
+    with ThreadPoolExecutor(1) as other:
+        return str(other.submit(pipe, PROMPT, num_frames=1).exception())
+
+
+def test_processes_make_their_clips_in_the_thread_that_loaded_the_model(ranks, tiny_folder: Path):
+    errors = ranks(2, in_another_thread, tiny_folder)
+    assert all("in the thread that loaded the pipeline" in error for error in errors)
 
 
 def command(rank: int, size: int, words: list[str]) -> tuple[int, list[str]]:

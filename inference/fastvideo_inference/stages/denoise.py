@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from fastvideo import hub, render
@@ -41,7 +41,8 @@ def run(model: Model, state: State) -> Iterator[Event]:
         )
         uses = uses_of(plan.lora)
         while True:
-            model.loras.use(model.dit, uses)  # other clips may bring theirs between two steps
+            # Where no pipeline holds them, other clips may bring theirs between two steps.
+            model.loras.use(model.dit, uses)
             step = next(steps, None)
             if step is None:
                 break
@@ -51,6 +52,6 @@ def run(model: Model, state: State) -> Iterator[Event]:
     yield Done(NAME, dataclasses.replace(state, solver=None))
 
 
-def uses_of(loras: Sequence[LoraUse]) -> list[Use]:
+def uses_of(loras: Iterable[LoraUse]) -> list[Use]:
     """Find the files of a plan's LoRAs, in the form that the model's `loras` takes."""
     return [Use(hub.find_lora(one.path), one.strength, one.hash) for one in loras]

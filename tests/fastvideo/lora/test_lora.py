@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_loras import ALPHA, KINDS, RANK, original, pairs, spelled, write, write_as
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastvideo import model as models
 from fastvideo.lora import Loras, Use, fit
@@ -349,6 +356,170 @@ def test_one_module_under_two_names_is_refused(net: WanDiT, tmp_path: Path):
     tensors = {**spelled("bare", maps)[0], **spelled("peft", maps)[0]}
     with pytest.raises(ValueError, match=r"has blocks\.0\.\w+\.\w+ twice, also as"):
         fit(read(write(tmp_path / "a.safetensors", tensors)), net)
+
+
+# Failures and threads
+
+
+class Failing(TorchFunctionMode):
+    """Fails the operation of a number; `again` all after it too, as by a second ^C."""
+
+    def __init__(self, at: int, error: type[BaseException], again: bool) -> None:
+        super().__init__()
+        self.left, self.error, self.again = at, error, again
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0 or (self.left < 0 and self.again):
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(torch.OutOfMemoryError, False), (KeyboardInterrupt, False), (KeyboardInterrupt, True)],
+)
+def test_wherever_merging_fails_the_weights_return_exactly(
+    error: type[BaseException], again: bool, net: WanDiT, tmp_path: Path
+):
+    first = one(write_as("bare", tmp_path / "1", pairs(net, only=("attn2.to_q", "attn2.to_k"))))
+    second = one(write_as("bare", tmp_path / "2", pairs(net, only=("attn2.to_k", "ffn.net.2"))))
+    loras, found = Loras(), {(): weights_of(net)}
+    for use in (second, first):
+        loras.use(net, use)
+        found[loras.active] = weights_of(net)
+    for at in range(1, 1000):
+        try:
+            with Failing(at, error, again):
+                loras.use(net, second)
+        except error:
+            if not again:  # nothing was changed, or all is undone
+                assert loras.active in ((), tuple(first))
+                assert same(found[loras.active], net.state_dict())
+        else:
+            break
+        for use in ([], first) if at % 2 else (first, [], first):
+            loras.use(net, use)
+            assert same(found[tuple(use)], net.state_dict())
+    assert at > 100 and same(found[tuple(second)], net.state_dict())
+
+
+@pytest.fixture
+def uses(net: WanDiT, tmp_path: Path) -> list[list[Use]]:
+    return [one(write_as("bare", tmp_path / str(i), pairs(net, seed=i))) for i in range(2)]
+
+
+def items(fails: bool = False) -> Iterator[int]:
+    yield from range(4)
+    if fails:
+        raise RuntimeError("in the middle")
+
+
+def opened(loras: Loras, net: WanDiT, use: list[Use], given: Iterator) -> Iterator:
+    iterator = loras.during(net, use, given)
+    next(iterator)
+    return iterator
+
+
+def fail(iterator: Iterator) -> object:
+    with pytest.raises(RuntimeError, match="in the middle") as error:
+        list(iterator)
+    return error
+
+
+def lose(iterator: Iterator) -> None:
+    cycle = [iterator]
+    cycle.append(cycle)
+
+
+ENDS = {"finish": list, "close": lambda x: x.close(), "drop": id, "lose": lose, "fail": fail}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_the_thread_of_an_open_iterator_is_refused_other_loras_until_its_end(
+    end: str, is_moved: bool, net: WanDiT, uses: list[list[Use]]
+):
+    loras = Loras()
+    with ThreadPoolExecutor(1) as other:
+        begin = (lambda *a: other.submit(opened, *a).result()) if is_moved else opened
+        iterator = begin(loras, net, uses[0], items(end == "fail"))
+    next(iterator)  # from here on it is this thread's, whoever began it
+    loras.use(net, uses[0])
+    with pytest.raises(ValueError, match=r"\(none\) .* open iterator of this thread") as refusal:
+        loras.use(net, [])
+    kept = ENDS[end](iterator)  # an error, whose traceback has the iterator's frame
+    del iterator
+    gc.collect()
+    loras.use(net, [])
+    assert loras.active == () and "\n" not in str(refusal.value)
+    del kept
+
+
+def test_an_iterator_opens_at_its_first_item_and_its_files_are_checked_before(
+    net: WanDiT, uses: list[list[Use]], tmp_path: Path
+):
+    loras = Loras()
+    first, second = (loras.during(net, use, items()) for use in uses)
+    assert loras.active == () and next(second) == 0 and loras.active == tuple(uses[1])
+    with pytest.raises(ValueError, match="open iterator of this thread"):
+        next(first)
+    bad = write(tmp_path / "bad.safetensors", {"blocks.0.self_attn.q.diff": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=r"bad.safetensors does not fit"):
+        loras.during(net, one(bad), items())
+    assert list(second) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_other_threads_wait_until_its_end(end: str, net: WanDiT, uses: list[list[Use]]):
+    loras, found = Loras(), []
+    iterator = opened(loras, net, uses[0], items(end == "fail"))
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(2):
+            threads.submit(lambda: found.extend(loras.during(net, uses[1], items())))
+        wait_for_claims(2)
+        assert loras.active == tuple(uses[0]) and not found
+        ENDS[end](iterator)
+        del iterator
+        gc.collect()
+    assert sorted(found) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def wait_for_claims(count: int) -> None:
+    """Return when that many threads stand in front of open iterators."""
+    while [f.f_code.co_name for f in sys._current_frames().values()].count("_claim") < count:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_iterator_may_be_collected_while_the_lock_is_held(
+    elsewhere: bool, net: WanDiT, uses: list[list[Use]]
+):
+    def collecting() -> Iterator[int]:
+        with ThreadPoolExecutor(1) as other:
+            yield other.submit(gc.collect).result() if elsewhere else gc.collect()
+
+    loras = Loras()
+    lose(opened(loras, net, uses[0], items()))
+    assert list(loras.during(net, uses[0], collecting())) != [0]
+    loras.use(net, [])
+
+
+def test_iterators_of_equal_loras_take_turns_in_two_threads(net: WanDiT, uses: list[list[Use]]):
+    loras, meeting, inside = Loras(), threading.Barrier(2, timeout=60), []
+
+    def alone() -> Iterator[int]:
+        for i in items():
+            inside.append(i)
+            time.sleep(0.001)
+            assert inside == [i]
+            yield inside.pop()
+
+    def run(use: list[Use]) -> list[int]:
+        return [meeting.wait() * 0 + i for i in loras.during(net, use, alone())]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, [uses[0]] * 2)) == [[0, 1, 2, 3]] * 2
 
 
 def _copy(net: WanDiT) -> WanDiT:
