@@ -2,6 +2,7 @@
 
 Upright, in square pixels, over black where they are transparent, and chosen by their times: frame k
 is what is on screen k / fps seconds after the first. Audio is ignored, HDR is refused by name.
+Matrix and range are those of a file's tags; primaries and SDR transfers are not converted.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ CONTAINERS = {
     ".ogv": "ogg",
     ".gif": "gif",
 }
-HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
-UNSPECIFIED_COLORSPACE = 2
+# Code points of ITU-T H.273: transfer characteristics, and matrices from RGB to YUV.
+HDR = {16: "PQ", 18: "HLG"}
+MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
+UNTAGGED = {0, 2, 3}  # RGB itself, unspecified and reserved, none of which says what YUV is
 HD_LINES = 720  # from here on untagged colours are BT.709 by convention, below BT.601
 # Matroska rounds times to milliseconds: a frame counts as on screen this much before its time.
 EARLY_S = Fraction(2, 1000)
@@ -104,6 +107,9 @@ def probe(path: str | Path, *, decode: bool = False) -> Footage:
         transfer = HDR.get(first.color_trc)
         if transfer:
             raise UnusableError(f"HDR ({transfer}) is not converted; make an SDR version of it")
+        if first.colorspace not in MATRICES.keys() | UNTAGGED:
+            legal = ", ".join(dict.fromkeys(MATRICES.values()))
+            raise UnusableError(f"unsupported colour matrix {first.colorspace}; supported: {legal}")
         is_transposed, *mirrors = _orientation(first)
         if decode:
             for frame in frames:
@@ -270,33 +276,39 @@ def _picture(frame: Any, stream: Any, view: View) -> Frames:
     """Return a frame as it is seen (H W 3): over black, scaled, upright, cut."""
     import av
     import numpy as np
-    from av.video.reformatter import Colorspace, Interpolation
 
     is_transposed, flip_x, flip_y = _orientation(frame)
     width, height = reversed(view.scaled) if is_transposed else view.scaled
-    space = None
-    if frame.colorspace == UNSPECIFIED_COLORSPACE:
-        is_hd = min(frame.width, frame.height) >= HD_LINES
-        space = Colorspace.ITU709 if is_hd else Colorspace.ITU601
     if _has_alpha(frame):
-        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+        rgba = _rgb(frame, "rgba").to_ndarray().astype(np.uint16)
         over_black = (rgba[..., :3] * rgba[..., 3:] + 127) // 255
         frame = av.VideoFrame.from_ndarray(over_black.astype(np.uint8), format="rgb24")
-        space = None
-    scaled = frame.reformat(
-        width=width,
-        height=height,
-        format="rgb24",
-        src_colorspace=space,
-        # bicubic widens when it shrinks; the flags give the same bytes on every machine
-        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
-        threads=1,
-    )
-    rgb = scaled.to_ndarray()
+    rgb = _rgb(frame, "rgb24", width, height).to_ndarray()
     rgb = rgb.swapaxes(0, 1) if is_transposed else rgb
     rgb = rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
     cut: Frames = rgb[view.top : view.top + view.height, view.left : view.left + view.width]
     return cut
+
+
+def _rgb(frame: Any, pixels: str, width: int | None = None, height: int | None = None) -> Any:
+    """Return a frame in RGB, by the matrix and range of its tags, or a size's convention."""
+    from av.video.reformatter import Colorspace, Interpolation
+
+    space = None
+    if frame.colorspace in UNTAGGED:
+        is_hd = min(frame.width, frame.height) >= HD_LINES
+        space = Colorspace.ITU709 if is_hd else Colorspace.ITU601
+    # bicubic widens when it shrinks; the flags give the same bytes on every machine, and without
+    # full chroma colours come out darker than they are, by 1.3 of 255 on average
+    exact = Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+    return frame.reformat(
+        width=width,
+        height=height,
+        format=pixels,
+        src_colorspace=space,
+        interpolation=Interpolation.BICUBIC | exact,
+        threads=1,
+    )
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from odd_videos import SIZE, levels, truncated, write, write_sound
+from odd_videos import COLOURS, SIZE, flat, levels, truncated, write, write_flat, write_sound
 from PIL import Image
 
 from fastvideo import footage
@@ -139,21 +138,39 @@ def test_a_view_scales_and_then_cuts(tmp_path):
     assert np.abs(seen[4:].astype(int) - [0, 255, 0]).max() <= 8
 
 
-@pytest.mark.parametrize(("size", "space"), [((1280, 720), "ITU709"), ((48, 32), "ITU601")])
-def test_untagged_colours_are_those_of_the_size_s_convention(tmp_path, size, space):
-    from av.video.reformatter import Colorspace
+HD, SD = (1280, 720), (96, 64)
 
-    colour = np.full((size[1], size[0], 3), (200, 40, 90), np.uint8)
-    with av.open(str(tmp_path / "a.mp4"), "w") as file:
-        stream = file.add_stream("mpeg4", rate=16, options={"qscale": "1"})
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        frame = av.VideoFrame.from_ndarray(colour, "rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace[space]
-        )
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    seen = read(tmp_path / "a.mp4", count=1, view=View(size, 0, 0, 16, 16))
-    assert np.abs(seen.astype(int) - [200, 40, 90]).max() <= 6
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "size", "matrix", "tag", "full"),
+    [
+        ("libx264", "yuv420p", SD, 1, 1, False),
+        ("libx264", "yuv420p", HD, 6, 6, False),
+        ("libx264", "yuv444p", SD, 9, 9, False),
+        ("libx264", "yuv420p", HD, 1, 1, True),
+        ("libx264", "yuvj420p", SD, 6, 6, True),
+        ("libx264", "yuvj420p", HD, 1, 2, True),  # from here on without a tag that tells a matrix
+        ("libx264", "yuv420p", SD, 6, 2, False),
+        ("libx264", "yuv420p", HD, 1, 2, False),
+        ("libx264", "yuv420p", HD, 1, 0, False),
+        ("libvpx-vp9", "yuva420p", HD, 1, 2, False),
+    ],
+)
+def test_colours_are_those_of_the_tags_or_of_the_size_s_convention(
+    tmp_path, codec, pixels, size, matrix, tag, full
+):
+    name = "a.mp4" if codec == "libx264" else "a.webm"
+    path = write_flat(tmp_path / name, codec, pixels, size, matrix, tag=tag, full=full)
+    seen = read(path, count=len(COLOURS), view=View(size, 0, 0, 16, 16))
+    error = seen - flat((16, 16)).astype(int)
+    assert np.abs(error).max() <= 2
+    assert np.abs(error.mean((0, 1, 2))).max() < 0.6  # neither darker nor tinted
+
+
+def test_matrices_that_are_not_converted_are_refused_with_those_that_are(tmp_path):
+    path = write_flat(tmp_path / "a.mp4", "libx264", "yuv420p", SD, 1, tag=8, full=False)
+    with pytest.raises(UnusableError, match=r"colour matrix 8; supported: BT\.709, .*BT\.2020$"):
+        footage.probe(path)
 
 
 def test_sound_is_ignored(tmp_path):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from odd_videos import flat, write_flat
 
-from fastvideo import media
+from fastvideo import footage, media
 
 TAGS = {"comment": json.dumps({"prompt": 'größer "than" {life}; \\n'}), "recipe": "own key"}
 
@@ -38,6 +41,47 @@ def test_frames_come_back_close_to_what_was_written(written: Path):
     frames, fps = media.read_video(written)
     assert (frames.dtype, frames.shape, fps) == (np.uint8, (9, 34, 90, 3), 16.0)
     assert np.abs(frames.astype(int) - clip().astype(int)).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "step"),
+    [((32, 48), 1), ((34, 90), 1), ((480, 854), 2), ((1280, 720), 4), ((1080, 1920), 4)],
+)
+def test_colours_come_back_in_every_reader(tmp_path: Path, shape: tuple, step: int):
+    shown = flat(shape)[::step]
+    path = media.write_video(tmp_path / "a.mp4", shown, fps=16)
+    view = footage.View(shape[::-1], 0, 0, *shape[::-1])
+    with av.open(str(path)) as file:
+        plain = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    for frames, most in [
+        (media.read_video(path)[0], 2),
+        (footage.read(path, fps=16, num_frames=len(shown), view=view), 2),
+        (np.stack(plain), 3),
+    ]:
+        assert np.abs(frames - shown.astype(np.int16)).max() <= most
+
+
+@pytest.mark.parametrize("shape", [(34, 90), (720, 1280)])
+def test_colours_are_tagged_in_the_container_and_in_the_stream(tmp_path: Path, shape: tuple):
+    path = media.write_video(tmp_path / "a.mp4", flat(shape)[:1], fps=16)
+    data = path.read_bytes()
+    assert b"colrnclx" + struct.pack(">HHHB", 1, 1, 6, 0) in data  # as in ITU-T H.273
+    path.write_bytes(data.replace(b"colrnclx", b"freenclx"))  # what the stream itself says is left
+    with av.open(str(path)) as file:
+        said = file.streams.video[0].codec_context
+        assert (said.color_primaries, said.color_trc) == (1, 1)
+        assert (said.colorspace, said.color_range) == (6, 1)
+
+
+@pytest.mark.parametrize(("tag", "full"), [(1, False), (6, True), (2, False)])
+def test_files_of_others_are_read_by_their_tags(tmp_path: Path, tag: int, full: bool):
+    matrix = 6 if tag == 2 else tag  # untagged as our own older files
+    size = (1280, 720) if tag == 2 else (96, 64)
+    path = tmp_path / "a.mp4"
+    write_flat(path, "libx264", "yuv420p", size, matrix, tag=tag, full=full)
+    error = media.read_video(path)[0] - flat(size[::-1]).astype(int)
+    assert np.abs(error).max() <= 2
+    assert np.abs(error.mean((0, 1, 2))).max() < 0.6
 
 
 def test_tags_come_back_word_for_word(written: Path):

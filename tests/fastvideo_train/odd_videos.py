@@ -13,6 +13,17 @@ import numpy as np
 STEP = 12  # grey levels from one frame to the next
 SIZE = (48, 32)
 
+# Primaries, extremes, greys, and what is neither.
+COLOURS = np.array(
+    [
+        *[(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255), (128, 128, 128)],
+        *[(200, 60, 20), (20, 60, 200), (16, 235, 90), (250, 5, 130)],
+    ],
+    np.uint8,
+)
+# Shares of red and blue in luma, by matrix of ITU-T H.273: BT.709, BT.601, BT.2020.
+LUMA = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
+
 Picture = Callable[[int], np.ndarray]
 
 
@@ -65,6 +76,38 @@ def write(
         if sound is not None:
             _silence(file, sound)
     return path
+
+
+def flat(shape: tuple[int, int]) -> np.ndarray:
+    """Return a clip (T H W 3) of which each frame is one of `COLOURS`."""
+    return np.broadcast_to(COLOURS[:, None, None], (len(COLOURS), *shape, 3))
+
+
+def write_flat(
+    path: Path, codec: str, pixels: str, size: tuple[int, int], matrix: int, *, tag: int, full: bool
+) -> Path:
+    """Write `COLOURS` as YUV by the standard's own formulas; `tag` is the matrix that it names."""
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream(codec, rate=16, options={"crf": "2"})
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
+        stream.codec_context.colorspace = tag
+        stream.codec_context.color_range = 1 + full
+        for colour in COLOURS:
+            frame = av.VideoFrame(*size, pixels)
+            frame.colorspace, frame.color_range = tag, 1 + full
+            for plane, value in zip(frame.planes, [*_yuv(colour, matrix, full), 255], strict=False):
+                plane.update(bytes([value]) * plane.buffer_size)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def _yuv(colour: np.ndarray, matrix: int, full: bool) -> list[int]:
+    (red, blue), (r, g, b) = LUMA[matrix], colour / 255
+    luma = red * r + (1 - red - blue) * g + blue * b
+    lift, scale, swing = (0, 255, 255) if full else (16, 219, 224)
+    chroma = [(b - luma) / (1 - blue) / 2, (r - luma) / (1 - red) / 2]
+    return [round(lift + scale * luma), *(min(255, round(128 + swing * c)) for c in chroma)]
 
 
 def write_sound(path: Path) -> Path:
