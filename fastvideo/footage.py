@@ -377,7 +377,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise UnusableError(f"wrong extension: {path.suffix} holds {names[0]}")
             if not container.streams.video:
                 raise UnusableError("has no video track")
-            yield container, container.streams.video[0]
+            stream: Any = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UnusableError("unknown codec: there is no decoder for it")
+            yield container, stream
     except av.FFmpegError as error:
         reason = "truncated, or not a video" if (error.errno or 0) > 1000 else error.strerror
         raise UnusableError(f"cannot be read: {reason}") from None

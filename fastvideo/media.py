@@ -291,6 +291,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
         with iio.imopen(path, "r", plugin="pyav") as file:
+            stream: Any = file._video_stream
+            if stream.codec_context is None:  # which the plugin does not expect
+                raise IndexError("there is no decoder for the file's codec")
             yield file
     except (av.FFmpegError, IndexError, StopIteration, ValueError) as error:
         raise ValueError(f"{path} is not a video that can be read: {_reason(error)}") from None

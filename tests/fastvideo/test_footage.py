@@ -186,6 +186,8 @@ def test_files_that_are_no_videos_are_refused_with_their_reason(tmp_path):
     write(tmp_path / "other.webm", "libvpx-vp9").rename(tmp_path / "other.mp4")
     write_sound(tmp_path / "sound.mp4")
     (tmp_path / "folder.mp4").mkdir()
+    codec = write(tmp_path / "codec.webm", "libvpx-vp9")
+    codec.write_bytes(codec.read_bytes().replace(b"V_VP9", b"V_VP0"))
     reasons = {}
     for path in tmp_path.iterdir():
         with pytest.raises(UnusableError) as caught:
@@ -199,6 +201,7 @@ def test_files_that_are_no_videos_are_refused_with_their_reason(tmp_path):
         "other": "wrong extension: .mp4 holds matroska",
         "sound": "has no video track",
         "folder": "cannot be read: Is a directory",
+        "codec": "unknown codec: there is no decoder for it",
     }
 
 

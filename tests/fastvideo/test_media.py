@@ -194,11 +194,13 @@ def test_checking_an_output_leaves_no_file(tmp_path: Path):
     assert list(path.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "head"])
+@pytest.mark.parametrize("damage", ["text", "empty", "head", "codec"])
 def test_a_file_that_is_no_video_is_a_one_line_value_error(
     tmp_path: Path, written: Path, damage: str
 ):
-    data = {"text": b"hello " * 99, "empty": b"", "head": written.read_bytes()[:300]}[damage]
+    whole = written.read_bytes()
+    codec = whole.replace(b"avc1", b"zzz1")
+    data = {"text": b"hello " * 99, "empty": b"", "head": whole[:300], "codec": codec}[damage]
     path = tmp_path / "bad.mp4"
     path.write_bytes(data)
     for read in (media.read_metadata, media.read_facts, media.read_video):
