@@ -111,7 +111,8 @@ def denoise(
 
 def _cause(model: Model, cond: Any, guidance_scale: float) -> str:
     """Return in words what most likely made latents that are not finite."""
-    loras = ", ".join(f"{use.path.name} at strength {use.strength:g}" for use in model.loras.active)
+    active = model.loras.active or ()
+    loras = ", ".join(f"{use.path.name} at strength {use.strength:g}" for use in active)
     if not all(bool(p.isfinite().all()) for p in model.dit.parameters()):
         return f"weights of the denoiser are not finite{loras and f' with LoRA {loras}'}"
     if not all(bool(x.isfinite().all()) for x in vars(cond).values() if isinstance(x, Tensor)):
