@@ -369,6 +369,8 @@ class Failing(TorchFunctionMode):
         self.left, self.error, self.again = at, error, again
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch._C._set_grad_enabled:  # or the tests after this one had no gradients
+            return func(*args, **(kwargs or {}))
         self.left -= 1
         if self.left == 0 or (self.left < 0 and self.again):
             raise self.error
