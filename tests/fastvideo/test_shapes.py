@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvideo.shapes import Compression, LatentShape, PixelShape, TokenGrid
@@ -29,6 +29,7 @@ families = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(c=families, t=st.integers(1, 30), h=st.integers(1, 30), w=st.integers(1, 30))
 def test_latents_decode_to_the_clip_that_they_came_from(c, t, h, w):
     down, across = c.pixel_multiple
@@ -38,6 +39,7 @@ def test_latents_decode_to_the_clip_that_they_came_from(c, t, h, w):
     assert latent.tokens(c.patch) == TokenGrid(t, h, w)
 
 
+@settings(deadline=None)
 @given(frames=st.integers(-10, 200), height=st.integers(-50, 900), width=st.integers(-50, 900))
 def test_what_an_error_offers_is_legal(frames, height, width):
     sizes = {"num_frames": frames, "height": height, "width": width}

@@ -3,13 +3,14 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from fastvideo_train.data.clips import ClipBatches
 from toy_world import World
+
+from tests.processes import has_ended
 
 SIZES = {"seed": 3, "batch": 4, "num_frames": 5, "height": 16, "width": 24}
 
@@ -133,18 +134,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         text=True,
         timeout=60,
     )
-    deadline = time.monotonic() + 20
-    while _alive(int(done.stdout)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _alive(int(done.stdout))
-
-
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert has_ended(int(done.stdout))
 
 
 @pytest.mark.parametrize(

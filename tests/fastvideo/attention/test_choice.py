@@ -20,10 +20,24 @@ def name_of(backend) -> str:
     return backend.__name__.rpartition(".")[2]
 
 
-def test_short_sequences_train_with_bmm_on_a_cpu_and_long_ones_with_sdpa():
+@pytest.fixture(params=[True, False], ids=["amx", "no amx"])
+def has_amx(request, monkeypatch) -> bool:
+    """Whichever processor this is, one with AMX tiles and one without."""
+    abilities = {"amx_tile": request.param}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    return request.param
+
+
+def test_short_sequences_take_bmm_on_a_cpu_with_amx_only_to_train_the_shortest(has_amx):
     few = plan(Dense(), TokenGrid(5, 4, 4))
-    assert name_of(choose(layout=few, needs_grad=True, **COMMON)) == "bmm"
-    assert name_of(choose(layout=LARGE, needs_grad=True, **COMMON)) == "sdpa"
+    wanted = [
+        (few, True, "bmm"),
+        (few, False, "sdpa" if has_amx else "bmm"),
+        (SMALL, True, "sdpa" if has_amx else "bmm"),
+        (LARGE, True, "sdpa"),
+    ]
+    for layout, needs_grad, name in wanted:
+        assert name_of(choose(layout=layout, needs_grad=needs_grad, **COMMON)) == name
 
 
 def test_float32_on_a_cpu_is_left_to_sdpa():
@@ -119,16 +133,10 @@ def test_a_pattern_is_parsed_by_name_and_refuses_what_it_does_not_know():
         parse("dense", {"tile": 4})
 
 
-def test_a_backend_that_is_named_for_a_sparse_pattern_leaves_cross_attention_to_another():
+def test_a_backend_that_is_named_for_a_sparse_pattern_leaves_cross_attention_to_another(has_amx):
     layout = plan(Vsa(sparsity=0.5), TokenGrid(4, 8, 8))
-    attend = select(
-        "gather",
-        layout=layout,
-        num_text_tokens=32,
-        dtype=torch.bfloat16,
-        device="cpu",
-        needs_grad=False,
-        head_dim=96,
-    )
-    assert name_of(attend.self_backend) == "gather"
-    assert name_of(attend.cross_backend) == "bmm"
+    how = {"layout": layout, "num_text_tokens": 32, **COMMON}
+    for needs_grad, cross in ((True, "bmm"), (False, "sdpa" if has_amx else "bmm")):
+        attend = select("gather", needs_grad=needs_grad, **how)
+        assert name_of(attend.self_backend) == "gather"
+        assert name_of(attend.cross_backend) == cross

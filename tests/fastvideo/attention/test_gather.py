@@ -116,7 +116,7 @@ def test_a_sparsity_that_rises_compiles_twice_at_most():
 
 
 MEMORY = """
-import resource, sys, torch
+import torch
 from fastvideo.attention import Vsa, plan
 from fastvideo.attention.backends import gather
 from fastvideo.shapes import TokenGrid
@@ -126,8 +126,9 @@ def call(grid):
     q = torch.zeros(1, grid.num_tokens, 4, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         gather.attend(q, q, q, layout, q)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def peak():  # ru_maxrss would begin with that of the process that started this one
+    status = open("/proc/self/status").read().split()
+    return int(status[status.index("VmHWM:") + 1]) // 1024
 call(TokenGrid(4, 4, 4))
 before = peak()
 call(TokenGrid(8, 32, 33))
@@ -135,14 +136,14 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux notes the peak")
 def test_a_forward_adds_a_few_times_its_inputs_to_the_memory():
     """8,448 uneven tokens: q is 4 MiB, the scores of all pairs would be 544 MiB."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 120, "MiB"
+    assert 4 < int(done.stdout) < 120, "MiB"
 
 
 # gather

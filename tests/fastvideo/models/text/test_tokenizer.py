@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvideo.model import load
@@ -39,6 +39,7 @@ def test_cleaning_is_that_of_wan_pipeline(prompt: str):
     assert clean(prompt) == module.prompt_clean(prompt)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40) | st.text("&#lt;ampx0123456789\x1c\x85 \u3000ÃÂ©â€", max_size=40))
 def test_cleaning_is_that_of_wan_pipeline_for_any_text(prompt: str):
     module = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
@@ -91,6 +92,7 @@ def test_words_are_whole_ids_and_unknown_words_are_their_bytes(tmp_path: Path):
     assert tokenizer.vocab_size == 263
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_no_text_meets_the_unknown_token(tmp_path_factory, text: str):
     folder = tmp_path_factory.getbasetemp() / "words"
