@@ -1,5 +1,7 @@
 """A pool of processes that tests use as ranks: started once a session, joined anew for each call.
 
+They are forked off a process that imported torch and no more, so that a new one costs no second.
+
 def work(rank: int, size: int) -> float: ...     # at the top of a test file, gloo is there
 assert ranks(3, work) == [1.0, 1.0, 1.0]         # the fixture `ranks`; arguments follow
 """
@@ -15,11 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 120.0
+IMPORTED = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
 
 
 class RankError(AssertionError):
@@ -30,7 +32,8 @@ class Ranks:
     """Processes that call one function together; those that fail or hang are replaced."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTED)
         self._workers: list[tuple[Any, Any]] = []
 
     def __call__(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -51,7 +54,8 @@ class Ranks:
     def close(self) -> None:
         """End every process."""
         for process, _ in self._workers:
-            process.kill()
+            if process.is_alive():  # the number of one that died may be another process's by now
+                process.kill()
             process.join()
         self._workers.clear()
 
@@ -73,8 +77,6 @@ class Ranks:
 
 
 def _serve(pipe: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun does; else accelerate sets as many as cores
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             rank, size, store, function, args = pipe.recv()
