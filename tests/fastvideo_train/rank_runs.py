@@ -105,17 +105,14 @@ class Own(Alive):
             address = storage.data_ptr()
         except RuntimeError:  # a cut tensor's; its rows are a tensor of their own
             return
-        if not _is_mapped(address):
+        if storage._cdata not in self._known and not _is_mapped(address):
             super()._note(storage)
 
 
 def _is_mapped(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *_, file = line.split()
-        first, last = (int(word, 16) for word in span.split("-"))
-        if first <= address < last:
-            return file.endswith((".safetensors", ".pt"))
-    return False
+    with Path("/proc/self/maps").open() as lines:
+        spans = [x.split()[0].split("-") for x in lines if x.endswith((".safetensors\n", ".pt\n"))]
+    return any(int(first, 16) <= address < int(last, 16) for first, last in spans)
 
 
 def held(rank: int, size: int, recipe: Recipe, name: str) -> dict[str, Any]:

@@ -1,32 +1,25 @@
-"""The demonstration on two processes, tiny: started as a user does, equal to one process."""
+"""The demonstration on two processes, tiny, started by torchrun: equal to one process."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import scaling
-from tiny_recipes import CONFIGS, ROOT
+from tiny_recipes import CONFIGS
 
 
-def test_two_processes_have_the_losses_of_one_and_hold_less(tmp_path):
+def test_two_processes_have_the_losses_of_one_and_hold_less(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.jsonl"
-    command = [
-        sys.executable,
-        str(ROOT / "train/bench/scaling.py"),
-        str(CONFIGS / "dit-image.toml"),
-    ]
-    command += ["--smoke", "--size", "2", "8", "8", "--batch", "2", "--only", "fsdp2"]
-    done = subprocess.run(
-        [*command, "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["--smoke", "--size", "2", "8", "8", "--batch", "2", "--only", "fsdp2"]
+    argv = ["scaling.py", str(CONFIGS / "dit-image.toml"), *words, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        scaling.main()
+    assert not ended.value.code
     (line,) = out.read_text().splitlines()
     record = json.loads(line)
     one, two = record["runs"]["single"], record["runs"]["fsdp2"]
@@ -34,7 +27,7 @@ def test_two_processes_have_the_losses_of_one_and_hold_less(tmp_path):
     assert len(set(one["losses"])) == 3 and len(two["losses"]) == 3
     assert two["losses_apart"] <= 1e-5 and two["gradient_norms_apart"] <= 1e-4
     assert two["estimated_mib"] < one["estimated_mib"]
-    assert "correctness, not speed" in record["says"] and record["says"] in done.stdout
+    assert "correctness, not speed" in record["says"] and record["says"] in capsys.readouterr().out
 
 
 def test_the_greatest_difference_of_any_step_is_noted():

@@ -66,16 +66,17 @@ def test_the_kernels_agree_with_the_reference_in_the_interpreter():
 
 @interpreted
 @pytest.mark.parametrize(
-    ("grid", "tile", "size"),
+    ("grid", "tile", "size", "batch"),
     [
-        (GRID, (2, 4, 4), 16),  # whole, half and quarter tiles
-        (TokenGrid(1, 3, 9), (4, 4, 4), 24),  # one frame, rest of a chunk, odd heads
-        (TokenGrid(5, 4, 5), (5, 4, 4), 16),  # a tile of two blocks
+        (GRID, (2, 4, 4), 16, 1),  # whole, half and quarter tiles
+        (TokenGrid(1, 3, 9), (4, 4, 4), 24, 2),  # one frame, rest of a chunk, odd heads
+        (TokenGrid(5, 4, 5), (5, 4, 4), 16, 1),  # a tile of two blocks
     ],
 )
-def test_interpreted_given_lists_give_the_reference(grid, tile, size):
+def test_interpreted_given_lists_give_the_reference(grid, tile, size, batch):
     tiles = plan(Vsa(top_k=1, tile=tile), grid).tiles
-    check(tiles, any_lists(tiles, count=min(2, tiles.num)), *draw(grid, size=size))
+    lists = any_lists(tiles, batch=batch, count=min(2, tiles.num))
+    check(tiles, lists, *draw(grid, batch=batch, size=size))
 
 
 @interpreted
