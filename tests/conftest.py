@@ -1,13 +1,20 @@
-"""Tiny random model folders, shared by all tests."""
+"""Tiny random model folders, shared by all tests; how many processes test, of how many threads."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch reads them, and for every process of a test: workers share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import torch
 
 from fastvideo.formats import diffusers as layout
@@ -39,6 +46,25 @@ WORDS = [
     "day",
 ]
 TEXT_DIM, Z_DIM = 32, 4
+MOST_WORKERS = 4  # each holds a gigabyte, and starts ranks of its own
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Test folders with a process per core, unless -n, -m, --pdb or -p no:xdist says otherwise.
+
+    Files and single tests that are named stay in this process, as do the heavy proofs of `full`.
+    """
+    option = config.option
+    is_worker = hasattr(config, "workerinput")
+    is_asked = "numprocesses" not in option or option.numprocesses is not None or option.tx
+    if is_worker or is_asked or option.usepdb or option.markexpr != "not full":
+        return
+    if all(Path(config.invocation_params.dir, word).is_dir() for word in config.args):
+        is_linux = sys.platform == "linux"
+        cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
+        option.numprocesses = min(MOST_WORKERS, cores)
+        option.dist = "worksteal"
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +75,10 @@ def ranks() -> Iterator[Ranks]:
     pool.close()
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as ranks have: other numbers sum in other orders, and bits differ."""
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """As many as ranks have, whatever a recipe of the test before set: other sums, other bits."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -55,16 +55,11 @@ warmup = 2
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty current folder; the recipes set torch's threads, which are given back."""
-    folder, before, threads = (
-        tmp_path_factory.mktemp("journey"),
-        Path.cwd(),
-        torch.get_num_threads(),
-    )
+    """An empty current folder."""
+    folder, before = tmp_path_factory.mktemp("journey"), Path.cwd()
     os.chdir(folder)
     yield folder
     os.chdir(before)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

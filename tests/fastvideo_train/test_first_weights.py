@@ -17,8 +17,6 @@ from torch import Tensor
 from fastvideo import weights as files
 from fastvideo.models.dit.wan import KEEP_FLOAT32
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FSDP2 = "run.strategy=fsdp2"
 
 

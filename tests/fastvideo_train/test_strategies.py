@@ -28,8 +28,6 @@ from tiny_recipes import tiny
 from fastvideo.parallel.degrees import Degrees
 from tests.ranks import RankError, Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 METHODS = ["flow_matching", "vae", "dmd"]
 OTHERS = ["decoder", "perflow", "classify", "consistency", "lora"]
 STRATEGIES = ["accelerate", "fsdp2"]
