@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ _FAILED = "fastvideo/failed"
 
 def everybody() -> Axis:
     """Return all processes that have joined, as one axis."""
-    return Axis("world", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+    return Axis("world", dist.get_world_size(), dist.get_rank(), weakref.ref(dist.group.WORLD))
 
 
 def with_first(value: T, axis: Axis, device: torch.device) -> T:

@@ -7,7 +7,9 @@ with joined(device) as own:
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its defaults keep a group that is there on import
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo import env
@@ -75,7 +78,8 @@ def build(degrees: Degrees, device: torch.device) -> Meshes:
             if groups not in made:  # equal axes share a group, and so its communicator
                 made[groups] = _own_group(groups)
             group = made[groups]
-            axes[name] = Axis(name, degrees.of(name), dist.get_rank(group), group)
+            ref = weakref.ref(group)
+            axes[name] = Axis(name, degrees.of(name), dist.get_rank(group), ref)
     return Meshes(degrees, axes, device, dist.get_rank())
 
 
@@ -86,19 +90,29 @@ def joined(device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[torch
     For the time of a block; yields this process's own device: "cuda" becomes that of its local
     rank, and talks by NCCL, others by gloo. Alone, or where somebody joined already, nothing is
     joined. Raises `ValueError` if there are more processes than devices.
+
+    Whatever holds a group, such as a network of FSDP2, must be gone by the end of the block. Only
+    the last reference ends gloo's threads, and a thread that lets go of a tensor while the
+    interpreter ends aborts the process (SIGABRT).
     """
-    if env.world_size() == 1 or dist.is_initialized():
+    if dist.is_initialized():
         yield device
         return
-    own = _own(device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    backend = "nccl" if own.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    own = device if env.world_size() == 1 else _join(device, timedelta(seconds=timeout_s))
     try:
         yield own
     finally:
-        dist.destroy_process_group()
+        gc.collect()  # networks hold groups in cycles
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device, timeout: timedelta) -> torch.device:
+    own = _own(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
+    return own
 
 
 def _own(device: torch.device) -> torch.device:

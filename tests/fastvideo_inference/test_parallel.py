@@ -276,6 +276,26 @@ def test_torchrun_makes_the_clip_of_one_process_and_only_the_first_speaks(
     assert np.abs(ours - media.read_video("other.mp4")[0]).max() > 30
 
 
+KEPT = """
+import atexit, sys, weakref
+from fastvideo import VideoPipeline
+
+groups = []
+atexit.register(lambda: print([ref() for ref in groups]))  # after the pipeline's own
+pipe = VideoPipeline.from_pretrained(sys.argv[1], dtype="float32", parallel="guidance=2")
+axes = [pipe.model.meshes.axis("guidance"), pipe.model.meshes.axis("sample")]
+groups.extend(weakref.ref(axis.group) for axis in axes)
+pipe("a red ball", seed=1, num_frames=1, height=32, width=32, num_inference_steps=1)
+"""
+
+
+def test_no_group_outlives_a_script_that_keeps_its_pipeline(tiny_folder: Path, tmp_path: Path):
+    """One whose thread is late would abort a process whose work is done."""
+    (tmp_path / "kept.py").write_text(KEPT)
+    code, out, _ = ended(torchrun("kept.py", str(tiny_folder), folder=tmp_path))
+    assert (code, out.splitlines()) == (0, ["[None, None]"] * 2)
+
+
 def test_torchrun_with_a_wrong_product_ends_with_one_line_and_2(tiny_folder: Path, tmp_path: Path):
     words = words_for(tiny_folder, "--parallel", "ulysses=3")
     run = torchrun("-m", "fastvideo", *words, folder=tmp_path)

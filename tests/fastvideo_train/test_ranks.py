@@ -20,6 +20,7 @@ from fastvideo_train.methods import StepKey
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.world import World
 from rank_runs import opened, same, small, weights
+from test_strategies_deepspeed import runs as deepspeed_runs
 from tiny_recipes import CONFIGS, ROOT, finish, tiny
 
 from fastvideo.parallel import mesh
@@ -28,6 +29,7 @@ from fastvideo.parallel.degrees import Degrees
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGE = str(CONFIGS / "dit-image.toml")
+VSA = "configs/train/wan-1.3b/vsa.toml"
 
 
 # What processes agree on
@@ -217,7 +219,7 @@ def test_the_first_rank_validates_whole_averaged_networks_and_all_learn_the_numb
 
 
 def launched(
-    run_dir: Path, *sets: str, program: tuple[str, ...] = ("-m", "fastvideo")
+    run_dir: Path, *sets: str, program: tuple[str, ...] = ("-m", "fastvideo"), recipe: str = IMAGE
 ) -> subprocess.Popen[str]:
     """`fastvideo train` in several processes, as a user starts it."""
     words = [w for s in ("run.dtype=float32", "run.batch=4", *sets) for w in ("--set", s)]
@@ -225,7 +227,7 @@ def launched(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", *program, "train"),
-            *(IMAGE, "--smoke", "--run-dir", str(run_dir), *words),
+            *(recipe, "--smoke", "--run-dir", str(run_dir), *words),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -343,6 +345,61 @@ def test_an_error_of_another_rank_than_the_first_is_told_once_and_ends_the_run(t
     assert running.returncode != 0
     assert lines == ["error: a batch that only this rank has is bad (rank 1)"], err
     assert Checkpoints(tmp_path / "r" / "checkpoints").latest().name == "step-00000002"
+
+
+ENDING = """
+import os, sys, weakref
+from contextlib import suppress
+from fastvideo.cli import main
+from fastvideo_train.world import World
+from torch.distributed.distributed_c10d import _world
+
+any_, groups = World.any, []
+
+def last(self, *flags):
+    if len(flags) == 1:
+        groups.extend(map(weakref.ref, _world.pg_map))
+        if os.environ["RANK"] == sys.argv[1]:
+            starve()
+    return any_(self, *flags)
+
+def starve():
+    core = {min(os.sched_getaffinity(0))}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, core)
+            if thread != os.getpid():
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    sys.setswitchinterval(1e6)
+
+World.any = last
+code = main(sys.argv[2:])
+assert groups and not any(ref() for ref in groups)
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="starves threads as Linux does")
+@pytest.mark.parametrize(
+    ("strategy", "rank", "recipe"),
+    [
+        ("accelerate", 0, IMAGE),
+        ("accelerate", 1, IMAGE),
+        ("fsdp2", 1, IMAGE),  # its Muon fills other caches of DTensor
+        ("fsdp2", 0, VSA),
+        pytest.param("deepspeed", 0, VSA, marks=deepspeed_runs),
+    ],
+    ids=lambda value: Path(str(value)).stem,
+)
+def test_no_group_outlives_a_run_though_its_threads_are_late(strategy, rank, recipe, tmp_path):
+    """On one rank the main thread comes first from the last exchange on, as on a loaded machine."""
+    (tmp_path / "ending.py").write_text(ENDING)
+    program = (str(tmp_path / "ending.py"), str(rank))
+    sets = (f"run.strategy={strategy}", "run.steps=1", "roles.text.trainable=false")
+    running = launched(tmp_path / "r", *sets, program=program, recipe=recipe)
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert out.count("step 1: saved") == 1
 
 
 def test_a_launch_that_cannot_be_is_refused_in_one_line_each(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -109,7 +108,7 @@ def test_muon_is_refused_by_name():
 
 
 def test_a_missing_package_is_refused_with_the_extra_that_brings_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr("fastvideo_train.strategies.deepspeed.deepspeed", None)
     recipe = small("vae", "run.strategy=deepspeed")
     with pytest.raises(ValueError, match=r"needs the package deepspeed; .*pip install -e '\.\["):
         strategies.find(recipe).check(recipe, Degrees())

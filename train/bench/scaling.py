@@ -21,13 +21,16 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvideo_train import recipe as recipes
 from fastvideo_train.recipe import Recipe
 
 from fastvideo import timing
 from fastvideo.config import merge, parse
+
+if TYPE_CHECKING:
+    from fastvideo_train.world import World
 
 RECIPE = "configs/train/nano/dit-image.toml"
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -128,7 +131,6 @@ def work(plan: Path) -> None:
     """Train as one of torchrun's processes; the first writes losses, bytes and seconds."""
     import torch  # late: the process that only waits needs none of it
     from fastvideo_train import memory
-    from fastvideo_train.loop import Job, StepDone, train
     from fastvideo_train.world import World
 
     from fastvideo import env
@@ -138,14 +140,7 @@ def work(plan: Path) -> None:
     degrees = recipe.degrees(env.world_size())
     with mesh.joined(torch.device("cpu")) as device:
         world = World(mesh.build(degrees, device))
-        job = Job.open(recipe, plan.parent / "run", world=world)
-        done, seconds, began = [], [], time.perf_counter()
-        for event in train(job):
-            if not isinstance(event, StepDone):
-                continue
-            seconds.append(time.perf_counter() - began)
-            done.append(event.metrics)
-            began = time.perf_counter()
+        done, seconds = trained(recipe, plan.parent / "run", world)
     if world.is_first:
         answer = {
             "degrees": {axis: n for axis, n in degrees.model_dump().items() if n > 1},
@@ -156,6 +151,24 @@ def work(plan: Path) -> None:
             "step_s": round(statistics.median(seconds[1:] or seconds), 4),
         }
         (plan.parent / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+def trained(
+    recipe: Recipe, folder: Path, world: World
+) -> tuple[list[Mapping[str, float]], list[float]]:
+    """Return metrics and seconds of each step; the networks are gone before processes part."""
+    from fastvideo_train.loop import Job, StepDone, train
+
+    job = Job.open(recipe, folder, world=world)
+    done, seconds, began = [], [], time.perf_counter()
+    for event in train(job):
+        if not isinstance(event, StepDone):
+            continue
+        seconds.append(time.perf_counter() - began)
+        done.append(event.metrics)
+        began = time.perf_counter()
+    job.strategy.close()
+    return done, seconds
 
 
 def report(record: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastvideo.parallel import mesh
+from fastvideo.parallel import agree, mesh
 from fastvideo.parallel.degrees import Degrees, parse
 
 
@@ -82,6 +82,25 @@ def test_the_last_axis_holds_neighbours_and_runs_of_axes_are_flat(ranks):
 def test_a_group_adds_what_its_own_ranks_hold(ranks):
     assert ranks(4, sums, Degrees(data=2, ring=2), "sequence") == [11, 11, 1100, 1100]
     assert ranks(4, sums, Degrees(data=2, ring=2), "batch") == [101, 1010, 101, 1010]
+
+
+def parted(rank: int, size: int) -> tuple[list[bool], list[bool]]:
+    meshes = mesh.build(Degrees(guidance=2), torch.device("cpu"))
+    axes = [meshes.axis("guidance"), meshes.axis("sample"), agree.everybody()]
+    before = [axis.group is not None for axis in axes]
+    dist.destroy_process_group()
+    return before, [axis.group is not None for axis in axes]
+
+
+def test_an_axis_that_is_kept_does_not_keep_its_group(ranks):
+    assert ranks(2, parted) == [([True] * 3, [False] * 3)] * 2
+
+
+def test_one_process_leaves_a_group_that_a_block_made():
+    """As DeepSpeed makes one, alone too."""
+    with mesh.joined(torch.device("cpu")):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert not dist.is_initialized()
 
 
 def test_a_group_of_another_size_is_refused(ranks):

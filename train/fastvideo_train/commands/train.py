@@ -67,14 +67,11 @@ def train(
             return OK
         degrees = parsed.degrees(env.world_size())
         parsed = _placed(parsed)
-    with _together(parsed.run.device, degrees) as world:
+    limit = math.inf if max_minutes is None else 60 * max_minutes
+    with _together(parsed, degrees) as world:
         with refusing():
             world.on_first(lambda: _settle(folder, resume))
-        with _lock(folder, world), _stop_signals(world.size) as stopped:
-            with refusing():
-                job = _open(parsed, folder, world)
-            limit = math.inf if max_minutes is None else 60 * max_minutes
-            return _run(job, stopped, max_seconds=limit)
+        return _run(parsed, folder, world, max_seconds=limit)
 
 
 def _placed(recipe: Recipe) -> Recipe:
@@ -88,17 +85,19 @@ def _placed(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def _together(device: str, degrees: Degrees) -> Iterator[World]:
+def _together(recipe: Recipe, degrees: Degrees) -> Iterator[World]:
     """Join the other processes of the run for the time of a block."""
     import torch
 
     from fastvideo.launched import together
     from fastvideo.parallel import mesh
+    from fastvideo_train import strategies
     from fastvideo_train.world import World
 
     with ExitStack() as stack:
         with refusing():  # more processes than devices
-            own = stack.enter_context(together(torch.device(device)))
+            strategies.find(recipe)  # a package may keep the group that is there on its import
+            own = stack.enter_context(together(torch.device(recipe.run.device)))
         yield World(mesh.build(degrees, own))
 
 
@@ -112,7 +111,15 @@ def _open(recipe: Recipe, folder: Path, world: World) -> Job:
     return loop.Job.open(recipe, folder, validate=validator(recipe, folder), world=world)
 
 
-def _run(job: Job, stopped: Callable[[], bool], *, max_seconds: float) -> int:
+def _run(recipe: Recipe, folder: Path, world: World, *, max_seconds: float) -> int:
+    """Open the job and train it; its networks are gone before the processes part."""
+    with _lock(folder, world), _stop_signals(world.size) as stopped:
+        with refusing():
+            job = _open(recipe, folder, world)
+        return _train(job, stopped, max_seconds=max_seconds)
+
+
+def _train(job: Job, stopped: Callable[[], bool], *, max_seconds: float) -> int:
     from fastvideo_train.loop import train as run
 
     is_first = job.world.is_first
@@ -124,6 +131,7 @@ def _run(job: Job, stopped: Callable[[], bool], *, max_seconds: float) -> int:
     if job.step < job.recipe.run.steps and is_first:
         print(f"stopped at step {job.step}; the same command goes on from there")
     (is_stopped,) = job.world.any(stopped())
+    job.strategy.close()
     return INTERRUPTED if is_stopped else OK
 
 

@@ -68,6 +68,9 @@ class Strategy(Protocol):
     def load_more(self, folder: Path) -> None:
         """Restore what `save_more` wrote, after `load_state_dict`."""
 
+    def close(self) -> None:
+        """Drop the references to process groups that a package keeps, before processes part."""
+
 
 def find(recipe: Recipe) -> Any:
     """Return the class that `[run] strategy` names; `ValueError` for an unknown name."""

@@ -275,6 +275,9 @@ class Masters:
     def load_more(self, folder: Path) -> None:
         """Read nothing."""
 
+    def close(self) -> None:
+        """Drop nothing: networks hold no process group."""
+
 
 def outline_of(net: nn.Module) -> nn.Module:
     """Return a copy of a network whose parameters have shapes alone."""

@@ -32,6 +32,11 @@ from fastvideo_train.recipe import OptimSpec, Recipe
 from fastvideo_train.roles import Role
 from fastvideo_train.strategies._masters import Masters, outline_of, with_weights
 
+try:  # before processes join: its defaults keep the group that is there on import
+    import deepspeed
+except ModuleNotFoundError:
+    deepspeed = None
+
 FOLDER = "deepspeed"
 ZERO_3_SERVES = ("classifier",)
 """Kinds of networks whose modules are all called by `forward`, with plain tensors."""
@@ -192,6 +197,12 @@ class Strategy(Masters):
         for name, one in self._engines.items():
             one.engine.load_checkpoint(str(folder / FOLDER), tag=name)
 
+    def close(self) -> None:
+        """Take the engines' hooks off, and destroy all process groups, DeepSpeed's own too."""
+        for one in self._engines.values():
+            one.engine.destroy()
+        _package().comm.destroy_process_group()
+
     @property
     def _cut(self) -> str:
         c, size = self.config, self.meshes.degrees.world_size
@@ -245,11 +256,9 @@ def _engine(role: Role, params: Mapping[str, nn.Parameter], spec: OptimSpec, con
 
 
 def _package() -> Any:
-    try:
-        import deepspeed
-    except ModuleNotFoundError:
+    if deepspeed is None:
         raise ValueError(
             "run.strategy 'deepspeed' needs the package deepspeed;"
             " DS_BUILD_OPS=0 pip install -e '.[train]'"
-        ) from None
+        )
     return deepspeed

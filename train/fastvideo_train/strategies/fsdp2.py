@@ -251,6 +251,11 @@ class Strategy(Masters):
                 weights[name] = whole.to(role.compute_dtype(name))
         return with_weights(self._outlines[role.name], role, weights) if weights else role
 
+    def close(self) -> None:
+        """Take the process groups out of the mesh, which DTensor's caches keep for ever."""
+        if not self.is_alone:
+            self.meshes.replicas_by_weights._pg_registry.clear()
+
 
 def _whole(role: Role) -> set[str]:
     """Return what a cut network has whole: what is float32 in it, and what a method froze, which
