@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 
 from fastvideo.formats import diffusers as layout
+from fastvideo.log import logger
 from fastvideo.model import Model, load
 from fastvideo.models.dit.wan import WanConfig, WanDiT
 from fastvideo.models.text.tokenizer import build_word_tokenizer
@@ -79,6 +82,22 @@ def ranks() -> Iterator[Ranks]:
 def one_thread() -> None:
     """As many as ranks have, whatever a recipe of the test before set: other sums, other bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def unconfigured_log() -> None:
+    """As before any command, which sends the lines of its whole process elsewhere."""
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have processes hear SIGINT, which a shell makes ignored for all that it starts behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

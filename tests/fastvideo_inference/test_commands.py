@@ -253,6 +253,7 @@ def test_broken_weights_are_one_line_with_code_1(generate, tiny_copy: Path):
     assert weights.name in err[0]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_no_half_file_and_exits_with_130(tiny_folder: Path):
     words = [sys.executable, "-m", "fastvideo", "generate", PROMPT, "--model", str(tiny_folder)]
     run = subprocess.Popen(

@@ -366,6 +366,7 @@ def test_a_process_that_is_killed_ends_all(tiny_folder: Path, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_all(tiny_folder: Path, tmp_path: Path):
     run = in_the_middle(tiny_folder, tmp_path)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to every process

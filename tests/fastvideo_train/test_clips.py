@@ -89,6 +89,7 @@ def test_an_error_in_a_worker_is_raised_with_its_cause():
         next(ClipBatches("test_clips:Broken", **SIZES, workers=1).prefetch())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_workers_without_a_word(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(
