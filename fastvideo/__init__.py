@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvideo_inference.events import Chunk, Done, Progress
     from fastvideo_inference.pipeline import Video, VideoPipeline
-    from fastvideo_inference.request import GenerateRequest
 
     from fastvideo.hub import bundled as bundled_models
     from fastvideo.hub import open_spec
+    from fastvideo.sampling import GenerateRequest
+    from fastvideo.stages import Chunk, Done, Progress
 
 __version__ = "0.1.0"
 
@@ -29,10 +29,10 @@ __all__ = [
 
 # public name: where it is
 _PUBLIC = {
-    "Chunk": "fastvideo_inference.events:Chunk",
-    "Done": "fastvideo_inference.events:Done",
-    "GenerateRequest": "fastvideo_inference.request:GenerateRequest",
-    "Progress": "fastvideo_inference.events:Progress",
+    "Chunk": "fastvideo.stages:Chunk",
+    "Done": "fastvideo.stages:Done",
+    "GenerateRequest": "fastvideo.sampling:GenerateRequest",
+    "Progress": "fastvideo.stages:Progress",
     "Video": "fastvideo_inference.pipeline:Video",
     "VideoPipeline": "fastvideo_inference.pipeline:VideoPipeline",
     "bundled_models": "fastvideo.hub:bundled",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastvideo import __version__, env, log
+from fastvideo.errors import FAILED, INTERRUPTED, OK, USAGE, RefusedError, one_line
 from fastvideo.registry import did_you_mean
 
 # verb: (where its function is, what it does)
@@ -41,25 +41,10 @@ VERBS = {
 }
 IN_MANY = ("generate", "train")
 """Verbs that may run in several processes of a launcher at once."""
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
 _FIRST_SPEAKS_S = 5.0
 
 # Typer's own base of all usage errors, whichever click it was built on.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
-
-
-class RefusedError(ValueError):
-    """What the user asked for is illegal, found out before any work was done: exit code 2."""
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turn `ValueError` and `OSError` raised while a request is read into `RefusedError`."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise RefusedError(one_line(error)) from error
 
 
 class Verbs(TyperGroup):
@@ -115,20 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(
             f"error: {one_line(error)}", USAGE if isinstance(error, RefusedError) else FAILED
         )
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's message as one line, with its type where users can only report it."""
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and text:
-        return text
-    hint = "FASTVIDEO_LOG=debug shows where"
-    return (
-        f"{type(error).__name__}: {text} ({hint})" if text else f"{type(error).__name__} ({hint})"
-    )
 
 
 def _group() -> Any:

@@ -30,11 +30,6 @@ def clean_from(x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
     return x - sigma * v
 
 
-def noise_from(x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return the noisy end that x and its velocity point to: x + (1 - sigma) v."""
-    return x + (1 - sigma) * v
-
-
 def guided(v_uncond: Tensor, v_cond: Tensor, scale: float) -> Tensor:
     """Return v_uncond + scale (v_cond - v_uncond) in float32 (guidance, 2207.12598)."""
     base = v_uncond.float()

@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastvideo import env, formats, registry
@@ -23,7 +26,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)/(?P<file>.+\.safetensors)")
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _ADAPTER_CONFIG = "adapter_config.json"  # PEFT keeps alpha there
-_SMALL_FILES = ("*.json", "*.txt", "*.model")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "decoders/*")
 _WEIGHTS = ("*.safetensors", "*.pth")
 
 
@@ -44,25 +47,46 @@ def is_remote(name: str) -> bool:
     return name not in bundled() and not near and bool(_HUB_NAME.fullmatch(name))
 
 
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that was found: the name asked for, its spec, its folder.
+
+    Without `has_weights` only the small files of a hub repository are there; see `fetched`.
+    """
+
+    name: str
+    spec: Spec
+    folder: Path
+    has_weights: bool = True
+
+
 def open_spec(name_or_path: str | Path, *, weights: bool = False) -> tuple[Spec, Path]:
+    """Return spec and folder of `open_model`."""
+    found = open_model(name_or_path, weights=weights)
+    return found.spec, found.folder
+
+
+def open_model(name_or_path: str | Path, *, weights: bool = False) -> OpenModel:
     """Find a model and read (or derive) its spec, with the dims of its networks filled in.
 
-    weights: fetch the weights too, if the model is on the hub.
+    weights: fetch the weights too, if the model is on the hub, once its small files are all right.
     Raises a one-line `ValueError` for an unknown name, a folder that is no model, a wrong spec.
     """
-    folder = _locate(str(name_or_path), weights=weights)
-    layout = formats.find(folder)
-    own = specs.read(folder)
-    if own is None:
-        derived: Spec = layout.derive_spec(folder)
-        for line in derived.derived:
-            logger.info("%s has no %s; %s", folder.name, specs.FILE_NAME, line)
-        # a hub snapshot's folder is named by its commit
-        title = str(name_or_path) if folder.parent.name == "snapshots" else derived.name
-        spec = derived.model_copy(update={"name": title})
-    else:
-        spec = _filled(own, layout.configs(folder), folder)
-    return spec.model_copy(update={"unknown_keys": layout.unknown_keys(folder)}), folder
+    name = str(name_or_path)
+    folder = _local(name)
+    found = _read(name, folder or _download(name, _SMALL_FILES), has_weights=folder is not None)
+    return fetched(found) if weights else found
+
+
+def fetched(found: OpenModel) -> OpenModel:
+    """Return a model with its weights here, those of the commit that its small files are of.
+
+    Its spec is derived anew: whether a network has VSA's gates may stand in its weights alone.
+    """
+    if found.has_weights:
+        return found
+    folder = _download(found.name, (*_SMALL_FILES, *_WEIGHTS), revision=found.folder.name)
+    return _read(found.name, folder, has_weights=True)
 
 
 def find_lora(name: str | Path) -> Path:
@@ -124,7 +148,24 @@ def _filled(spec: Spec, configs: dict[str, dict[str, object]], folder: Path) -> 
     return spec.model_copy(update=networks)
 
 
-def _locate(name: str, *, weights: bool) -> Path:
+def _read(name: str, folder: Path, *, has_weights: bool) -> OpenModel:
+    layout = formats.find(folder)
+    own = specs.read(folder)
+    if own is None:
+        derived: Spec = layout.derive_spec(folder)
+        for line in derived.derived if has_weights else ():
+            logger.info("%s has no %s; %s", folder.name, specs.FILE_NAME, line)
+        # a hub snapshot's folder is named by its commit
+        title = name if folder.parent.name == "snapshots" else derived.name
+        spec = derived.model_copy(update={"name": title})
+    else:
+        spec = _filled(own, layout.configs(folder), folder)
+    spec = spec.model_copy(update={"unknown_keys": layout.unknown_keys(folder)})
+    return OpenModel(name, spec, folder, has_weights)
+
+
+def _local(name: str) -> Path | None:
+    """Return the folder of a bundled name or a path; None for a name on the hub."""
     if name in bundled():
         return ZOO / name
     folder = Path(name).expanduser()
@@ -133,8 +174,7 @@ def _locate(name: str, *, weights: bool) -> Path:
     if folder.is_file():
         raise ValueError(f"model {name!r} is a file; give the folder that holds all of its parts")
     if _HUB_NAME.fullmatch(name) and not name.startswith("."):
-        patterns = [*_SMALL_FILES, *(_WEIGHTS if weights else ())]
-        return _download(name, patterns)
+        return None
     names = bundled()
     known = ", ".join(names) or "none"
     hint = registry.did_you_mean(name, names)
@@ -158,7 +198,7 @@ def _sha256(stats: tuple[tuple[str, int, int], ...]) -> str:
 @functools.lru_cache(maxsize=64)
 def _lora_snapshot(repository: str, *patterns: str) -> Path:
     """Ask the hub once for each process: a LoRA is looked up for every clip."""
-    return _download(repository, list(patterns), what="LoRA")
+    return _download(repository, patterns, what="LoRA")
 
 
 def _only_lora(folder: Path, name: str, *, anything: bool = True) -> Path:
@@ -171,13 +211,16 @@ def _only_lora(folder: Path, name: str, *, anything: bool = True) -> Path:
     raise ValueError(f"LoRA {name!r} must name one file: {name}/file.safetensors ({have})")
 
 
-def _download(name: str, patterns: list[str], *, what: str = "model") -> Path:
+def _download(
+    name: str, patterns: Sequence[str], *, what: str = "model", revision: str | None = None
+) -> Path:
     """Return the snapshot of a hub repository; one that was fetched before needs no network."""
     from huggingface_hub import snapshot_download
 
     offline = env.is_offline()
+    fetch = partial(snapshot_download, allow_patterns=[*patterns], local_files_only=offline)
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        return Path(fetch(name, revision=revision) if revision else fetch(name))
     except Exception as error:  # the client raises its own, httpx's and the system's errors
         reason = str(error).strip().partition("\n")[0]
         state = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else reason

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 
 from fastvideo import env
-from fastvideo.cli import FAILED, INTERRUPTED, USAGE, RefusedError, one_line
+from fastvideo.errors import FAILED, INTERRUPTED, USAGE, RefusedError, one_line
 from fastvideo.parallel import mesh
 from fastvideo.parallel.agree import is_first_to_fail
 

@@ -1,7 +1,7 @@
 """A model held against a world's truth, clip by clip; evaluation and training's validation call it.
 
 reconstructed(vae, world, clip)           how much of a true clip its VAE keeps
-rendered(model, world, clips, seeds=...)  how much of its prompt a made clip shows
+rendered(model, world, clips, requests)   how much of its prompt a made clip shows
 Judge(folder)(frames)                     features to compare clips by, and labels
 """
 
@@ -17,13 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastvideo import render
 from fastvideo.metrics.faithfulness import Row, faithfulness
 from fastvideo.metrics.flicker import flicker
 from fastvideo.metrics.psnr import psnr
 from fastvideo.metrics.ssim import ssim
 from fastvideo.model import Model
 from fastvideo.models import classifier
+from fastvideo.sampling import SamplingParams
+from fastvideo.stages import make
+from fastvideo.stages.decode import to_uint8
 from fastvideo.worlds import Clip, World
 
 Frames = npt.NDArray[np.uint8]
@@ -80,7 +82,7 @@ def reconstructed(vae: Any, world: World, clip: Clip, *, decoder: Any = None) ->
     pixels_THWC = torch.from_numpy(true).to(like.device, torch.float32) / 127.5 - 1
     z = vae.encode(pixels_THWC.permute(3, 0, 1, 2)[None].to(like.dtype))
     parts = vae.stream(z) if decoder is None else decoder.stream(vae.normalize(z))
-    frames = np.concatenate([render.to_uint8(part[0]) for part in parts])
+    frames = np.concatenate([to_uint8(part[0]) for part in parts])
     return Reconstructed(
         truth=clip.truth,
         seen=world.parse(true),
@@ -92,20 +94,20 @@ def reconstructed(vae: Any, world: World, clip: Clip, *, decoder: Any = None) ->
 
 
 def rendered(
-    model: Model, world: World, clips: Sequence[Clip], *, seeds: Sequence[int], **how: Any
+    model: Model, world: World, clips: Sequence[Clip], requests: Sequence[SamplingParams]
 ) -> list[Rendered]:
-    """Render the captions of `clips` as one batch and read them; `how` goes to `render.frames`."""
-    prompts = [clip.caption for clip in clips]
-    made = render.frames(model, prompts, seed=seeds, **how)
+    """Make a clip for each request as one batch, and read them against the true `clips`."""
+    made = make(model, requests).frames
+    assert made is not None, "the row ends in frames"
     return [
         Rendered(
-            prompt=clip.caption,
+            prompt=request.prompt,
             truth=clip.truth,
             parse=world.parse(frames),
             flicker=unrest(frames),
             frames=frames,
         )
-        for clip, frames in zip(clips, made, strict=True)
+        for clip, request, frames in zip(clips, requests, made, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvideo import cpu, foreign, formats, registry, weights
 from fastvideo.formats import PARTS
-from fastvideo.hub import open_spec
+from fastvideo.hub import OpenModel, fetched, open_model
 from fastvideo.log import logger
 from fastvideo.lora import Loras
 from fastvideo.models import decoder as decoders
@@ -68,7 +68,7 @@ class Absent:
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | OpenModel,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -86,11 +86,13 @@ def load(
     """
     unknown = sorted(set(parts) - set(PARTS))
     assert not unknown, f"parts {unknown} are none of {PARTS}"
-    spec, folder = open_spec(name_or_path, weights=True)
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)  # what is wrong with these is said before weights are fetched
+    found = name_or_path if isinstance(name_or_path, OpenModel) else open_model(name_or_path)
+    found = fetched(found)
+    spec, folder = found.spec, found.folder
     foreign.warn(spec.unknown_keys, source=folder)
     layout = formats.find(folder)
-    place = pick_device(device)
-    kind = pick_dtype(dtype, place)
     loaded: dict[str, Any] = {
         part: _load_part(spec, layout, folder, part, device=place, dtype=kind)
         if part in parts

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, field_validator
 
+from fastvideo import sampling
 from fastvideo.config import Strict, parse
 from fastvideo.files import write_text
 from fastvideo.shapes import Compression, LatentShape, PixelShape
 
 FILE_NAME = "fastvideo.json"
-
-GuidanceScale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-"""The scale of classifier-free guidance, 1 for none; published models use 1 to 15."""
-LoraStrength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-"""How strongly a LoRA counts, 1 as it was trained."""
+TEXT_TO_VIDEO = ("encode_text", "prepare_latents", "denoise", "decode")
+"""The row of stages of a text-to-video model (files of `fastvideo/stages/`)."""
 
 
 class Network(Strict):
@@ -49,13 +47,13 @@ class Attention(Strict):
 class Defaults(Strict):
     """What a request that says nothing gets."""
 
-    num_frames: int = Field(default=81, ge=1)
-    height: int = Field(default=480, ge=1)
-    width: int = Field(default=832, ge=1)
-    fps: int = Field(default=16, ge=1)
-    num_inference_steps: int = Field(default=50, ge=1)
-    guidance_scale: GuidanceScale = 5.0
-    negative_prompt: str = ""
+    num_frames: sampling.NumFrames = 81
+    height: sampling.Height = 480
+    width: sampling.Width = 832
+    fps: sampling.Fps = 16
+    num_inference_steps: sampling.NumSteps = 50
+    guidance_scale: sampling.GuidanceScale = 5.0
+    negative_prompt: sampling.NegativePrompt = ""
     max_text_tokens: int = Field(default=512, ge=1)
 
 
@@ -63,8 +61,8 @@ class Sampler(Strict):
     """How weights that were learned beside a model are sampled; None leaves it to the model."""
 
     scheduler: Scheduler | None = None
-    num_inference_steps: int | None = Field(default=None, ge=1)
-    guidance_scale: GuidanceScale | None = None
+    num_inference_steps: sampling.NumSteps | None = None
+    guidance_scale: sampling.GuidanceScale | None = None
     attention: Attention | None = None
 
 
@@ -89,6 +87,7 @@ class Spec(Strict):
     compression: Compression = Compression()
     scheduler: Scheduler = Scheduler()
     attention: Attention = Attention()
+    stages: tuple[str, ...] = TEXT_TO_VIDEO
     defaults: Defaults = Defaults()
     provenance: Provenance = Provenance()
     derived: tuple[str, ...] = ()
@@ -122,4 +121,6 @@ def write(spec: Spec, folder: str | Path) -> Path:
     """Write `fastvideo.json`, with network dims left to each network's own `config.json`."""
     path = Path(folder) / FILE_NAME
     values = spec.model_dump(mode="json", exclude={k: {"config"} for k in ("dit", "vae", "text")})
+    if spec.stages == TEXT_TO_VIDEO:  # older releases do not know the key
+        del values["stages"]
     return write_text(path, json.dumps(values, indent=2) + "\n", overwrite=True)

@@ -322,3 +322,142 @@ def test_sizes_that_a_vae_cannot_encode_are_refused(fail, tiny_folder: Path, wor
     given = ["--vae", str(tiny_folder), "--size", "64x64", "--frames", "5", *words]
     assert fail("data", "encode", "-o", "latents", *given) == (2, text)
     assert list(Path().iterdir()) == []
+
+
+# What no request can say: refused with 2 before any weight is read, wherever it stands
+
+
+@pytest.fixture
+def unread(tiny_copy: Path) -> Path:
+    """A model folder whose weights nobody can read."""
+    for path in tiny_copy.rglob("*.safetensors"):
+        path.write_bytes(b"not to be read")
+    return tiny_copy
+
+
+# case: (key, value, what the line must hold)
+VALUES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "switch as seed": ("seed", True, ("seed true in ", "integer")),
+    "fraction as seed": ("seed", 1.0, ("seed 1.0 in ", "integer")),
+    "text as seed": ("seed", "1", ('seed "1" in ', "integer")),
+    "fraction as steps": ("steps", 2.5, ("num_inference_steps 2.5 in ", "integer")),
+    "switch as frames": ("frames", True, ("num_frames true in ", "integer")),
+    "switch as fps": ("fps", True, ("fps true in ", "integer")),
+    "switch as guidance": ("guidance", True, ("guidance_scale true in ", "number")),
+    "number as prompt": ("text", 3, ("prompt 3 in ", "string")),
+    "NUL in a prompt": ("text", "a\0b", ("prompt ", "must not hold a NUL")),
+    "NUL in a negative": ("negative", "\0", ("negative_prompt ", "must not hold a NUL")),
+    "number as size": ("size", 48, ("48", "WIDTHxHEIGHT")),
+    "frames": ("frames", 4097, ("num_frames 4097 ", "nearest: 4093")),
+    "height": ("size", "48x16400", ("height 16400 ", "nearest: 16384")),
+    "width": ("width", 16400, ("width 16400 ", "nearest: 16384")),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_a_value_that_no_request_has_is_refused_before_weights_are_read(
+    fail, unread: Path, case: str
+):
+    key, value, texts = VALUES[case]
+    text, prompt = json.dumps(value), [] if key == "text" else [PROMPT]  # a JSON value is TOML too
+    Path("c.toml").write_text(f"{key} = {text}\n")
+    Path("p.jsonl").write_text(json.dumps({**({"prompt": "x"} if prompt else {}), key: value}))
+    for source, words in (
+        ("c.toml", [*prompt, "--config", "c.toml"]),
+        ("--set", [*prompt, "--set", f"{key}={text}"]),
+        ("p.jsonl:1", ["--prompts", "p.jsonl"]),
+    ):
+        code, line = fail("generate", "--model", str(unread), *words)
+        assert code == 2 and all(part in line for part in (*texts, source)), line
+    assert {path.name for path in Path().iterdir()} == {"c.toml", "p.jsonl"}
+
+
+LONE = r"it holds a lone '\ud800'"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "texts"),
+    [
+        ("generate", [PROMPT, "--steps", "2.5"], ("--steps", "integer")),
+        ("generate", [PROMPT, "--seed", "true"], ("--seed", "integer")),
+        ("generate", ["a\0b"], ("prompt ", "must not hold a NUL")),
+        ("generate", ["a \ud800"], ("prompt ", LONE)),
+        ("generate", [PROMPT, "--negative", "\ud800"], ("negative_prompt ", LONE, "--negative")),
+        ("generate", ["--prompts", "p.jsonl"], ("prompt ", LONE, "p.jsonl:1")),
+        ("generate", [PROMPT, "--frames", "4097"], ("num_frames 4097 ", "4093", "--frames")),
+        ("generate", [PROMPT, "--size", "48x16400"], ("height 16400 ", "16384", "--size")),
+        ("eval", ["--steps", "2.5"], ("--steps", "integer")),
+        ("eval", ["--seed", "true"], ("--seed", "integer")),
+        ("eval", ["--negative", "a\0b"], ("negative_prompt ", "must not hold a NUL")),
+        ("eval", ["--negative", "\ud800"], ("negative_prompt ", LONE)),
+        ("eval", ["--frames", "4097"], ("num_frames 4097 ", "4093")),
+        ("eval", ["--size", "16400x32"], ("width 16400 ", "16384")),
+    ],
+)
+def test_a_word_that_no_request_has_is_refused_before_weights_are_read(
+    fail, unread: Path, verb: str, words: list[str], texts: tuple[str, ...]
+):
+    Path("p.jsonl").write_text(json.dumps({"prompt": "a \ud800"}))
+    model = ["--model", str(unread)] if verb == "generate" else [str(unread)]
+    code, line = fail(verb, *model, *words)
+    assert code == 2 and all(text in line for text in texts), line
+    assert line.isascii() and [path.name for path in Path().iterdir()] == ["p.jsonl"]
+
+
+def test_other_steps_than_a_distilled_model_takes_are_refused_before_weights_are_read(
+    fail, unread: Path
+):
+    few = {"name": "few_step", "args": {"sigmas": [1.0, 0.9, 0.7], "renoise": False}}
+    edit(unread / "fastvideo.json", scheduler=few)
+    Path("p.jsonl").write_text('{"prompt": "x", "steps": 4}')
+    told = "takes exactly 3 steps; nearest: 3"
+    for verb, words, where in (
+        ("generate", [PROMPT, "--steps", "4"], "--steps"),
+        ("generate", [PROMPT, "--set", "num_inference_steps=50"], "--set"),
+        ("generate", ["--prompts", "p.jsonl"], "p.jsonl:1"),
+        ("generate", [PROMPT], "the defaults of tiny"),  # that say 2
+        ("eval", ["--steps", "4"], "the request"),
+        ("eval", [], "the defaults of tiny"),
+    ):
+        model = ["--model", str(unread)] if verb == "generate" else [str(unread)]
+        code, line = fail(verb, *model, *words)
+        assert code == 2 and told in line and line.endswith(f"(from {where})"), line
+    assert [path.name for path in Path().iterdir()] == ["p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ("seed = true\n{row}", "seed true in "),
+        ("frames = 5.0\n{row}", "frames 5.0 in "),
+        ("frames = 4097\n{row}", "num_frames 4097 "),
+        ("{row}steps = 2.5\n", "steps 2.5 in "),
+        ("{row}guidance = true\n", "guidance true in "),
+    ],
+)
+def test_a_comparison_refuses_them_too(fail, unread: Path, lines: str, text: str):
+    row = f'[[rows]]\nname = "a"\nmodel = "{unread}"\n'
+    Path("c.toml").write_text('base = "a"\n' + lines.format(row=row))
+    code, line = fail("eval", "--compare", "c.toml", "-o", "found")
+    assert code == 2 and text in line, line
+    assert [path.name for path in Path().iterdir()] == ["c.toml"]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("steps = 2.5", "steps 2.5 in [validate]"),
+        ("steps = true", "steps true in [validate]"),
+        ("guidance = true", "guidance true in [validate]"),
+        ("num_frames = true", "num_frames true in [validate]"),
+        ("fps = 8.0", "fps 8.0 in [validate]"),
+        ("seed = true", "seed true in [validate]"),
+        ("frames = 5", "frames in [validate]"),
+    ],
+)
+def test_a_validation_refuses_them_too(fail, tiny_folder: Path, line: str, text: str):
+    own = f'[validate]\nvae = "{tiny_folder}"\n{line}\n'
+    Path("bad.toml").write_text(f'extends = "{CONFIGS / "dit-image.toml"}"\n{own}')
+    code, error = fail("train", "bad.toml")
+    assert code == 2 and text in error, error
+    assert [path.name for path in Path().iterdir() if path.name != "runs"] == ["bad.toml"]

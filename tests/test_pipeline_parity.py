@@ -17,12 +17,14 @@ import torch
 from fastvideo_inference.pipeline import Video
 from torch import Tensor
 
-from fastvideo import VideoPipeline, render, rng
+from fastvideo import VideoPipeline, rng
 from fastvideo.formats import diffusers as layout
 from fastvideo.model import Model, load
 from fastvideo.models.dit.wan import WanConfig, WanDiT
 from fastvideo.models.vae.wan import WanVae, WanVaeConfig
 from fastvideo.spec import Scheduler
+from fastvideo.stages import prepare_latents
+from tests import clips
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -223,7 +225,7 @@ def test_two_steps_of_a_stock_pipeline_are_the_first_and_the_last_of_three(
     pair = pair_of("few")
     pair.theirs.scheduler.set_timesteps(2)
     assert pair.theirs.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.714286, 0.0], abs=1e-6)
-    with pytest.raises(ValueError, match="not what this model was distilled for; nearest: 3"):
+    with pytest.raises(ValueError, match=r"num_inference_steps 2: .* exactly 3 steps; nearest: 3"):
         pair.ours(PROMPT, num_inference_steps=2, guidance_scale=1.0)
 
 
@@ -277,13 +279,8 @@ def test_defaults_of_the_spec_are_what_a_stock_pipeline_gets_told(pair_of: Calla
         "guidance_scale": defaults.guidance_scale,
         "negative_prompt": defaults.negative_prompt,
     }
-    noise = render.initial_latents(
-        pair.ours.model,
-        num_frames=defaults.num_frames,
-        height=defaults.height,
-        width=defaults.width,
-        seed=5,
-    )
+    model = pair.ours.model
+    noise = prepare_latents.draw(model, clips.params(model, PROMPT), seeds=[5])
     _, _, z, _ = pair.clips(noise, **told)
     assert _relative(pair.ours(PROMPT, seed=5, output="latents").latents, z) <= 1e-4
 

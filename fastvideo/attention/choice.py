@@ -1,4 +1,6 @@
-"""Choosing an attention backend: each says why it cannot serve, the best of the others is used."""
+"""Choosing an attention backend: each says why it cannot serve, the first in `order` of the others
+is used.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +15,14 @@ from torch import Tensor
 
 from fastvideo import registry
 from fastvideo.attention.layout import Layout, plan
+from fastvideo.attention.order import Need as Need
+from fastvideo.attention.order import place
 from fastvideo.attention.pattern import Dense, Pattern, Vsa, write
 from fastvideo.log import logger
 from fastvideo.shapes import TokenGrid
 
 PACKAGE = "fastvideo.attention.backends"
 EXAMPLE_GRID = TokenGrid(8, 16, 16)
-
-
-@dataclass(frozen=True)
-class Need:
-    """What is asked of a backend. `layout` None means unordered keys, as in cross-attention."""
-
-    layout: Layout | None
-    dtype: torch.dtype
-    device: torch.device
-    needs_grad: bool
-    num_keys: int | None = None
-    head_dim: int = 128
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every query sees every key."""
-        return self.layout is None or self.layout.pattern == Dense()
 
 
 class Backend(Protocol):
@@ -46,9 +33,6 @@ class Backend(Protocol):
 
     def unsupported(self, need: Need) -> str | None:
         """Say why `need` cannot be served, and what would help; None if it can."""
-
-    def rank(self, need: Need) -> int:
-        """Expected speed for a need that it supports, in no unit; the highest is chosen."""
 
     def describe(self, need: Need) -> str:
         """Name the kernel that will run, for the log."""
@@ -79,6 +63,12 @@ class Attention:
 
     self_backend: Backend
     cross_backend: Backend
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of both backends, for a recipe."""
+        pair = {"self": self.self_backend, "cross": self.cross_backend}
+        return {key: backend.__name__.rpartition(".")[2] for key, backend in pair.items()}
 
     def __call__(
         self,
@@ -135,7 +125,7 @@ def choose(
     if not usable:
         quoted = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
         raise ValueError(f"no attention backend for {_words(need)} (asked for {name!r}): {quoted}")
-    best, *slower = sorted(usable, key=lambda n: -backends[n].rank(need))
+    best, *slower = sorted(usable, key=lambda n: place(n, need))
     logger.info(
         "attention for %s: %s (%s)%s%s",
         _words(need),
@@ -182,7 +172,7 @@ def table(
     backends = {n: cast(Backend, registry.module(PACKAGE, n)) for n in registry.names(PACKAGE)}
     reasons = {n: b.unsupported(need) for n, b in backends.items()}
     usable = [n for n in backends if reasons[n] is None]
-    best = max(usable, key=lambda n: backends[n].rank(need), default="")
+    best = min(usable, key=lambda n: place(n, need), default="")
     return [(n, reasons[n] or ("chosen" if n == best else "usable")) for n in backends]
 
 

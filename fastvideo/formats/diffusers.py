@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastvideo import foreign
 from fastvideo import spec as specs
@@ -32,7 +32,6 @@ from fastvideo.spec import Attention, Defaults, Network, Scheduler, Spec
 if TYPE_CHECKING:
     import torch
 
-    from fastvideo.model import Model
     from fastvideo.weights import Checkpoint
 
 MARKS = "fastvideo.json, or model_index.json with transformer/, vae/, text_encoder/ (diffusers)"
@@ -152,8 +151,27 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder / TOKENIZER
 
 
+class Saveable(Protocol):
+    """What `save` reads of a loaded model."""
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def dit(self) -> Any: ...
+    @property
+    def vae(self) -> Any: ...
+    @property
+    def text(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+
 def save(
-    model: Model, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    model: Saveable,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model as a folder that stock diffusers and we load; all of it appears, or nothing.
 

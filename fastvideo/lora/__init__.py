@@ -5,7 +5,7 @@ loras.use(net, [Use(Path("style.safetensors"), 0.8), Use(Path("motion.safetensor
 loras.use(net, [])  # the weights that it had before
 
 Merged, a LoRA costs nothing while a clip is made; the weights that it changed are kept on the CPU.
-Threads may share the network: `Loras.during` keeps the weights while an iterator is open.
+Threads may share the network: a claim keeps LoRAs in the weights while an iterator is open.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo import foreign
+from fastvideo import foreign, hub
 from fastvideo.formats import wan
 from fastvideo.log import logger
 from fastvideo.lora.file import Entry, LoraFile, read, some
+from fastvideo.sampling import LoraUse
 
-T = TypeVar("T")
 _WHOLE = ("diff", "diff_b", "diff_m")
 
 
@@ -150,7 +150,7 @@ def spellings(params: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 @dataclass(eq=False)
-class _Claim:
+class Claim:
     """Keeps the weights as they are until its last reference is gone, however an iterator ends.
 
     thread: the last one that computed an item, in which waiting for the end would never end.
@@ -172,7 +172,7 @@ class Loras:
         self._kept: dict[str, Tensor] = {}
         self._told: set[tuple[Path, str]] = set()
         self._lock = threading.RLock()  # held while weights change, and while an item is computed
-        self._claims: list[weakref.ref[_Claim]] = []
+        self._claims: list[weakref.ref[Claim]] = []
 
     def use(self, net: nn.Module, uses: Sequence[Use]) -> None:
         """Set the weights to what they were, plus strength * change of every use, rounded once.
@@ -182,37 +182,26 @@ class Loras:
         """
         self._claim(net, _nonzero(uses))  # and drop it
 
-    def during(
-        self, net: nn.Module, uses: Sequence[Use], items: Iterator[T]
-    ) -> Generator[T, None, None]:
-        """Return an iterator over `items`, which are computed with these LoRAs in the weights.
-
-        It is open from its first item until it ends, fails, is closed or is dropped. A lock is held
-        while an item is computed, never between two: iterators of equal LoRAs take turns.
-        Raises `ValueError` now for a file that does not fit.
-        """
+    def check(self, net: nn.Module, uses: Sequence[Use]) -> None:
+        """Raise `ValueError` for a file that does not fit; nothing is merged."""
         wanted = _nonzero(uses)
         if wanted != self.active:
             collect(wanted, net, told=self._told)
-        return self._during(net, wanted, items)
 
-    def _during(
-        self, net: nn.Module, wanted: tuple[Use, ...], items: Iterator[T]
-    ) -> Generator[T, None, None]:
-        claim = self._claim(net, wanted)
-        try:
-            while True:
-                claim.thread = threading.get_ident()
-                with self._lock:
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        return
-                yield item
-        finally:
-            del claim  # a traceback would keep it with this frame
+    def claim(self, net: nn.Module, uses: Sequence[Use]) -> Claim:
+        """Put LoRAs into the weights, where they stay until no reference to the claim is left.
 
-    def _claim(self, net: nn.Module, wanted: tuple[Use, ...]) -> _Claim:
+        It waits while an open claim of another thread needs others. Raises `ValueError` for one of
+        the same thread, and for a file that does not fit.
+        """
+        return self._claim(net, _nonzero(uses))
+
+    def turn(self, claim: Claim) -> AbstractContextManager[bool]:
+        """Return the lock to hold while an item is computed, never between two."""
+        claim.thread = threading.get_ident()
+        return self._lock
+
+    def _claim(self, net: nn.Module, wanted: tuple[Use, ...]) -> Claim:
         """Put LoRAs into the weights, as soon as no open iterator needs others."""
         while True:
             # Garbage collection may end a claim in any thread, even one that holds the lock: what
@@ -223,7 +212,7 @@ class Loras:
                 if not ends:
                     self._merge(net, wanted)
                     self._claims = [ref for ref in self._claims if ref() is not None]
-                    claim = _Claim(threading.get_ident())
+                    claim = Claim(threading.get_ident())
                     self._claims.append(weakref.ref(claim))
                     return claim
                 if threading.get_ident() in (thread for thread, _ in ends):
@@ -233,7 +222,7 @@ class Loras:
                     )
             ended.get()
 
-    def _open(self, report: Callable[[object], None]) -> list[tuple[int, weakref.ref[_Claim]]]:
+    def _open(self, report: Callable[[object], None]) -> list[tuple[int, weakref.ref[Claim]]]:
         """Return each claim's thread, and a weak reference that calls `report` at its end.
 
         Not the claims: a traceback that held one would keep it open.
@@ -264,6 +253,11 @@ class Loras:
             if name not in self._kept:
                 self._kept[name] = params[name].detach().to("cpu", copy=True)
             params[name].copy_(merged(self._kept[name].to(params[name].device), parts))
+
+
+def uses_of(loras: Iterable[LoraUse]) -> list[Use]:
+    """Find the files of the LoRAs of a request."""
+    return [Use(hub.find_lora(one.path), one.strength, one.hash) for one in loras]
 
 
 def collect(

@@ -40,10 +40,12 @@ from _h200_timing import (
 )
 from torch import Tensor
 
-from fastvideo import attention, media, render, weights
+from fastvideo import attention, media, weights
 from fastvideo.attention import sparse
 from fastvideo.attention.layout import Layout, Lists, Tiles
 from fastvideo.models.dit import wan
+from fastvideo.stages.decode import to_uint8
+from fastvideo.stages.denoise import with_attention
 
 if TYPE_CHECKING:
     from h200 import Case, Record
@@ -69,8 +71,8 @@ def kernel(case: Case, args: argparse.Namespace) -> Record:
     is_vsa = isinstance(pattern, attention.Vsa)
     config = wan.Config(**dims(case.model, args), gate_compress=is_vsa)
     model = bundle(args, dit=weights.build(lambda: wan.DiT(config)))
-    forward: Any = render.with_attention(model, x_BCTHW, case.backend, pattern=pattern)
-    layout, attend = forward.keywords["layout"], forward.keywords["attend"]
+    forward: Any = with_attention(model, x_BCTHW, case.backend, pattern=pattern)
+    layout, attend = forward.layout, forward.attend
     length, tiles = layout.grid.num_tokens, layout.tiles
     shape = (1, length, config.num_attention_heads, config.attention_head_dim)
     q, k, v, gate = (torch.randn(shape, **place(args)) for _ in range(4))
@@ -163,7 +165,7 @@ def one_block(case: Case, args: argparse.Namespace) -> Record:
     num = dims(case.model, args)["num_layers"]
     part = dit_part(case, args, num_layers=1)
     x_BCTHW, t_BT, cond = inputs(part.net, case, args)
-    attend, layout = (part.forward.keywords[name] for name in ("attend", "layout"))
+    attend, layout = (part.forward.attend, part.forward.layout)
     cond = part.net.prepare(cond)
     embed = functools.partial(part.net.embed, x_BCTHW, t_BT, cond, layout=layout)
     tokens, block = embed(), part.net.blocks[0]
@@ -244,7 +246,7 @@ def clip(case: Case, args: argparse.Namespace) -> Record:
         z_BCTHW = noise(case, args).to(args.device)
         pixels = joined(vae, z_BCTHW)
         stages["decode alone"] = timed(lambda: joined(vae, z_BCTHW), args, vae.flop)
-        stages["copy alone, as bytes"] = timed(lambda: render.to_uint8(pixels[0]), args)
+        stages["copy alone, as bytes"] = timed(lambda: to_uint8(pixels[0]), args)
         facts = {"attention": part.attention, "mp4": mp4, "kernels": kernels(run, case, args)}
     return {"stages": stages, **facts, **checks}
 

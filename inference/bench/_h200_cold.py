@@ -85,8 +85,8 @@ def main() -> None:
     import torch
     from _h200_parts import bundle, inputs
 
-    from fastvideo import render
     from fastvideo.attention import Dense
+    from fastvideo.stages.denoise import with_attention
 
     args: Any = argparse.Namespace(**job)
     marks.append(time.time())
@@ -97,7 +97,7 @@ def main() -> None:
     with torch.no_grad():
         x_BCTHW, t_BT, cond = inputs(nets["dit"], args, args)
         model = bundle(args, dit=nets["dit"])
-        forward = render.with_attention(model, x_BCTHW, pattern=Dense())
+        forward = with_attention(model, x_BCTHW, pattern=Dense())
         is_finite = bool(forward(x_BCTHW, t_BT, cond).isfinite().all())
     marks.append(now(args))
     assert is_finite, "numbers"

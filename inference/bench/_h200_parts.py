@@ -2,7 +2,7 @@
 
 `tflop` of a record is what is executed: of sparse attention, what is multiplied, padding included.
 `dense_tflop` is what the network without sparsity and without gates would do. Steps and decoding
-are those of `fastvideo.render`.
+are those of `fastvideo.stages`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from _h200_timing import Flop, counted
 from torch import Tensor
 
-from fastvideo import attention, render, rng, weights
+from fastvideo import attention, rng, weights
 from fastvideo.attention import sparse
 from fastvideo.attention.choice import Need
 from fastvideo.models.decoder import taehv
@@ -31,6 +31,8 @@ from fastvideo.models.vae.wan import WanVae, WanVaeConfig
 from fastvideo.parallel.axis import Axis
 from fastvideo.schedulers import few_step
 from fastvideo.shapes import Compression, PixelShape
+from fastvideo.stages import State, denoise
+from fastvideo.stages.decode import decode
 
 if TYPE_CHECKING:
     from h200 import Case, Record
@@ -119,7 +121,7 @@ def decoder_flop(meta: Any, z_BCTHW: Tensor) -> int:
 
 def frames_of(model: Any, size: int | None) -> Callable[[Tensor], np.ndarray]:
     """Return the way from latents to the frames (T, H, W, 3) of a clip in host memory."""
-    return lambda z_BCTHW: np.concatenate(list(render.decode(model, z_BCTHW, chunk=size)))
+    return lambda z_BCTHW: np.concatenate(list(decode(model, z_BCTHW, chunk=size)))
 
 
 def chunk_of(case: Case, args: argparse.Namespace) -> int | None:
@@ -142,13 +144,21 @@ def dit_part(case: Case, args: argparse.Namespace, *, num_layers: int = 0) -> Pa
     num = num_steps(case, args)
     model = bundle(args, dit=net, steps=num)
     # refused before memory is taken
-    forward: Any = render.with_attention(model, x_BCTHW, case.backend, pattern=pattern)
+    forward: Any = denoise.with_attention(model, x_BCTHW, case.backend, pattern=pattern)
     fill(net, args, wan.KEEP_FLOAT32)
 
     def run(states_BLC: Tensor) -> Tensor:
         start, cond = noise(case, args).to(args.device), wan.Conditioning(states_BLC)
-        how: dict[str, Any] = {"num_steps": num, "pattern": pattern, "backend": case.backend}
-        return deque(render.denoise(model, cond, latents=start, **how), maxlen=1).pop().x
+        params: Any = SimpleNamespace(
+            num_inference_steps=num,
+            guidance_scale=1.0,
+            attention=case.pattern,
+            backend=case.backend,
+            drop_gates=False,
+            seed=0,
+        )
+        state = State((params,), cond=cond, noise=start)
+        return deque(denoise.steps(model, state, forward), maxlen=1).pop().x
 
     once, executed, dense = dit_work(config, forward, x_BCTHW, args)
     return Part(
@@ -163,7 +173,7 @@ def dit_part(case: Case, args: argparse.Namespace, *, num_layers: int = 0) -> Pa
 
 def attention_facts(config: wan.Config, forward: Any, args: argparse.Namespace) -> Record:
     """Return what computes self-attention, and how much of the dense work that is."""
-    layout, backend = forward.keywords["layout"], forward.keywords["attend"].self_backend
+    layout, backend = forward.layout, forward.attend.self_backend
     length = layout.grid.num_tokens
     pairs, needed = (round(n) for n in sparse.pairs(layout, backend))
     need = Need(layout, **place(args), needs_grad=False, num_keys=length)
@@ -181,7 +191,7 @@ def dit_work(
     config: wan.Config, forward: Any, x_BCTHW: Tensor, args: argparse.Namespace
 ) -> tuple[int, int, int]:
     """Return the operations once a clip, of a forward, and of a dense forward without gates."""
-    layout, backend = forward.keywords["layout"], forward.keywords["attend"].self_backend
+    layout, backend = forward.layout, forward.attend.self_backend
     once, dense = dit_flop(config, x_BCTHW, args)
     length, tiles = layout.grid.num_tokens, layout.tiles.num if layout.tiles else 0
     pairs = round(sparse.pairs(layout, backend)[0])
@@ -202,7 +212,7 @@ def dit_flop(config: wan.Config, x_BCTHW: Tensor, args: argparse.Namespace) -> t
 
 
 def bundle(args: argparse.Namespace, *, steps: int = 3, **networks: Any) -> Any:
-    """Return what `render` reads of a model; a spec proper would need pydantic where this runs."""
+    """Return what stages read of a model; a spec proper would need pydantic where this runs."""
     spec = SimpleNamespace(
         name="random weights",
         scheduler=SimpleNamespace(name="few_step", args={"sigmas": spread(steps)}),

@@ -31,10 +31,11 @@ from _h200_timing import (
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastvideo import render, timing, weights
+from fastvideo import timing, weights
 from fastvideo.models.dit import wan
 from fastvideo.sample import sample
 from fastvideo.schedulers import few_step
+from fastvideo.stages.decode import to_uint8
 
 if TYPE_CHECKING:
     from h200 import Case, Record
@@ -199,7 +200,7 @@ def peer_side(kinds: tuple[Any, Any], given: Given, case: Case, args: argparse.N
         forward=lambda: velocity(given.x_BCTHW, given.t_BT, given.cond.text_BLC),
         steps=steps,
         decode=decode,
-        frames=lambda z: render.to_uint8(decode(z)[0]),
+        frames=lambda z: to_uint8(decode(z)[0]),
         compiled=compiled,
         small=small_text | small,
         says=words(whose, case, args),

@@ -93,7 +93,10 @@ def build_stages(args: argparse.Namespace) -> dict[str, Pair]:
     """Return name -> (ours, peer) for text, one denoiser forward, VAE decode and the whole clip."""
     import torch
 
-    from fastvideo import render, rng
+    from fastvideo import rng
+    from fastvideo.stages.decode import decode
+    from fastvideo.stages.denoise import with_attention
+    from fastvideo.stages.encode_text import encode
 
     pipe, peer = load_ours(args), load_peer(args)
     model, spec = pipe.model, pipe.model.spec
@@ -103,11 +106,11 @@ def build_stages(args: argparse.Namespace) -> dict[str, Pair]:
     channels = peer.transformer.config.in_channels
     size = (1, channels, shape.frames, shape.height, shape.width)
     latents = rng.noise(size, seed=0, purpose="bench")
-    cond = render.encode_text(model, [PROMPT])
+    cond = encode(model, [PROMPT])
     states = peer.encode_prompt(PROMPT, None, False, max_sequence_length=d.max_text_tokens)[0]
     times = torch.full((1, 1), 500.0)
-    with torch.inference_mode():  # as `render.denoise` does: once a clip, not once a step
-        denoiser, prepared = render.with_attention(model, latents), model.dit.prepare(cond)
+    with torch.inference_mode():  # as the stage does: once a clip, not once a step
+        denoiser, prepared = with_attention(model, latents), model.dit.prepare(cond)
 
     def clip_ours() -> None:
         pipe(PROMPT, num_inference_steps=args.steps, guidance_scale=args.guidance, latents=latents)
@@ -125,12 +128,10 @@ def build_stages(args: argparse.Namespace) -> dict[str, Pair]:
             max_sequence_length=d.max_text_tokens,
         )
 
-    def no_grad(f: Callable[[], Any]) -> Callable[[], Any]:
-        return torch.inference_mode()(f)
-
+    no_grad: Any = torch.inference_mode()
     return {
         "text": (
-            no_grad(lambda: render.encode_text(model, [PROMPT])),
+            no_grad(lambda: encode(model, [PROMPT])),
             no_grad(  # one prompt, as ours
                 lambda: peer.encode_prompt(
                     PROMPT, None, False, max_sequence_length=d.max_text_tokens
@@ -142,7 +143,7 @@ def build_stages(args: argparse.Namespace) -> dict[str, Pair]:
             no_grad(lambda: peer.transformer(latents.to(dtype), times[0], states)),
         ),
         "VAE decode": (
-            no_grad(lambda: list(render.decode(model, latents))),
+            no_grad(lambda: list(decode(model, latents))),
             no_grad(lambda: peer.vae.decode(latents.to(dtype))),
         ),
         "end to end": (clip_ours, clip_peer),

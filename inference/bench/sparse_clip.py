@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from fastvideo import hub, model, render, timing
+from fastvideo import hub, model, stages, timing
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest
+from fastvideo.stages import State
 
 PROMPT = "a red ball moves left over the sea"
 
@@ -51,20 +53,12 @@ def main() -> None:
 def denoising(name: str, like: str, steps: int | None) -> Callable[[], object]:
     """Return a call that denoises one clip with a model, at the sizes of another's defaults."""
     loaded = model.load(name, device="cpu", dtype="bfloat16")
-    given = hub.open_spec(like)[0].defaults
-    latents = render.initial_latents(
-        loaded, num_frames=given.num_frames, height=given.height, width=given.width, seed=0
-    )
-    run = partial(
-        render.denoise,
-        loaded,
-        render.encode_text(loaded, [PROMPT]),
-        latents=latents,
-        num_steps=steps or given.num_inference_steps,
-        guidance_scale=given.guidance_scale,
-        uncond=render.encode_text(loaded, [given.negative_prompt]),
-    )
-    return lambda: deque(run(), maxlen=0)
+    given = hub.open_spec(like)[0].defaults.model_dump(exclude={"max_text_tokens"})
+    own = {"num_inference_steps": steps} if steps else {}
+    asked = GenerateRequest.model_validate({"prompt": PROMPT, "seed": 0, **given, **own})
+    state = State((resolve(asked, loaded.spec),))
+    before = deque(stages.run(("encode_text", "prepare_latents"), loaded, state), maxlen=1).pop()
+    return lambda: deque(stages.run(("denoise",), loaded, before.state), maxlen=0)
 
 
 def matmul_gflops(rows: int = 1344, width: int = 768, count: int = 400) -> float:

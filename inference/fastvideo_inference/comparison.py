@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fastvideo import files, media, timing
+from fastvideo import files, media, sampling, timing
 from fastvideo.config import Strict, merge, parse, read_toml
 from fastvideo.registry import did_you_mean
-from fastvideo.shapes import parse_size
+from fastvideo.stages import make
 from fastvideo.worlds import attributes
 from fastvideo_inference import contrast, sheets
 from fastvideo_inference.contrast import Contrast, Made, Sampler
@@ -47,12 +46,13 @@ class Row(Strict):
     name: str = Field(min_length=1)
     model: str = Field(min_length=1, description="a name in [models], bundled, a folder, a hub id")
     prompts: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
+    steps: sampling.NumSteps | None = None
     sigmas: tuple[float, ...] | None = None
-    guidance: float | None = None
-    attention: str | None = None
-    backend: str | None = None
-    drop_gates: bool | None = None
+    guidance: sampling.GuidanceScale | None = None
+    negative: sampling.NegativePrompt | None = None
+    attention: sampling.AttentionText | None = None
+    backend: sampling.Backend | None = None
+    drop_gates: sampling.DropGates | None = None
     decoder: str | None = None
 
 
@@ -65,11 +65,11 @@ class Settings(Strict):
     prompts: int = Field(default=256, ge=1)
     repeats: int = Field(default=4, ge=0)
     diverse: int = Field(default=16, ge=1, description="prompts, or all of a row that has fewer")
-    seed: int = Field(default=0, ge=0)
+    seed: sampling.OwnSeed = 0
     world: str = "shapes"
     batch: int = Field(default=4, ge=1)
     size: str | None = None
-    frames: int | None = None
+    frames: sampling.NumFrames | None = None
     timed: int = Field(default=3, ge=0, description="rounds of one clip for each row")
     shown: int = Field(default=4, ge=1, description="prompts on the contact sheet")
 
@@ -268,7 +268,6 @@ class Comparison:
 
 
 def _evaluation(row: Row, settings: Settings, **place: Any) -> Evaluation:
-    width, height = (None, None) if settings.size is None else parse_size(settings.size)
     prompts = row.prompts or settings.prompts
     try:
         made = Evaluation.plan(
@@ -280,15 +279,15 @@ def _evaluation(row: Row, settings: Settings, **place: Any) -> Evaluation:
             world=settings.world,
             batch=settings.batch,
             sigmas=row.sigmas,
-            num_inference_steps=row.steps,
-            guidance_scale=row.guidance,
+            steps=row.steps,
+            guidance=row.guidance,
+            negative=row.negative,
             attention=row.attention,
             backend=row.backend,
             drop_gates=row.drop_gates,
             decoder=row.decoder,
-            width=width,
-            height=height,
-            num_frames=settings.frames,
+            size=settings.size,
+            frames=settings.frames,
             seed=settings.seed,
             **place,
         )
@@ -314,15 +313,8 @@ def _few_steps(evaluation: Evaluation) -> tuple[float, ...] | None:
 
 def _seconds(evaluation: Evaluation, model: Model, index: int) -> dict[str, float]:
     """Return the seconds of each stage for one clip of held-out prompt `index`."""
-    from fastvideo_inference import stages
-    from fastvideo_inference.events import Done
-    from fastvideo_inference.state import State
-
     spec = model.spec.model_copy(update={"scheduler": evaluation.scheduler})
     record: Record = evaluation.records()[0][index % evaluation.prompts]
-    asked = {"prompt": record["prompt"], "seed": evaluation.clip_seed(record["index"])}
-    state = State(evaluation.how.model_copy(update=asked))
-    row = stages.PRESETS["text_to_video"]
-    last = deque(stages.run(row, replace(model, spec=spec), state), maxlen=1).pop()
-    assert isinstance(last, Done), "stages end in Done"
-    return {name: round(seconds, 5) for name, seconds in last.state.timings.items()}
+    request = evaluation.request(record["index"], record["prompt"])
+    done = make(replace(model, spec=spec), [request])
+    return {name: round(seconds, 5) for name, seconds in done.timings.items()}

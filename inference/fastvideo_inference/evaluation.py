@@ -22,11 +22,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fastvideo import files, hub, media, rng
+from fastvideo.hub import OpenModel
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest, SamplingParams, read_layers
 from fastvideo.spec import Scheduler, Spec
 from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
 from fastvideo_inference import scores, sheets
 from fastvideo_inference.recipe import DecoderId, decoder_id, fingerprint, versions
-from fastvideo_inference.request import Plan, read_layers
 from fastvideo_inference.scores import Record, Records, Table
 
 if TYPE_CHECKING:
@@ -62,8 +64,8 @@ class Evaluation:
     """Everything that decides an evaluation's numbers, and where they are kept."""
 
     model: str
-    folder: Path
-    how: Plan
+    found: OpenModel
+    how: SamplingParams
     scheduler: Scheduler
     has_own_steps: bool
     """Whether the scheduler is the model's."""
@@ -100,7 +102,7 @@ class Evaluation:
 
         The first `diverse` prompts (16, or all) are made `repeats` times; 0 or 1 measures no
         diversity. `reconstructions` is 64, or all prompts. `sigmas` are other steps for a model of
-        few. `request` holds fields of `GenerateRequest`; None is the model's default, the seed's 0.
+        few. `request` holds sampling fields; None is the model's default, the seed's 0.
         """
         for name, value, least in (("batch", batch, 1), ("repeats", repeats, 0)):
             if value < least:
@@ -112,16 +114,17 @@ class Evaluation:
         for name, value in (("reconstructions", reconstructions), ("diverse", diverse)):
             if not 1 <= value <= prompts:
                 raise ValueError(f"{name} {value} must be from 1 to {prompts}, the prompts")
-        spec, folder = hub.open_spec(model, weights=True)
-        given = {"seed": 0} | {k: v for k, v in request.items() if v is not None}
-        given["prompt"] = "held-out prompts of a world"
-        if sigmas is not None:
-            given.setdefault("num_inference_steps", len(sigmas))
-        how = read_layers(("the call", given)).resolve(spec)
-        scheduler = spec.scheduler if sigmas is None else _other_steps(spec, how, sigmas)
+        found = hub.open_model(model, weights=True)
+        spec = found.spec
+        given = {k: v for k, v in request.items() if v is not None}
+        own: dict[str, Any] = {"seed": 0, "prompt": "held-out prompts of a world"}
+        own |= {} if sigmas is None else {"steps": len(sigmas)}
+        asked = read_layers(("the call", own), ("the call", given))
+        scheduler = spec.scheduler if sigmas is None else _other_steps(spec, asked, sigmas)
+        how = resolve(asked, spec.model_copy(update={"scheduler": scheduler}))
         made = cls(
             model=spec.name,
-            folder=folder,
+            found=found,
             how=how,
             scheduler=scheduler,
             has_own_steps=scheduler == spec.scheduler,
@@ -134,10 +137,15 @@ class Evaluation:
             device=device,
             dtype=dtype,
             batch=batch,
-            decoder=decoder_id(decoder, spec, folder),
+            decoder=decoder_id(decoder, spec, found.folder),
         )
         made._open_world()
         return made
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder."""
+        return self.found.folder
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -152,7 +160,7 @@ class Evaluation:
             "generator_version": generator_version(self.world),
             "classifier": self._judge_identity(),
             "split": SPLIT,
-            "request": self.how.model_dump(exclude={"prompt", *self.how.not_asked()}),
+            "request": self.how.without_newer_defaults(exclude={"prompt"}),
             **({"decoder": self.decoder.model_dump()} if self.decoder else {}),
             **({} if self.has_own_steps else {"scheduler": self.scheduler.model_dump()}),
             **self._place,
@@ -226,7 +234,7 @@ class Evaluation:
         from fastvideo.model import load
 
         decoder = self.decoder.name_or_path if self.decoder else None
-        model = load(self.folder, **self._place, decoder=decoder)
+        model = load(self.found, **self._place, decoder=decoder)
         return replace(model, spec=model.spec.model_copy(update={"scheduler": self.scheduler}))
 
     def clip_path(self, index: int, take: int = 0) -> Path:
@@ -236,6 +244,11 @@ class Evaluation:
     def clip_seed(self, index: int, take: int = 0) -> int:
         """Return the seed of a clip's noise."""
         return self.how.seed + index + take * TAKE_STRIDE
+
+    def request(self, index: int, prompt: str, *, take: int = 0) -> SamplingParams:
+        """Return what makes the clip of a prompt, or a later take of it."""
+        own = {"prompt": prompt, "seed": self.clip_seed(index, take)}
+        return self.how.model_copy(update=own)
 
     @cached_property
     def _place(self) -> dict[str, str]:
@@ -293,24 +306,14 @@ class Evaluation:
     def _render(self, tools: _Tools, indices: Sequence[int], take: int) -> list[Rendered]:
         from fastvideo import measure
 
-        how = self.how
-        made = measure.rendered(
-            tools.model,
-            tools.world,
-            [tools.world.clip(SEED, i, SPLIT) for i in indices],
-            seeds=[self.clip_seed(i, take) for i in indices],
-            num_steps=how.num_inference_steps,
-            guidance_scale=how.guidance_scale,
-            negative_prompt=how.negative_prompt,
-            num_frames=how.num_frames,
-            height=how.height,
-            width=how.width,
-            **how.to_attend(),
-        )
+        clips = [tools.world.clip(SEED, i, SPLIT) for i in indices]
+        asked = zip(indices, clips, strict=True)
+        requests = [self.request(i, clip.caption, take=take) for i, clip in asked]
+        made = measure.rendered(tools.model, tools.world, clips, requests)
         for index, one in zip(indices, made, strict=True):
             tags = {"prompt": one.prompt, "seed": str(self.clip_seed(index, take))}
             path = self.clip_path(index, take)
-            media.write_video(path, [one.frames], fps=how.fps, metadata=tags, overwrite=True)
+            media.write_video(path, [one.frames], fps=self.how.fps, metadata=tags, overwrite=True)
         return made
 
     def _make(self, tools: _Tools, indices: Sequence[int]) -> list[Record]:
@@ -375,7 +378,7 @@ class Evaluation:
         return records
 
 
-def _other_steps(spec: Spec, how: Plan, sigmas: Sequence[float]) -> Scheduler:
+def _other_steps(spec: Spec, asked: GenerateRequest, sigmas: Sequence[float]) -> Scheduler:
     """Return the model's few-step scheduler at other sigmas.
 
     A sigma of its own keeps the time that the network was told there, if all of them are.
@@ -386,8 +389,8 @@ def _other_steps(spec: Spec, how: Plan, sigmas: Sequence[float]) -> Scheduler:
             f"sigmas {list(sigmas)} need a model of few steps; the scheduler of {spec.name} is"
             f" {own.name}: give steps"
         )
-    if how.num_inference_steps != len(sigmas):
-        raise ValueError(f"{how.num_inference_steps} steps cannot take {len(sigmas)} sigmas")
+    if asked.num_inference_steps != len(sigmas):
+        raise ValueError(f"{asked.num_inference_steps} steps cannot take {len(sigmas)} sigmas")
     if list(sigmas) == own.args.get("sigmas"):
         return own
     told = dict(zip(own.args.get("sigmas", ()), own.args.get("timesteps") or (), strict=False))

@@ -17,9 +17,8 @@ from fastvideo import files, formats, hub, lora, sampler_note, spec, weights
 from fastvideo.formats import diffusers, wan
 from fastvideo.lora.file import read, some
 from fastvideo.model import build_part, load
+from fastvideo.sampling import LoraUse
 from fastvideo.spec import Sampler, Spec
-from fastvideo_inference.request import LoraUse
-from fastvideo_inference.stages.denoise import uses_of
 
 
 def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Path:
@@ -34,7 +33,7 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
         raise ValueError(f"{target} exists; choose another folder or remove it")
     own, source = hub.open_spec(model, weights=True)
     layout = formats.find(source)
-    uses, net = uses_of(loras), build_part(own, "dit")
+    uses, net = lora.uses_of(loras), build_part(own, "dit")
     wanted = _wanted(uses, net)
     if wanted and layout is wan:
         raise ValueError(

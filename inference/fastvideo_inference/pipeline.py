@@ -22,15 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastvideo import env, hub, media
+from fastvideo import env, hub, media, stages
+from fastvideo import resolve as resolving
 from fastvideo.config import parse
+from fastvideo.hub import OpenModel
+from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
-from fastvideo_inference import recipe, sharing, stages
-from fastvideo_inference.events import Chunk, Done, Event
+from fastvideo.resolve import check_lora_samplers, find_lora
+from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, read_layers
+from fastvideo.stages import Chunk, Done, Event, State
+from fastvideo_inference import recipe, sharing
 from fastvideo_inference.recipe import DecoderId, ModelId, Recipe
-from fastvideo_inference.request import GenerateRequest, LoraUse, Plan, check_samplers, read_layers
-from fastvideo_inference.stages import denoise
-from fastvideo_inference.state import State
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,12 +40,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastvideo.model import Model
-    from fastvideo.parallel.degrees import Degrees
     from fastvideo.parallel.mesh import Meshes
 
     Frames = npt.NDArray[np.uint8]
 
-_PRESET_OF = {"frames": "text_to_video", "latents": "text_to_latents"}
+_ENDS_BEFORE = {"frames": "", "latents": "decode"}  # output: the stage that is left out
 
 
 @dataclass(frozen=True)
@@ -114,23 +115,45 @@ class VideoPipeline:
         started make a clip together, such as "ulysses=2,guidance=2" for four; with "data=2" each
         half of them makes clips of its own. They stay joined until the script ends.
         """
+        model = hub.open_model(name_or_path, weights=True)
+        return cls.load(
+            model,
+            device=device,
+            dtype=dtype,
+            decoder=recipe.decoder_id(decoder, model.spec, model.folder),
+            degrees=sharing.read(parallel, world_size=env.world_size()),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        found: OpenModel,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        decoder: DecoderId | None = None,
+        degrees: Degrees | None = None,
+    ) -> VideoPipeline:
+        """Load a model that was opened before; see `from_pretrained`."""
         from fastvideo.model import load
 
-        degrees = sharing.read(parallel, world_size=env.world_size())
-        meshes = _joined(degrees, device) if degrees.world_size > 1 else None
+        meshes = _joined(degrees, device) if degrees and degrees.world_size > 1 else None
         model = load(
-            name_or_path, device=meshes.device if meshes else device, dtype=dtype, decoder=decoder
+            found,
+            device=meshes.device if meshes else device,
+            dtype=dtype,
+            decoder=decoder.name_or_path if decoder else None,
         )
         if meshes:
-            sharing.warn_of_idle(degrees, model.spec)
+            sharing.warn_of_idle(meshes.degrees, model.spec)
             model = dataclasses.replace(model, meshes=meshes)
         assert model.folder is not None, "a loaded model comes from a folder"
         model_id = ModelId(
-            name_or_path=str(name_or_path),
+            name_or_path=found.name,
             spec=model.spec.name,
             fingerprint=recipe.fingerprint(model.folder),
         )
-        return cls(model, model_id, recipe.decoder_id(decoder, model.spec, model.folder))
+        return cls(model, model_id, decoder)
 
     def __call__(
         self,
@@ -159,8 +182,9 @@ class VideoPipeline:
         `output="latents"` the clip stays undecoded. Raises `ValueError` before any work for
         what the model cannot make.
         """
-        if output not in _PRESET_OF:
-            raise ValueError(f"output {output!r} is unknown; use one of: {', '.join(_PRESET_OF)}")
+        if output not in _ENDS_BEFORE:
+            legal = ", ".join(_ENDS_BEFORE)
+            raise ValueError(f"output {output!r} is unknown; use one of: {legal}")
         request = request_of(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -176,7 +200,7 @@ class VideoPipeline:
             drop_gates=drop_gates,
             lora=lora,
         )
-        events = self.events(request, latents=latents, preset=_PRESET_OF[output])
+        events = self.events(request, latents=latents, output=output)
         last = deque(events, maxlen=1).pop()  # a list would keep every step's state
         assert isinstance(last, Done), "stages end in Done"
         return self.video(last.state, own_noise=latents is not None)
@@ -187,45 +211,66 @@ class VideoPipeline:
         """Yield frames (H W 3 uint8) as they are decoded; a call's arguments, but `output`."""
         request = request_of(prompt=prompt, **fields)
         # Resolved now, so that an illegal request fails here and not at the first frame.
-        plan = self._with_loras(request).resolve(self.model.spec)
-        return _single_frames(self.events(plan, latents=latents))
+        params, notices = self._resolved(request)
+        return _single_frames(self.events(params, latents=latents, notices=notices))
 
     def events(
         self,
-        request: GenerateRequest,
+        request: GenerateRequest | SamplingParams,
         *,
         latents: Tensor | None = None,
-        preset: str = "text_to_video",
+        output: Literal["frames", "latents"] = "frames",
+        previews: bool = False,
+        notices: tuple[str, ...] = (),
     ) -> Generator[Event, None, None]:
-        """Resolve the request and return its events; drop or `close()` the iterator to cancel.
+        """Resolve a request and return its events; drop or `close()` the iterator to cancel.
 
         From its first event to its end it needs its LoRAs in the weights. What needs others waits
         in another thread, and raises `ValueError` in the same one.
-        """
-        plan = self._with_loras(request).resolve(self.model.spec)
-        plan, latents = self._agreed(plan, latents)
-        row = stages.PRESETS[preset]
-        stages.check(row)
-        events = stages.run(row, self.model, State(plan, noise=latents))
-        return self.model.loras.during(self.model.dit, denoise.uses_of(plan.lora), events)
 
-    def _agreed(self, plan: Plan, latents: Tensor | None) -> tuple[Plan, Tensor | None]:
-        """Check that the processes at hand can make a clip, and take what the first of them asks.
+        `previews` asks for a `Preview` after each step. Parameters that were resolved before are
+        taken as they are, with the `notices` about them.
+        """
+        if isinstance(request, GenerateRequest):
+            request, notices = self._resolved(request)
+        params, latents = self._agreed(request, latents)
+        from fastvideo.lora import uses_of
+
+        self.model.loras.check(self.model.dit, uses_of(params.lora))
+        row = self.model.spec.stages
+        if _ENDS_BEFORE[output]:
+            row = row[: row.index(_ENDS_BEFORE[output])]
+        stages.check(row)
+        state = State((params,), noise=latents, previews=previews, notices=notices)
+        return stages.run(row, self.model, state)
+
+    def _resolved(self, request: GenerateRequest) -> tuple[SamplingParams, tuple[str, ...]]:
+        """Complete a request, with the pipeline's LoRAs if it names none, and check all of it."""
+        if request.lora is None and self.loras:
+            request = request.model_copy(update={"lora": tuple(self.loras.values())})
+        params, model = resolving.resolve(request, self.model.spec), self.model
+        has_small = model.decoder is not None
+        sharing.check(model.meshes.degrees, params, model.spec, has_small_decoder=has_small)
+        return params, resolving.notices(request, params, model.spec)
+
+    def _agreed(
+        self, params: SamplingParams, latents: Tensor | None
+    ) -> tuple[SamplingParams, Tensor | None]:
+        """Take what the first of the processes that share a clip asks.
 
         A seed that each had drawn for itself would make another clip on each.
         """
         from fastvideo.parallel.agree import with_first
 
-        meshes, has_small = self.model.meshes, self.model.decoder is not None
-        sharing.check(meshes.degrees, plan, self.model.spec, has_small_decoder=has_small)
+        meshes = self.model.meshes
         if meshes.axis("sample").size == 1:
-            return plan, latents
+            return params, latents
         if threading.get_ident() != self._thread:
             raise ValueError(
                 "parallel: clips are made in the thread that loaded the pipeline, as all processes"
                 " must make them in the same order"
             )
-        asked = (plan, None if latents is None else latents.cpu())
+        asked = (params, None if latents is None else latents.cpu())
         return with_first(asked, meshes.axis("sample"), meshes.device)
 
     def load_lora(self, path: str | Path, *, strength: float = 1.0, name: str | None = None) -> str:
@@ -236,7 +281,7 @@ class VideoPipeline:
         otherwise, as one that was distilled. Like `set_lora` and `unload_lora`, it waits for open
         iterators of other threads that need other LoRAs, and is refused in the thread of one.
         """
-        use = _parse_lora(path, strength).found()
+        use = find_lora(_parse_lora(path, strength))
         key = name or hub.find_lora(use.path).stem
         self._set_lora(key, use)
         return key
@@ -256,12 +301,14 @@ class VideoPipeline:
             self.loras.pop(key, None)
 
     def _set_lora(self, name: str, use: LoraUse) -> None:
-        check_samplers([use], self.model.spec)
+        check_lora_samplers([use], self.model.spec)
         self._merge({**self.loras, name: use}.values())
         self.loras[name] = use  # alone: another thread may have loaded its own meanwhile
 
     def _merge(self, loras: Iterable[LoraUse]) -> None:
-        self.model.loras.use(self.model.dit, denoise.uses_of(loras))
+        from fastvideo.lora import uses_of
+
+        self.model.loras.use(self.model.dit, uses_of(loras))
 
     def _known(self, name: str) -> LoraUse:
         if name not in self.loras:
@@ -270,34 +317,30 @@ class VideoPipeline:
             raise ValueError(f"LoRA {name!r} is not loaded{hint} (loaded: {known})")
         return self.loras[name]
 
-    def _with_loras(self, request: GenerateRequest) -> GenerateRequest:
-        """Return the request with the pipeline's LoRAs if it names none itself."""
-        if request.lora is not None or not self.loras:
-            return request
-        return request.model_copy(update={"lora": tuple(self.loras.values())})
-
-    def recipe(self, plan: Plan, *, own_noise: bool = False) -> Recipe:
-        """Return what it takes to make this plan's frames again."""
+    def recipe(self, state: State, *, own_noise: bool = False) -> Recipe:
+        """Return what it takes to make the frames of a state again."""
+        (params,) = state.requests
         return Recipe(
             model=self.model_id,
-            request=plan,
+            request=params,
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
             latents="given" if own_noise else "seed",
             decoder=self.decoder_id,
+            backends=state.backends,
             versions=recipe.versions(),
-            unknown_keys=(*self.model.spec.unknown_keys, *_unknown_keys(plan.lora)),
+            unknown_keys=(*self.model.spec.unknown_keys, *_unknown_keys(params.lora)),
         )
 
     def video(self, state: State, *, own_noise: bool = False) -> Video:
         """Turn the state of the last `Done` into a clip."""
-        undecoded = state.frames is None
+        (params,), frames = state.requests, state.frames
         return Video(
-            fps=state.plan.fps,
-            recipe=self.recipe(state.plan, own_noise=own_noise).model_dump(mode="json"),
+            fps=params.fps,
+            recipe=self.recipe(state, own_noise=own_noise).model_dump(mode="json"),
             timings=dict(state.timings),
-            frames=state.frames,
-            latents=state.latents if undecoded else None,
+            frames=None if frames is None else frames[0],
+            latents=state.latents if frames is None else None,
             writes=self.model.meshes.axis("sample").rank == 0,
         )
 

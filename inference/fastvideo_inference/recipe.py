@@ -14,8 +14,8 @@ import fastvideo
 from fastvideo import media
 from fastvideo.config import Strict, parse
 from fastvideo.models import decoder as decoders
+from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
-from fastvideo_inference.request import Plan
 
 # The comment tag is the one that every player shows and every copy keeps.
 TAG = "comment"
@@ -42,11 +42,12 @@ class Recipe(Strict):
 
     version: int = 1
     model: ModelId
-    request: Plan
+    request: SamplingParams
     device: str
     dtype: str
     latents: str = "seed"  # or "given", if the caller passed its own noise
     decoder: DecoderId | None = None
+    backends: dict[str, str] = Field(default_factory=dict)  # that ran for self- and cross-attention
     versions: dict[str, str] = Field(default_factory=dict)
     unknown_keys: tuple[str, ...] = ()  # of configs that other libraries wrote; they do not count
 

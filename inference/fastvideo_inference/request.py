@@ -1,201 +1,235 @@
-"""What a user asks for, checked against a model's spec before any weights are read.
+"""What `generate` is asked to do, checked before torch is loaded: prompts, settings, output names.
 
-request = GenerateRequest(prompt="a red ball", num_frames=41)
-plan = request.resolve(spec)  # complete and legal: the spec's defaults fill what was left out
+batch = read(CliArgs(fields={"prompt": "a red ball", "seed": 1}, model="wan-nano"))
+for job in batch.jobs: ...   # complete parameters and a path each
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from fastvideo import env, hub, media, sampling
+from fastvideo.config import assignments, read_toml
+from fastvideo.hub import OpenModel
+from fastvideo.parallel.degrees import Degrees
+from fastvideo.registry import did_you_mean
+from fastvideo.resolve import notices, resolve
+from fastvideo.sampling import SamplingParams, read_layers
+from fastvideo_inference import naming, prompts, sharing
+from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
-from fastvideo import attention as patterns
-from fastvideo import hub, registry, sampler_note
-from fastvideo.config import Strict, merge, parse
-from fastvideo.spec import GuidanceScale, LoraStrength, Spec
+DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_FLAGS = {"prompt": "the prompt", "height": "--size", "width": "--size"}
+_BESIDE = ("model", "decoder")  # keys of a config that are no sampling fields
 
-MAX_SEED = 2**63 - 1
-# Larger seeds are legal; drawn ones stay short, since people read and type them.
-_DRAWN_SEEDS = 2**31
-_BACKENDS = "fastvideo.attention.backends"
-_NEW = {"lora": (), "backend": "auto", "drop_gates": False}  # fields that older recipes lack
-
-
-class LoraUse(Strict):
-    """A LoRA's file (or name on the hub), how strongly it counts, and its hash once it is known."""
-
-    path: str = Field(min_length=1)
-    strength: LoraStrength = 1.0
-    hash: str = ""
-
-    def found(self) -> LoraUse:
-        """Return it with the hash of its file; `ValueError` if that is absent, or another one."""
-        actual = hub.lora_hash(hub.find_lora(self.path))
-        if self.hash not in ("", actual):
-            raise ValueError(
-                f"lora {self.path} has hash {actual[:12]} and the one asked for {self.hash[:12]}"
-            )
-        return self.model_copy(update={"hash": actual})
+Layer = tuple[str, dict[str, Any]]
+"""Where settings come from, for error texts, and the settings."""
+Resolved = tuple[SamplingParams, tuple[str, ...]]
+"""Complete parameters, and the notices about them."""
 
 
-class GenerateRequest(Strict):
-    """A request; None is the model's default. `model_fields_set` tells what the user gave."""
+@dataclass(frozen=True)
+class CliArgs:
+    """What was typed after `generate`; None for what was not. `fields` are sampling fields."""
 
-    prompt: str
-    negative_prompt: str | None = None
-    num_frames: int | None = Field(default=None, ge=1)
-    height: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
-    fps: int | None = Field(default=None, ge=1, le=240)
-    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: GuidanceScale | None = None
-    seed: int | None = Field(default=None, ge=-1, le=MAX_SEED)
-    attention: str | None = Field(default=None, description="such as dense or vsa(sparsity=0.8)")
-    backend: str | None = Field(default=None, description="what computes it, such as gather")
-    drop_gates: bool | None = Field(
-        default=None, description="whether a pattern that drops the model's VSA gates is taken"
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Path | None = None
+    model: str | None = None
+    decoder: str | None = None
+    config: Path | None = None
+    settings: tuple[str, ...] = ()
+    repeat: Path | None = None
+    output: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    parallel: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make, and where to put it."""
+
+    params: SamplingParams
+    notices: tuple[str, ...]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that a run of `generate` does, checked."""
+
+    model: OpenModel
+    decoder: DecoderId | None
+    device: str
+    dtype: str
+    degrees: Degrees
+    jobs: tuple[Job, ...]
+
+
+def flag_of(name: str) -> str:
+    """Return the flag that sets a sampling field."""
+    alias = sampling.settings()[name].alias or name
+    return _FLAGS.get(name, f"--{alias.replace('_', '-')}")
+
+
+def read(args: CliArgs) -> Batch:
+    """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
+    check_place(args.device, args.dtype, num_processes=env.world_size())
+    repeated = read_recipe(args.repeat) if args.repeat else None
+    layers, beside = _layers(args, repeated)
+    model = _open(beside["model"], args, repeated)
+    decoder = decoder_id(beside["decoder"], model.spec, model.folder)
+    if repeated:
+        _check_repeatable(args.repeat, repeated, model)
+        _check_same_decoder(args.repeat, repeated, decoder)
+    resolved = [_resolved(row, layers, model) for row in _rows(args)]
+    params = [one for one, _ in resolved]
+    return Batch(
+        model=model,
+        decoder=decoder,
+        device=args.device or (repeated.device if repeated else "auto"),
+        dtype=args.dtype or (repeated.dtype if repeated else "auto"),
+        degrees=_degrees(args.parallel, params, model, has_small_decoder=decoder is not None),
+        jobs=_jobs(resolved, args.output),
     )
-    lora: tuple[LoraUse, ...] | None = Field(default=None, description="PATH or PATH:STRENGTH, ...")
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _from_words(cls, given: Any) -> Any:
-        several = [given] if isinstance(given, str) else given
-        if not isinstance(several, list | tuple):
-            return given
-        return [read_lora(one) if isinstance(one, str) else one for one in several]
-
-    @field_validator("attention")
-    @classmethod
-    def _is_a_pattern(cls, text: str | None) -> str | None:
-        return None if text is None else patterns.write(patterns.read(text))
-
-    @field_validator("backend")
-    @classmethod
-    def _is_a_backend(cls, name: str | None) -> str | None:
-        legal = ["auto", *registry.names(_BACKENDS)]
-        if name is not None and name not in legal:
-            hint = registry.did_you_mean(name, legal)
-            raise ValueError(f"backend {name!r} is unknown{hint} (known: {', '.join(legal)})")
-        return name
-
-    @field_validator("prompt")
-    @classmethod
-    def _says_something(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; say what the clip should show")
-        return prompt
-
-    def resolve(self, spec: Spec, *, origin: Mapping[str, str] | None = None) -> Plan:
-        """Fill in the spec's defaults, draw the seed if it is None or -1, and check the size.
-
-        `origin` says where a field came from (such as "--frames"), for the `ValueError`.
-        """
-        given = {k: v for k, v in self.model_dump().items() if v is not None}
-        values = {**spec.defaults.model_dump(exclude={"max_text_tokens"}), **given}
-        values.setdefault("attention", _own_pattern(spec))
-        values["lora"] = tuple(_found(use, (origin or {}).get("lora")) for use in self.lora or ())
-        if given.get("seed", -1) == -1:
-            values["seed"] = secrets.randbelow(_DRAWN_SEEDS)
-        plan = parse(Plan, values, source=f"the defaults of {spec.name}")
-        try:
-            _check_gates(plan, spec)
-            check_samplers(plan.lora, spec, named=given)
-            shape = spec.latent_shape(frames=plan.num_frames, height=plan.height, width=plan.width)
-            patterns.check_fits(
-                patterns.read(plan.attention),
-                shape.tokens(spec.compression.patch),
-                num_heads=spec.dit.config.get("num_attention_heads"),
-            )
-        except ValueError as error:
-            first = str(error).split()[0]
-            field = first if first in values else "attention"
-            default = "the request" if field in given else f"the defaults of {spec.name}"
-            where = (origin or {}).get(field, default)
-            raise ValueError(f"{error} (from {where})") from None
-        return plan.model_construct(_fields_set=set(given), **dict(plan))
 
 
-class Plan(GenerateRequest):
-    """A request with nothing left open: the same plan on the same model gives the same frames."""
-
-    negative_prompt: str
-    num_frames: int = Field(ge=1)
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    fps: int = Field(ge=1, le=240)
-    num_inference_steps: int = Field(ge=1, le=1000)
-    guidance_scale: GuidanceScale
-    seed: int = Field(ge=0, le=MAX_SEED)
-    attention: str = "dense"  # a recipe that does not say is older than the choice
-    backend: str = "auto"
-    drop_gates: bool = False
-    lora: tuple[LoraUse, ...] = ()
-
-    def to_attend(self) -> dict[str, Any]:
-        """Return the arguments of `render.denoise` and `render.frames` for the attention."""
-        pattern = patterns.read(self.attention)
-        return {"pattern": pattern, "backend": self.backend, "drop_gates": self.drop_gates}
-
-    def not_asked(self) -> set[str]:
-        """List the newer fields at their defaults, so that older recipes of the same agree."""
-        return {name for name, default in _NEW.items() if getattr(self, name) == default}
-
-
-def _check_gates(plan: Plan, spec: Spec) -> None:
-    has_gates = bool(spec.dit.config.get("gate_compress"))
-    pattern = patterns.read(plan.attention)
-    if has_gates and not plan.drop_gates:
-        patterns.check_keeps_gates(pattern, name=spec.name)
-    if plan.drop_gates and (not has_gates or isinstance(pattern, patterns.Vsa)):
-        kept = f"attention {plan.attention} keeps those of" if has_gates else "there are none in"
+def check_place(device: str | None, dtype: str | None, *, num_processes: int = 1) -> None:
+    """Refuse a device or dtype that torch could not mean; None is what was not typed."""
+    if device is not None and ":" in device and num_processes > 1:
         raise ValueError(
-            f"drop_gates true has no VSA gates to drop, {kept} {spec.name}; leave it out, or say"
-            " --no-drop-gates (drop_gates false)"
+            f"--device {device} is one device for {num_processes} processes, each of which takes"
+            f" its own; say {device.partition(':')[0]}"
+        )
+    if device is not None and not DEVICE.fullmatch(device):
+        raise ValueError(f"--device {device!r} is unknown; use auto, cpu, mps, cuda, cuda:N or xpu")
+    if dtype is not None and dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
+        raise ValueError(f"--dtype {dtype!r} is unknown{hint} (known: {', '.join(DTYPES)})")
+
+
+def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[str, Any]]:
+    """Return the layers of sampling fields, lowest first, and what else they name."""
+    layers: list[Layer] = []
+    if repeated:
+        given = {"model": repeated.model.name_or_path, **repeated.request.model_dump()}
+        if repeated.decoder:
+            given["decoder"] = repeated.decoder.name_or_path
+        layers.append((str(args.repeat), given))
+    if args.config:
+        layers.append((str(args.config), read_toml(args.config)))
+    if args.settings:
+        layers.append(("--set", assignments(args.settings)))
+    flags = {**args.fields, "model": args.model, "decoder": args.decoder}
+    layers.append(("the command line", {k: v for k, v in flags.items() if v is not None}))
+    beside: dict[str, Any] = {"model": hub.DEFAULT_MODEL, "decoder": None}
+    for source, values in layers:
+        for key in _BESIDE:
+            beside[key] = value = values.pop(key, beside[key])
+            if not isinstance(value, str | None):
+                raise ValueError(f"{key} {value!r} in {source} must be a name or a path")
+    return layers, beside
+
+
+def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:
+    try:
+        return hub.open_model(name, weights=repeated is not None)
+    except ValueError as error:
+        if repeated and args.model is None and name == repeated.model.name_or_path:
+            hint = f"named by the recipe in {args.repeat}; --model says where it is now"
+            raise ValueError(f"{error} ({hint})") from None
+        raise
+
+
+def _rows(args: CliArgs) -> list[Layer]:
+    """Return the rows of a prompt file, or one without fields of its own."""
+    if args.prompts is None:
+        return [("the command line", {})]
+    if args.fields.get("prompt") is not None:
+        raise ValueError("give a prompt or --prompts FILE, not both")
+    return prompts.read_prompts(args.prompts)
+
+
+def _resolved(row: Layer, layers: list[Layer], model: OpenModel) -> Resolved:
+    # A row of a prompt file is more particular than a config, less than a flag typed now.
+    *configs, (source, typed) = layers
+    flags = sampling.spelled(typed, source=source)
+    prompt = {key: flags.pop(key) for key in ["prompt"] if key in flags}
+    words = [(source, prompt), *((flag_of(key), {key: value}) for key, value in flags.items())]
+    ordered = [*configs, row, *words]
+    origin = {
+        key: source for source, values in ordered for key in sampling.spelled(values, source=source)
+    }
+    if "prompt" not in origin:
+        raise ValueError('there is no prompt; try: fastvideo generate "a big red ball moving left"')
+    request = read_layers(*ordered)
+    params = resolve(request, model.spec, origin=origin)
+    return params, notices(request, params, model.spec)
+
+
+def _degrees(
+    text: str | None, params: list[SamplingParams], model: OpenModel, *, has_small_decoder: bool
+) -> Degrees:
+    def check(degrees: Degrees) -> None:
+        if degrees.data > len(params):
+            raise ValueError(
+                f"--parallel: data={degrees.data} exceeds the number of prompts ({len(params)});"
+                f" nearest: data={len(params)}"
+            )
+        for one in params:
+            sharing.check(degrees, one, model.spec, has_small_decoder=has_small_decoder)
+
+    def is_legal(degrees: Degrees) -> bool:
+        try:
+            check(degrees)
+        except ValueError:
+            return False
+        return True
+
+    degrees = sharing.read(
+        text, world_size=env.world_size(), origin="--parallel", is_legal=is_legal
+    )
+    check(degrees)
+    return degrees
+
+
+def _check_repeatable(path: Path | None, recipe: Recipe, model: OpenModel) -> None:
+    if recipe.latents != "seed":
+        raise ValueError(
+            f"{path} was made from noise that its caller brought; it cannot be repeated"
+        )
+    found = fingerprint(model.folder)
+    if found != recipe.model.fingerprint:
+        raise ValueError(
+            f"{path} was made by other weights than {model.name}: its recipe says"
+            f" {recipe.model.spec} {recipe.model.fingerprint[:12]}, {model.folder} is {found[:12]}"
         )
 
 
-def _own_pattern(spec: Spec) -> str:
-    try:
-        return patterns.write(patterns.parse(spec.attention.pattern, spec.attention.args))
-    except ValueError as error:
-        raise ValueError(f"{error} (from the spec of {spec.name})") from None
+def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | None) -> None:
+    old = recipe.decoder
+    if old and used and used.name_or_path == old.name_or_path and used != old:
+        raise ValueError(
+            f"{path} was made by another decoder {old.name_or_path} than the one that is there now:"
+            f" its recipe says {old.fingerprint[:12]}, it is {used.fingerprint[:12]}"
+        )
 
 
-def check_samplers(uses: Iterable[LoraUse], spec: Spec, *, named: Collection[str] = ()) -> None:
-    """Raise `ValueError` for a LoRA that is sampled otherwise than the model.
-
-    named: fields that the request itself decides.
-    """
-    for use in uses:
-        wanted = sampler_note.read(hub.find_lora(use.path)) if use.strength else None
-        if wanted:
-            sampler_note.check(use.path, wanted, spec, named=named)
-
-
-def read_lora(text: str) -> dict[str, Any]:
-    """Split PATH:STRENGTH; what follows the last colon is a strength if it is a number."""
-    path, colon, tail = text.rpartition(":")
-    try:
-        return {"path": path, "strength": float(tail)} if colon else {"path": text}
-    except ValueError:
-        return {"path": text}
-
-
-def _found(use: LoraUse, origin: str | None) -> LoraUse:
-    try:
-        return use.found()
-    except ValueError as error:
-        raise ValueError(f"{error} (from {origin or 'the request'})") from None
-
-
-def read_layers(*layers: tuple[str, Mapping[str, Any]]) -> GenerateRequest:
-    """Merge (source, values) layers, later ones on top; `ValueError` names the wrong layer."""
-    values: dict[str, Any] = {}
-    for source, layer in layers:
-        parse(GenerateRequest, {"prompt": "checked below", **layer}, source=source)
-        values = merge(values, layer)
-    return parse(GenerateRequest, values, source="the request")
+def _jobs(resolved: list[Resolved], output: str | None) -> tuple[Job, ...]:
+    template = naming.check_template(output or naming.DEFAULT_TEMPLATE, num_clips=len(resolved))
+    jobs: list[Job] = []
+    for index, (one, told) in enumerate(resolved):
+        path = naming.fill(template, prompt=one.prompt, seed=one.seed, index=index)
+        taken = {job.path for job in jobs}
+        if output is None or path in taken:
+            path = naming.unused(path, taken=taken)
+        media.check_output(path)
+        if naming.sidecar(path).exists():
+            raise FileExistsError(f"{naming.sidecar(path)} exists already and is not overwritten")
+        jobs.append(Job(one, told, path))
+    return tuple(jobs)

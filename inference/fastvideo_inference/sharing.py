@@ -1,7 +1,7 @@
 """How processes share a clip: read, and checked against a request before any weights are read.
 
 degrees = read("ulysses=2,guidance=2", world_size=4)
-check(degrees, plan, spec)
+check(degrees, params, spec)
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from fastvideo import attention as patterns
 from fastvideo.parallel import rules
 from fastvideo.parallel.degrees import AXES, Degrees, parse
+from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
-from fastvideo_inference.request import Plan
 
 
 def read(
@@ -49,16 +49,20 @@ def read(
     return degrees
 
 
-def check(degrees: Degrees, plan: Plan, spec: Spec, *, has_small_decoder: bool = False) -> None:
+def check(
+    degrees: Degrees, params: SamplingParams, spec: Spec, *, has_small_decoder: bool = False
+) -> None:
     """Raise `ValueError` if a clip cannot be made by so many processes; torch-free."""
-    if degrees.guidance > 1 and plan.guidance_scale == 1:
+    if degrees.guidance > 1 and params.guidance_scale == 1:
         raise ValueError(
             f"parallel guidance={degrees.guidance} has no second forward to run: guidance_scale is"
             f" 1; nearest: ulysses={degrees.guidance * degrees.ulysses} without guidance"
         )
-    rules.check(degrees, patterns.read(plan.attention))
+    rules.check(degrees, patterns.read(params.attention))
     if not has_small_decoder:  # it decodes on every process
-        shape = spec.latent_shape(frames=plan.num_frames, height=plan.height, width=plan.width)
+        shape = spec.latent_shape(
+            frames=params.num_frames, height=params.height, width=params.width
+        )
         rules.check_rows(shape.height, degrees.of("sample"))
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from fastvideo import cli
+from fastvideo import cli, errors
 
 
 def in_fresh_python(*calls: list[str]) -> list[str]:
@@ -46,24 +46,24 @@ def test_wrong_arguments_of_every_verb_are_refused_in_one_line_without_torch():
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_a_help_text(verb: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main([verb, "--help"]) == cli.OK
+    assert cli.main([verb, "--help"]) == errors.OK
     assert f"Usage: fastvideo {verb}" in capsys.readouterr().out
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["--help"]) == cli.OK
+    assert cli.main(["--help"]) == errors.OK
     out = capsys.readouterr().out
     assert all(f"  {verb} " in out for verb in cli.VERBS)
 
 
 def test_a_mistyped_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["genrate"]) == cli.USAGE
+    assert cli.main(["genrate"]) == errors.USAGE
     assert "did you mean 'generate'?" in capsys.readouterr().err
 
 
 def test_a_verb_that_works_alone_refuses_a_launcher(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["eval", "wan-nano"]) == cli.USAGE
+    assert cli.main(["eval", "wan-nano"]) == errors.USAGE
     assert "eval works in one process; start it without a launcher" in capsys.readouterr().err
 
 
@@ -107,7 +107,7 @@ def broken(monkeypatch: pytest.MonkeyPatch):
             "error: a.mp4: No space left on device",
         ),
         (KeyError("x"), 1, "error: KeyError: 'x' (FASTVIDEO_LOG=debug shows where)"),
-        (cli.RefusedError("no"), 2, "error: no"),
+        (errors.RefusedError("no"), 2, "error: no"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -128,13 +128,8 @@ def test_debug_level_shows_the_traceback(broken, monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_log_level_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setenv("FASTVIDEO_LOG", "loud")
-    assert cli.main(["--version"]) == cli.FAILED
+    assert cli.main(["--version"]) == errors.FAILED
     assert "log level 'loud'" in capsys.readouterr().err
-
-
-def test_refusing_turns_a_value_error_into_a_refusal():
-    with pytest.raises(cli.RefusedError, match=r"a\.mp4: Permission denied"), cli.refusing():
-        raise PermissionError(13, "Permission denied", "a.mp4")
 
 
 def test_the_module_runs_as_a_program():

@@ -94,12 +94,16 @@ def test_the_index_comes_first_so_that_players_start_at_once(written: Path):
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-def test_single_frames_and_chunks_make_the_same_file(tmp_path: Path, written: Path):
+def test_single_frames_and_chunks_make_the_same_file(tmp_path: Path, monkeypatch):
+    # with several threads x264 writes other bytes now and then
+    monkeypatch.setattr(media, "X264", {**media.X264, "threads": "1"})
     frames = clip()
-    mixed = media.write_video(
-        tmp_path / "b.mp4", iter([frames[0], frames[1:4], frames[4:]]), fps=16, metadata=TAGS
+    parts = {"whole": [frames], "mixed": [frames[0], frames[1:4], frames[4:]]}
+    whole, mixed = (
+        media.write_video(tmp_path / f"{name}.mp4", iter(given), fps=16, metadata=TAGS)
+        for name, given in parts.items()
     )
-    assert mixed.read_bytes() == written.read_bytes()
+    assert mixed.read_bytes() == whole.read_bytes()
 
 
 def test_a_file_that_exists_is_never_overwritten_unless_asked(written: Path):

@@ -127,9 +127,12 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
 def test_loading_does_not_import_torchs_compiler(tiny_folder: Path):
     code = f"""
 import sys
-from fastvideo import model, render
+from fastvideo import model, stages
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest
 loaded = model.load({str(tiny_folder)!r}, device="cpu")
-render.frames(loaded, ["a ball"], num_steps=1, num_frames=5, height=32, width=32)
+asked = GenerateRequest(prompt="a ball", num_inference_steps=1, num_frames=5, height=32, width=32)
+stages.make(loaded, [resolve(asked, loaded.spec)])
 print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvideo.shapes import Compression, LatentShape, PixelShape, TokenGrid
+from fastvideo.shapes import Compression, LatentShape, PixelShape, TokenGrid, parse_size
 
 WAN = Compression()
 
@@ -69,6 +69,13 @@ def test_error_names_value_rule_and_nearest(sizes, message):
     with pytest.raises(ValueError) as error:
         PixelShape(*sizes).latent(WAN)
     assert str(error.value) == message
+
+
+def test_sizes_are_width_by_height():
+    assert parse_size("224x128") == (224, 128)
+    for wrong in ("224", "224*128", "x", "224x", "-1x5"):
+        with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
+            parse_size(wrong)
 
 
 def test_latents_that_patches_do_not_divide_are_refused():

@@ -27,6 +27,15 @@ def test_spec_survives_a_file(tmp_path):
     assert specs.read(tmp_path) == SPEC
 
 
+def test_a_row_of_stages_survives_and_the_usual_one_is_not_written(tmp_path):
+    """Older releases do not know the key."""
+    assert "stages" not in json.loads(specs.write(SPEC, tmp_path).read_text())
+    assert specs.read(tmp_path).stages == specs.TEXT_TO_VIDEO
+    short = SPEC.model_copy(update={"stages": ("encode_text", "prepare_latents", "denoise")})
+    specs.write(short, tmp_path)
+    assert specs.read(tmp_path) == short
+
+
 def test_dims_of_networks_stay_in_their_own_files(tmp_path):
     dit = Network(family="wan", config={"num_layers": 2})
     specs.write(SPEC.model_copy(update={"dit": dit}), tmp_path)

@@ -16,10 +16,12 @@ from fastvideo_inference.comparison import Comparison, read
 from fastvideo_inference.evaluation import Evaluation
 from fastvideo_inference.merging import merge
 from fastvideo_inference.pipeline import VideoPipeline
-from fastvideo_inference.request import LoraUse
 
-from fastvideo import attention, cli, media, render, spec, weights
+from fastvideo import cli, media, spec, stages, weights
 from fastvideo.model import load
+from fastvideo.resolve import find_lora
+from fastvideo.sampling import LoraUse
+from tests import clips
 
 PROMPT = "a red ball moving left"
 STA = "sta(windows=[[1, 1, 1]], tile=[1, 1, 2])"
@@ -131,13 +133,14 @@ def test_calls_and_streams_refuse_it_too_and_say_when_they_do_it(pipe, tiny_fold
         assert not np.array_equal(one.frames, other.frames), "gates and sparsity both count"
 
 
-def test_the_plain_renderer_refuses_it_where_no_request_was_checked(gated_folder):
+def test_the_stages_refuse_it_too_where_no_request_was_checked(gated_folder):
     model = load(gated_folder, device="cpu", dtype="float32")
-    how = {"num_frames": 5, "num_steps": 1, "guidance_scale": 1.0}
+    own = clips.params(model, PROMPT, num_frames=5, num_inference_steps=1, guidance_scale=1.0)
+    dense = own.model_copy(update={"attention": "dense"})
     with pytest.raises(ValueError, match="would drop the VSA gates"):
-        render.frames(model, [PROMPT], pattern=attention.Dense(), **how)
-    (made,) = render.frames(model, [PROMPT], pattern=attention.Dense(), drop_gates=True, **how)
-    assert made.shape == (5, 32, 48, 3)
+        stages.make(model, [dense])
+    made = stages.make(model, [dense.model_copy(update={"drop_gates": True})])
+    assert made.frames.shape == (1, 5, 32, 48, 3)
 
 
 def test_eval_keeps_an_override_in_its_recipe_and_makes_the_clips_of_the_model_without_gates(
@@ -178,7 +181,7 @@ def test_a_merged_model_keeps_its_gates_out_of_reach_of_stock_diffusers(gated_fo
     name = "transformer.blocks.0.attn1.to_q"
     ab = {f"{name}.lora_A.weight": torch.ones(1, 48), f"{name}.lora_B.weight": torch.ones(48, 1)}
     lora = weights.save(tmp_path / "lora.safetensors", ab)
-    merged = merge(gated_folder, [LoraUse(path=str(lora)).found()], tmp_path / "merged")
+    merged = merge(gated_folder, [find_lora(LoraUse(path=str(lora)))], tmp_path / "merged")
     assert [p.name for p in (merged / "transformer").glob("*.safetensors")] == [
         "vsa_gated_model.safetensors"
     ]

@@ -15,6 +15,7 @@ from fastvideo_inference import recipe
 from fastvideo_inference.commands import _report, demo
 
 from fastvideo import cli, hub, media
+from fastvideo.stages import Progress, encode_text
 
 PROMPT = "a red ball moving left"
 
@@ -148,16 +149,14 @@ def test_a_prompt_file_makes_a_clip_for_each_row(generate):
 
 
 def test_one_failed_prompt_does_not_stop_the_batch(generate, monkeypatch: pytest.MonkeyPatch):
-    from fastvideo import render
-
-    encode = render.encode_text
+    encode = encode_text.encode
 
     def fail_once(model: object, words: list[str]) -> object:
         if "bad" in words[0]:
             raise ValueError("cannot say bad")
         return encode(model, words)
 
-    monkeypatch.setattr(render, "encode_text", fail_once)
+    monkeypatch.setattr(encode_text, "encode", fail_once)
     Path("p.txt").write_text("a bad ball\na red ball\n")
     code, out, err = generate("--prompts", "p.txt", "-o", "{index}.mp4")
     assert (code, out) == (1, ["1.mp4"])
@@ -168,12 +167,10 @@ def test_one_failed_prompt_does_not_stop_the_batch(generate, monkeypatch: pytest
 def test_the_failure_of_a_single_prompt_is_an_event_and_one_line(
     generate, monkeypatch: pytest.MonkeyPatch
 ):
-    from fastvideo import render
-
     def fail(model: object, words: list[str]) -> object:
         raise ValueError("cannot say it")
 
-    monkeypatch.setattr(render, "encode_text", fail)
+    monkeypatch.setattr(encode_text, "encode", fail)
     code, out, err = generate(PROMPT, "--json", "-o", "a.mp4")
     assert (code, err) == (1, ["error: cannot say it"])
     failed = {"event": "failed", "prompt": PROMPT, "error": "cannot say it"}
@@ -274,8 +271,6 @@ def test_ctrl_c_leaves_no_half_file_and_exits_with_130(tiny_folder: Path):
 
 
 def test_bars_are_drawn_on_a_terminal_and_end_full(monkeypatch: pytest.MonkeyPatch, capsys):
-    from fastvideo_inference.events import Progress
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
     with _report.reporting(as_json=False) as report:

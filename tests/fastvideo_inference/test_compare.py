@@ -20,7 +20,7 @@ from fastvideo_inference.evaluation import Evaluation
 from fastvideo_inference.paired import difference
 from fastvideo_inference.scores import Records
 
-from fastvideo import hub, media, render
+from fastvideo import hub, media
 from fastvideo.cli import main
 from fastvideo.formats import diffusers as layout
 from fastvideo.measure import Judge
@@ -31,6 +31,7 @@ from fastvideo.models import decoder as decoders
 from fastvideo.models.decoder import taehv
 from fastvideo.spec import Scheduler
 from fastvideo.worlds.shapes import ATTRIBUTES, CLASSIFIER
+from tests.clips import frames
 
 SIGMAS = [1.0, 0.909091, 0.714286]
 FILE = """
@@ -182,9 +183,7 @@ def test_other_sigmas_are_what_the_network_is_evaluated_at(done, student: Path):
     args = {"sigmas": [1.0, 0.714286], "renoise": False}
     changed = model.spec.model_copy(update={"scheduler": Scheduler(name="few_step", args=args)})
     prompts = [records(compared, 3)[i]["prompt"] for i in (0, 1)]
-    clips = render.frames(
-        dataclasses.replace(model, spec=changed), prompts, seed=[0, 1], num_steps=2
-    )
+    clips = frames(dataclasses.replace(model, spec=changed), prompts, num_inference_steps=2)
     judge = Judge(hub.ZOO / CLASSIFIER)
     assert [records(compared, 3)[i]["features"] for i in (0, 1)] == [judge(c)[0] for c in clips]
 
@@ -383,7 +382,7 @@ def test_prompts_cap_those_of_every_row(file: Path, tmp_path: Path):
         (["--set", 'rows=[{name="a", model="student", sigmas=[0.5, 0.6]}]', "--set", "base=a"],
          "row 'a': few_step sigmas [0.5, 0.6] must fall strictly"),
         (["--set", 'rows=[{name="a", model="student", steps=2}]', "--set", "base=a"],
-         "row 'a': num_inference_steps 2 is not what this model was distilled for; nearest: 3"),
+         "row 'a': num_inference_steps 2: this distilled model takes exactly 3 steps; nearest: 3"),
         (["--set", 'rows=[{name="a", model="student", steps=2, sigmas=[1.0]}]', "--set", "base=a"],
          "row 'a': 2 steps cannot take 1 sigmas"),
     ],

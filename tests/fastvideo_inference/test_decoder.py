@@ -13,10 +13,11 @@ from fastvideo_inference import recipe
 from fastvideo_inference.evaluation import Evaluation
 from safetensors.torch import save_file
 
-from fastvideo import VideoPipeline, cli, media, render
+from fastvideo import VideoPipeline, cli, media
 from fastvideo.model import load
 from fastvideo.models import decoder as decoders
 from fastvideo.models.decoder.taehv import Config, Decoder, init_for_training
+from fastvideo.stages import decode
 
 PROMPT = "a red ball moving left"
 TINY = Config(
@@ -75,9 +76,9 @@ def test_it_gets_the_normalised_latents_and_its_frames_are_the_clip(folder: Path
     latents = pipe(PROMPT, seed=3, output="latents").latents
     made = pipe(PROMPT, seed=3).frames
     assert latents is not None and made is not None and made.shape == (9, 32, 48, 3)
-    want = render.to_uint8(random_decoder().decode(latents)[0])
+    want = decode.to_uint8(random_decoder().decode(latents)[0])
     assert np.abs(made.astype(int) - want).max() <= 1
-    raw = render.to_uint8(random_decoder().decode(pipe.model.vae.denormalize(latents))[0])
+    raw = decode.to_uint8(random_decoder().decode(pipe.model.vae.denormalize(latents))[0])
     assert np.abs(made.astype(int) - raw).mean() > 1, "raw latents would give another clip"
 
 
@@ -86,7 +87,7 @@ def test_a_stream_of_it_is_its_clip(folder: Path):
     whole = pipe(PROMPT, seed=3).frames
     assert np.array_equal(np.stack(list(pipe.stream(PROMPT, seed=3))), whole)
     latents = pipe(PROMPT, seed=3, output="latents").latents
-    pieces = np.concatenate(list(render.decode(pipe.model, latents, chunk=1)))
+    pieces = np.concatenate(list(decode.decode(pipe.model, latents, chunk=1)))
     assert np.abs(pieces.astype(int) - whole).max() <= 1
 
 

@@ -17,13 +17,14 @@ from fastvideo_inference.evaluation import TAKE_STRIDE, Evaluation
 from fastvideo_inference.recipe import fingerprint, versions
 from fastvideo_inference.scores import Records, Table
 
-from fastvideo import hub, media, render, rng
+from fastvideo import hub, media, rng
 from fastvideo.cli import main
 from fastvideo.measure import Judge
 from fastvideo.metrics.diversity import diversity
 from fastvideo.metrics.faithfulness import wilson
 from fastvideo.worlds import shapes
 from fastvideo.worlds.shapes import ATTRIBUTES, CLASSIFIER, World
+from tests.clips import frames
 
 FEW = {
     "prompts": 5,
@@ -86,7 +87,7 @@ def test_a_batch_gives_the_clips_that_the_prompts_give_alone(done, tiny_folder):
     clip = world.clip(0, 3, "heldout")
     tags = media.read_metadata(evaluation.clip_path(3))
     assert tags["prompt"] == clip.caption and tags["seed"] == "3"
-    (alone,) = render.frames(load(tiny_folder), [clip.caption], seed=3, num_steps=1)
+    (alone,) = frames(load(tiny_folder), [clip.caption], seed=3, num_inference_steps=1)
     kept, other = (media.read_video(evaluation.clip_path(i))[0] for i in (3, 2))
     assert (
         abs(blocks(kept) - blocks(alone)).mean() < 0.4 * abs(blocks(other) - blocks(alone)).mean()
@@ -178,10 +179,8 @@ def test_diversity_is_of_the_clips_of_one_prompt_beside_the_worlds_own(done, tin
     seeds = {int(media.read_metadata(p)["seed"]) for p in evaluation.results.glob("clips/*")}
     assert seeds == {0, 1, 2, 3, 4} | {i + TAKE_STRIDE for i in range(3)}
     clip = world.clip(0, 1, "heldout")
-    pair = render.frames(
-        load(tiny_folder), [world.clip(0, 0, "heldout").caption, clip.caption],
-        seed=[TAKE_STRIDE, TAKE_STRIDE + 1], num_steps=1,
-    )  # fmt: skip
+    captions = [world.clip(0, 0, "heldout").caption, clip.caption]
+    pair = frames(load(tiny_folder), captions, seed=TAKE_STRIDE, num_inference_steps=1)
     assert takes[1][1]["features"] == judge(pair[1])[0]
     assert takes[0][1]["truth_features"] == judge(clip.frames_THWC)[0]
     assert takes[1][1]["truth_features"] != takes[0][1]["truth_features"]

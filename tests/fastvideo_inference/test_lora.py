@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 from fastvideo_inference import recipe
-from fastvideo_inference.events import Progress
-from fastvideo_inference.request import GenerateRequest, LoraUse
-from fastvideo_inference.stages import denoise
-from fastvideo_inference.state import pack, unpack
 from tiny_loras import ALPHA, RANK, pairs, spelled, write, write_as
 
-from fastvideo import VideoPipeline, cli, hub, weights
+from fastvideo import VideoPipeline, cli, hub, stages, weights
 from fastvideo import model as models
 from fastvideo.formats import wan
+from fastvideo.packing import pack, unpack
+from fastvideo.sampling import GenerateRequest, LoraUse
+from fastvideo.stages import Progress
 
 PROMPT = "a red ball moving left"
 
@@ -131,26 +130,11 @@ def test_a_state_stored_half_way_goes_on_with_its_lora_in_another_process(
     pipe: VideoPipeline, tiny_folder: Path, lora: Path
 ):
     request = GenerateRequest(prompt=PROMPT, seed=3, num_frames=5, lora=(LoraUse(path=str(lora)),))
-    events = list(pipe.events(request, preset="text_to_latents"))
+    events = list(pipe.events(request, output="latents"))
     (half,) = [e.state for e in events if isinstance(e, Progress) and e.state and e.state.step == 1]
     other = VideoPipeline.from_pretrained(tiny_folder, dtype="float32")
-    *_, done = denoise.run(other.model, unpack(*pack(half)))
+    *_, done = stages.run(("denoise",), other.model, unpack(*pack(half)))
     assert torch.equal(done.state.latents, events[-1].state.latents)
-
-
-@pytest.mark.parametrize(
-    ("words", "uses"),
-    [
-        ("a.safetensors", [("a.safetensors", 1.0)]),
-        ("a.safetensors:0.5", [("a.safetensors", 0.5)]),
-        ("C:/x/a.safetensors", [("C:/x/a.safetensors", 1.0)]),
-        (["owner/name:-1", "b.safetensors"], [("owner/name", -1.0), ("b.safetensors", 1.0)]),
-        ([{"path": "a", "strength": 2}], [("a", 2.0)]),
-    ],
-)
-def test_a_request_reads_paths_with_strengths(words: object, uses: list[tuple[str, float]]):
-    request = GenerateRequest.model_validate({"prompt": "x", "lora": words})
-    assert [(use.path, use.strength) for use in request.lora or ()] == uses
 
 
 # The command

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvideo_inference.request import GenerateRequest
 from tiny_loras import pairs, write_as
 
 from fastvideo import VideoPipeline, cli, hub, sampler_note, weights
@@ -16,6 +15,8 @@ from fastvideo import model as models
 from fastvideo import spec as specs
 from fastvideo.formats import wan
 from fastvideo.lora.file import LowRank, save
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest
 from fastvideo.spec import Attention, Sampler, Scheduler
 
 PROMPT = "a red ball moving left"
@@ -83,9 +84,9 @@ def test_a_request_may_decide_steps_guidance_and_attention_itself(tiny_folder: P
     spec, _ = hub.open_spec(tiny_folder)
     asked = GenerateRequest.model_validate({"prompt": PROMPT, "lora": [str(path)]})
     with pytest.raises(ValueError, match=r"attention vsa.* \(from the request\)"):
-        asked.model_copy(update={"guidance_scale": 2.0}).resolve(spec)
+        resolve(asked.model_copy(update={"guidance_scale": 2.0}), spec)
     own = {"guidance_scale": 2.0, "attention": "vsa(sparsity=0.5, tile=[1, 2, 2])"}
-    assert asked.model_copy(update=own).resolve(spec).guidance_scale == 2
+    assert resolve(asked.model_copy(update=own), spec).guidance_scale == 2
 
 
 def test_a_merged_folder_is_sampled_as_the_lora_was_distilled(
@@ -97,9 +98,9 @@ def test_a_merged_folder_is_sampled_as_the_lora_was_distilled(
     assert sampler_note.of(made) == THREE
     kept = {"num_inference_steps", "guidance_scale"}
     assert made.defaults.model_dump(exclude=kept) == base.defaults.model_dump(exclude=kept)
-    plan = GenerateRequest(prompt=PROMPT).resolve(made)
-    assert (plan.num_inference_steps, plan.guidance_scale) == (3, 1)
-    assert plan.attention == "vsa(sparsity=0.5, tile=[1, 2, 2])"
+    params = resolve(GenerateRequest(prompt=PROMPT), made)
+    assert (params.num_inference_steps, params.guidance_scale) == (3, 1)
+    assert params.attention == "vsa(sparsity=0.5, tile=[1, 2, 2])"
 
     pipe = VideoPipeline.from_pretrained(tiny_folder, dtype="float32")
     sampled = made.model_copy(update={"dit": base.dit})

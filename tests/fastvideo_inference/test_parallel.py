@@ -18,10 +18,11 @@ import pytest
 import torch
 from fastvideo_inference import recipe, sharing
 from fastvideo_inference.pipeline import Video
-from fastvideo_inference.request import GenerateRequest, Plan
 
 from fastvideo import VideoPipeline, cli, hub, media
 from fastvideo.parallel.degrees import Degrees, parse
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest, SamplingParams
 from fastvideo.spec import Spec
 
 PROMPT = "a red ball moving left"
@@ -131,9 +132,9 @@ def test_prompts_are_dealt_out_to_replicas_that_make_the_clips_of_one_process(
 # What is refused, and when
 
 
-def plan_of(folder: Path, **fields: Any) -> tuple[Plan, Spec]:
+def params_of(folder: Path, **fields: Any) -> tuple[SamplingParams, Spec]:
     spec, _ = hub.open_spec(folder)
-    return GenerateRequest(prompt=PROMPT, **fields).resolve(spec), spec
+    return resolve(GenerateRequest(prompt=PROMPT, **fields), spec), spec
 
 
 @pytest.mark.parametrize(
@@ -147,14 +148,14 @@ def plan_of(folder: Path, **fields: Any) -> tuple[Plan, Spec]:
 def test_a_clip_that_so_many_processes_cannot_make_is_refused(
     tiny_folder: Path, degrees: dict[str, int], fields: dict[str, Any], text: str
 ):
-    plan, spec = plan_of(tiny_folder, **fields)
+    params, spec = params_of(tiny_folder, **fields)
     with pytest.raises(ValueError, match=text):
-        sharing.check(Degrees(**degrees), plan, spec)
+        sharing.check(Degrees(**degrees), params, spec)
 
 
 def test_a_small_decoder_needs_no_row_for_each_process(tiny_folder: Path):
-    plan, spec = plan_of(tiny_folder, height=32)
-    sharing.check(Degrees(ulysses=5), plan, spec, has_small_decoder=True)
+    params, spec = params_of(tiny_folder, height=32)
+    sharing.check(Degrees(ulysses=5), params, spec, has_small_decoder=True)
 
 
 def test_processes_without_degrees_are_refused_with_two_that_are_legal():
@@ -178,7 +179,7 @@ REFUSED = [
     (["--parallel", "ulysses=3"], "need 3 processes, not 2; start a multiple of 3"),
     (["--parallel", "ulises=2"], "ulises in parallel is unknown; did you mean 'ulysses'"),
     (["--parallel", "shard=2"], "shard=2, which cuts the weights of a training"),
-    (["--parallel", "data=2"], "data=2 deals out prompts, of which there are 1"),
+    (["--parallel", "data=2"], "data=2 exceeds the number of prompts (1); nearest: data=1"),
     (["--parallel", "guidance=2", "--guidance", "1"], "no second forward to run"),
     ([], "--parallel must say how 2 processes share the work: ulysses=2 or guidance=2"),
     (["--guidance", "1"], ": ulysses=2 or ring=2"),
@@ -309,17 +310,17 @@ def test_torchrun_with_a_wrong_product_ends_with_one_line_and_2(tiny_folder: Pat
 
 FAULT = """
 import os, sys
-from fastvideo import render
 from fastvideo.cli import main
+from fastvideo.stages import decode as stage
 
-decode = render.decode
+decode = stage.decode
 
 def fails(*args, **how):
     if os.environ["RANK"] == "1":
         raise MemoryError("no room for a row")
     return decode(*args, **how)
 
-render.decode = fails
+stage.decode = fails
 sys.exit(main(sys.argv[1:]))
 """
 

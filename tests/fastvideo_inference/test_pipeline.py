@@ -1,19 +1,18 @@
-"""Stages, their state and the pipeline on a tiny model: wiring, resume, cancel, equal frames."""
+"""The pipeline on a tiny model: its calls and streams, cancelling, equal frames, recipes."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastvideo_inference import recipe, stages
-from fastvideo_inference.events import Chunk, Done, Progress
-from fastvideo_inference.request import GenerateRequest
-from fastvideo_inference.state import State, pack, unpack
+from fastvideo_inference import recipe
 
-from fastvideo import VideoPipeline, media, registry, render
+from fastvideo import VideoPipeline, media
+from fastvideo.sampling import GenerateRequest
+from fastvideo.stages import decode, prepare_latents
+from tests import clips
 
 PROMPT = "a red ball moving left"
 
@@ -37,66 +36,9 @@ def request(**fields: object) -> GenerateRequest:
     return GenerateRequest.model_validate({"prompt": PROMPT, "seed": 3, **fields})
 
 
-@pytest.mark.parametrize("preset", stages.PRESETS)
-def test_every_preset_is_wired(preset: str):
-    have = stages.check(stages.PRESETS[preset])
-    assert ("frames" if preset == "text_to_video" else "latents") in have
-
-
-@pytest.mark.parametrize("name", registry.names("fastvideo_inference.stages"))
-def test_a_stage_names_itself_and_real_fields(name: str):
-    stage = registry.module("fastvideo_inference.stages", name)
-    fields = {f.name for f in dataclasses.fields(State)}
-    assert name == stage.NAME
-    assert {*stage.NEEDS, *stage.GIVES} <= fields
-    assert len(fields) <= 20
-
-
-@pytest.mark.parametrize(
-    ("row", "text"),
-    [
-        (("decode",), "'decode' needs latents"),
-        (("denoise", "decode"), "'denoise' needs cond, uncond, noise"),
-        (("encode_text", "denoice"), "stage 'denoice' is unknown; did you mean 'denoise'"),
-    ],
-)
-def test_broken_wiring_is_found_without_weights(row: tuple[str, ...], text: str):
-    with pytest.raises(ValueError, match=text):
-        stages.check(row)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_every_stage_counts_from_zero_to_its_total_and_ends_in_done(
-    pipe: VideoPipeline, guidance_scale: float
-):
-    events = list(pipe.events(request(guidance_scale=guidance_scale)))
-    row = stages.PRESETS["text_to_video"]
-    assert [e.stage for e in events if isinstance(e, Done)] == list(row)
-    for name in row:
-        mine = [e for e in events if e.stage == name]
-        places = [(e.index, e.total) for e in mine if isinstance(e, Progress)]
-        total = places[0][1]
-        assert places[0] == (0, total)
-        assert places[-1] == (total, total)
-        assert places == sorted(places)
-        assert isinstance(mine[-1], Done)
-    assert list(events[-1].state.timings) == list(row)
-
-
-def test_chunks_joined_are_the_frames_of_the_result(pipe: VideoPipeline, monkeypatch):
-    stream = pipe.model.vae.stream
-    monkeypatch.setattr(pipe.model.vae, "stream", lambda z, chunk=None: stream(z, 1))
-    events = list(pipe.events(request()))
-    chunks = [e for e in events if isinstance(e, Chunk)]
-    frames = np.concatenate([c.frames for c in chunks])
-    assert len(chunks) > 1
-    assert [c.start for c in chunks] == [0, *np.cumsum([len(c.frames) for c in chunks])[:-1]]
-    assert (frames == events[-1].state.frames).all()
-
-
-def test_the_pipeline_makes_what_the_plain_renderer_makes(pipe: VideoPipeline):
+def test_the_pipeline_makes_what_the_plain_stages_make(pipe: VideoPipeline):
     video = pipe(PROMPT, seed=3, num_frames=5, guidance_scale=2.0)
-    plain = render.frames(pipe.model, [PROMPT], seed=3, num_frames=5, guidance_scale=2.0)
+    plain = clips.frames(pipe.model, [PROMPT], seed=3, num_frames=5, guidance_scale=2.0)
     assert (video.frames == plain[0]).all()
     assert video.frames.shape == (5, 32, 48, 3)
     assert video.frames.dtype == np.uint8
@@ -123,14 +65,14 @@ def test_latents_are_the_undecoded_clip(pipe: VideoPipeline):
     video = pipe(PROMPT, seed=3, num_frames=5, output="latents")
     assert video.frames is None
     assert video.latents.shape == (1, 4, 2, 4, 6)
-    decoded = np.concatenate(list(render.decode(pipe.model, video.latents)))
+    decoded = np.concatenate(list(decode.decode(pipe.model, video.latents)))
     assert (decoded == pipe(PROMPT, seed=3, num_frames=5).frames).all()
     with pytest.raises(ValueError, match="no frames to save"):
         video.save("never.mp4")
 
 
 def test_given_noise_replaces_that_of_the_seed(pipe: VideoPipeline):
-    noise = render.initial_latents(pipe.model, num_frames=5, height=32, width=48, seed=3)
+    noise = prepare_latents.draw(pipe.model, clips.params(pipe.model, num_frames=5), seeds=[3])
     given = pipe(PROMPT, seed=4, num_frames=5, latents=noise)
     assert (given.frames == pipe(PROMPT, seed=3, num_frames=5).frames).all()
     assert given.recipe["latents"] == "given"
@@ -155,43 +97,6 @@ def test_noise_that_does_not_fit_is_refused(pipe: VideoPipeline, bad: torch.Tens
 def test_a_call_refuses_what_the_model_cannot_make(pipe: VideoPipeline, fields: dict, text: str):
     with pytest.raises(ValueError, match=text):
         pipe(PROMPT, **fields)
-
-
-def test_without_guidance_the_negative_prompt_is_not_encoded(pipe: VideoPipeline):
-    events = list(pipe.events(request(guidance_scale=1.0), preset="text_to_latents"))
-    assert events[-1].state.uncond is None
-
-
-def test_a_state_that_was_stored_at_a_step_goes_on_to_the_same_frames(pipe: VideoPipeline):
-    from safetensors.torch import load, save
-
-    asked = request(num_inference_steps=4, num_frames=5)
-    events = list(pipe.events(asked))
-    stored = [e.state for e in events if isinstance(e, Progress) and e.state is not None]
-    assert [s.step for s in stored] == [1, 2, 3, 4]
-    tensors, text = pack(stored[1])
-    resumed = unpack(load(save(tensors)), text)
-    assert resumed.step == 2
-    *_, last = stages.run(("denoise", "decode"), pipe.model, resumed)
-    assert (last.state.frames == events[-1].state.frames).all()
-
-
-def test_packing_keeps_every_field(pipe: VideoPipeline):
-    *_, last = pipe.events(request(num_frames=5))
-    copy = unpack(*pack(last.state))
-    assert copy.plan == last.state.plan
-    assert copy.plan.model_fields_set == {"prompt", "seed", "num_frames"}
-    assert copy.timings == last.state.timings
-    assert torch.equal(copy.cond.text_BLC, last.state.cond.text_BLC)
-    assert (copy.frames == last.state.frames).all()
-
-
-@pytest.mark.parametrize(
-    "kind", ["os:stat_result", "subprocess:Popen", "fastvideo.models.dit.wan:math"]
-)
-def test_packed_text_cannot_name_foreign_types(kind: str):
-    with pytest.raises(ValueError, match="packed state names"):
-        unpack({}, f'{{"type": "{kind}", "fields": {{}}}}')
 
 
 def test_dropping_the_iterator_stops_the_work(pipe: VideoPipeline, monkeypatch):
@@ -250,13 +155,3 @@ def test_a_fingerprint_changes_with_the_weights_and_not_with_the_place(
     data[-3] ^= 1
     weights.write_bytes(data)
     assert recipe.fingerprint(tiny_copy) != before
-
-
-def test_timings_are_the_stages_own_and_not_their_consumers(pipe: VideoPipeline, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: clock[0])
-    events = []
-    for event in pipe.events(request()):
-        clock[0] += 7.0  # a slow consumer, and stages that take no time at all
-        events.append(event)
-    assert set(events[-1].state.timings.values()) == {0.0}

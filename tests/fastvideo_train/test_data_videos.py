@@ -32,8 +32,8 @@ from odd_videos import captioned, grey, truncated, write
 from tiny_recipes import finish, tiny
 
 from fastvideo import model as models
-from fastvideo import render
 from fastvideo.cli import main
+from fastvideo.stages import encode_text
 from fastvideo.weights import Checkpoint, read_metadata
 
 ROOT = Path(__file__).parents[2]
@@ -148,12 +148,12 @@ def test_text_states_are_stored_once_for_each_distinct_prompt(clips, tiny_folder
     assert set(texts) == captions | {"", model.spec.defaults.negative_prompt}
     stored = dataclasses.replace(model, text=StoredText(latents))
     for prompt in texts:
-        theirs = render.encode_text(model, [prompt]).text_BLC
-        torch.testing.assert_close(render.encode_text(stored, [prompt]).text_BLC, theirs)
-    both = render.encode_text(stored, [texts[0], texts[3]]).text_BLC
-    assert torch.equal(both[1:], render.encode_text(stored, [texts[3]]).text_BLC)
+        theirs = encode_text.encode(model, [prompt]).text_BLC
+        torch.testing.assert_close(encode_text.encode(stored, [prompt]).text_BLC, theirs)
+    both = encode_text.encode(stored, [texts[0], texts[3]]).text_BLC
+    assert torch.equal(both[1:], encode_text.encode(stored, [texts[3]]).text_BLC)
     with pytest.raises(ValueError, match="a prompt of 3 tokens has no state"):
-        render.encode_text(stored, ["green night"])
+        encode_text.encode(stored, ["green night"])
 
 
 def test_the_manifest_names_encoders_and_rules_and_what_was_left_out(tiny_folder, latents):

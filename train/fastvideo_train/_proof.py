@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvideo import render, weights
+from fastvideo import weights
 from fastvideo.model import Model
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest
+from fastvideo.stages import encode_text, prepare_latents
+from fastvideo.stages.denoise import with_attention
 
 
 def rounded(live: Any, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Any:
@@ -52,11 +56,15 @@ def dit_forward(live: Model, net: nn.Module) -> Tensor:
     """
     c = live.spec.compression
     height, width = c.pixel_multiple
-    noise = render.initial_latents(
-        live, num_frames=1 + 4 * c.temporal, height=8 * height, width=8 * width, seed=0
+    request = GenerateRequest(
+        prompt="a prompt to compare",
+        num_frames=1 + 4 * c.temporal,
+        height=8 * height,
+        width=8 * width,
     )
-    cond = render.encode_text(live, ["a prompt to compare"])
-    denoiser = render.with_attention(replace(live, dit=net), noise)
+    noise = prepare_latents.draw(live, resolve(request, live.spec), seeds=[0])
+    cond = encode_text.encode(live, [request.prompt])
+    denoiser = with_attention(replace(live, dit=net), noise)
     return denoiser(noise, torch.full((1, 1), 500.0), cond)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastvideo.cli import RefusedError, refusing
+from fastvideo.errors import RefusedError, refusing
 from fastvideo.log import logger
 
 

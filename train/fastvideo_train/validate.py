@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from fastvideo import measure, media, worlds
+from fastvideo import measure, media, sampling, worlds
 from fastvideo.config import Strict, parse
 from fastvideo.measure import Frames, Reconstructed, Rendered
 from fastvideo.metrics.faithfulness import faithfulness, rates
 from fastvideo.model import Model
-from fastvideo.spec import GuidanceScale, Scheduler
+from fastvideo.resolve import resolve
+from fastvideo.spec import Scheduler
 from fastvideo_train.bundle import (
     bundle,
     check_latents,
@@ -51,12 +52,12 @@ class Clips(Strict):
 
     world: str = "shapes"
     split: str = "heldout"
-    seed: int = 1
+    seed: sampling.OwnSeed = 1
     count: int = Field(default=16, ge=1)
-    num_frames: int = Field(default=81, ge=1)
-    height: int = Field(default=128, ge=1)
-    width: int = Field(default=128, ge=1)
-    fps: int = Field(default=16, ge=1)
+    num_frames: sampling.NumFrames = 81
+    height: sampling.Height = 128
+    width: sampling.Width = 128
+    fps: sampling.Fps = 16
     sheet: int = Field(default=8, ge=0, description="clips on the contact sheet")
 
     def open(self) -> worlds.World:
@@ -74,8 +75,8 @@ class Prompts(Clips):
     """The prompts that a validation renders, and how; `vae` is a model folder that has one."""
 
     vae: str
-    steps: int = Field(default=20, ge=1)
-    guidance: GuidanceScale = 3.0
+    steps: sampling.NumSteps = 20
+    guidance: sampling.GuidanceScale = 3.0
     scheduler: Scheduler = Scheduler(name="euler")
     batch: int = Field(default=8, ge=1)
 
@@ -157,17 +158,21 @@ class _Rendering:
     def _batch(self, model: Model, first: int) -> list[Rendered]:
         p, world = self.prompts, self.prompts.open()
         indices = range(first, min(first + p.batch, p.count))
-        return measure.rendered(
-            model,
-            world,
-            [world.clip(p.seed, i, p.split) for i in indices],
-            seeds=[p.seed + i for i in indices],
-            num_steps=p.steps,
-            guidance_scale=p.guidance,
-            num_frames=p.num_frames,
-            height=p.height,
-            width=p.width,
-        )
+        clips = [world.clip(p.seed, i, p.split) for i in indices]
+        requests = [
+            sampling.GenerateRequest(
+                prompt=clip.caption,
+                seed=p.seed + i,
+                num_inference_steps=p.steps,
+                guidance_scale=p.guidance,
+                num_frames=p.num_frames,
+                height=p.height,
+                width=p.width,
+            )
+            for i, clip in zip(indices, clips, strict=True)
+        ]
+        params = [resolve(request, model.spec) for request in requests]
+        return measure.rendered(model, world, clips, params)
 
     def _model(self, roles: Mapping[str, Role], step: int) -> Model:
         """Put the run's networks into the model folder that lends its VAE."""

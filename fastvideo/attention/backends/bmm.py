@@ -12,12 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastvideo import cpu
 from fastvideo.attention.choice import Need
 from fastvideo.attention.layout import Layout
 
 MAX_KEYS = 2048
-_AMX_FASTER_BELOW = 1000
 _BLOCK_SCORES = 1 << 20
 """Scores made at a time in inference: few enough for the cache, enough to fill a product."""
 
@@ -29,16 +27,6 @@ def unsupported(need: Need) -> str | None:
     if need.num_keys is not None and need.num_keys > MAX_KEYS:
         return f"keeps all scores in memory, so at most {MAX_KEYS} keys, not {need.num_keys}"
     return None
-
-
-def rank(need: Need) -> int:
-    """Best on a CPU in half precision with few keys; with AMX only for training on fewer."""
-    half = need.dtype in (torch.bfloat16, torch.float16)
-    if need.device.type != "cpu" or need.num_keys is None or not half:
-        return 10
-    if cpu.has_amx():
-        return 30 if need.needs_grad and need.num_keys < _AMX_FASTER_BELOW else 10
-    return 30
 
 
 def describe(need: Need) -> str:

@@ -36,11 +36,6 @@ def unsupported(need: Need) -> str | None:
     return None if _find(capability) else _why_none(capability)
 
 
-def rank(need: Need) -> int:
-    """Ahead of SDPA wherever it runs: whoever installed it wants it."""
-    return 30
-
-
 def describe(need: Need) -> str:
     """Name the package that was found."""
     found = _find(torch.cuda.get_device_capability(need.device))

@@ -39,11 +39,6 @@ def unsupported(need: Need) -> str | None:
     return None
 
 
-def rank(need: Need) -> int:
-    """Behind `gather`, which starts at once and was 3.5 times as fast on a CPU."""
-    return 5
-
-
 def describe(need: Need) -> str:
     """Name the kernel and what its first call costs."""
     return f"compiled FlexAttention; the first call of a size takes about {compile_s():.0f} s more"

@@ -41,11 +41,6 @@ def unsupported(need: Need) -> str | None:
     return "serves sparse patterns only" if need.is_dense else None
 
 
-def rank(need: Need) -> int:
-    """The one that always works."""
-    return 10
-
-
 def describe(need: Need) -> str:
     """Name the arithmetic."""
     return "gathered tiles, bmm, softmax, bmm"

@@ -19,10 +19,6 @@ from fastvideo.attention.layout import Layout, Lists, Tiles
 
 means = gather.means
 MAX_KEYS = 2048
-_FASTER_UP_TO = 512
-"""Tokens in uneven tiles. On Zen 4 in bfloat16 at 320 to 450 of them, `masked` takes 0.5 to 1.4
-times as long as `gather` (2 heads of 96, 6 of 64; sparsity 0.5 to 0.9); at 650, 0.8 to 1.6 times.
-"""
 _BLOCK_SCORES = 1 << 18
 """Scores made at a time in inference, few enough for a core's cache, but those of a head."""
 
@@ -34,17 +30,6 @@ def unsupported(need: Need) -> str | None:
     if need.num_keys is not None and need.num_keys > MAX_KEYS and not need.layout.sees_all:
         return f"keeps all scores in memory, so at most {MAX_KEYS} keys, not {need.num_keys}"
     return None
-
-
-def rank(need: Need) -> int:
-    """First where nothing is left out; on a CPU ahead of `gather` below a measured size."""
-    assert need.layout is not None, "a sparse pattern has a layout"
-    if need.layout.sees_all:
-        return 50
-    assert need.layout.tiles is not None, "a sparse pattern has tiles"
-    is_small = need.num_keys is not None and need.num_keys <= _FASTER_UP_TO
-    is_uneven = not need.layout.tiles.is_uniform
-    return 15 if need.device.type == "cpu" and is_small and is_uneven else 4
 
 
 def describe(need: Need) -> str:

@@ -24,11 +24,6 @@ def unsupported(need: Need) -> str | None:
     return None
 
 
-def rank(need: Need) -> int:
-    """Behind everything else: it is here to be read and compared with."""
-    return 0
-
-
 def describe(need: Need) -> str:
     """Name the arithmetic."""
     return "masked softmax in float32"

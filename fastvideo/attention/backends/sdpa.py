@@ -20,11 +20,6 @@ def unsupported(need: Need) -> str | None:
     return None
 
 
-def rank(need: Need) -> int:
-    """The standard against which other backends rank themselves."""
-    return 20
-
-
 def describe(need: Need) -> str:
     """Name the kernels in the order in which they are tried."""
     if need.device.type != "cuda":

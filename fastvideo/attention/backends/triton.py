@@ -66,11 +66,6 @@ def unsupported(need: Need) -> str | None:
     return None if capability >= _MIN_CAPABILITY else f"needs compute capability {_MIN_CAPABILITY}"
 
 
-def rank(need: Need) -> int:
-    """Ahead of everything on a GPU; behind everything in the interpreter, which is for tests."""
-    return 40 if need.device.type == "cuda" else -1
-
-
 def describe(need: Need) -> str:
     """Say where the kernels run, and what their first calls cost."""
     if need.device.type != "cuda":
@@ -272,7 +267,7 @@ def _tuned(name: str, scale: int) -> Any:
         triton.Config({"BLOCK_N": step}, num_warps=warps, num_stages=stages)
         for step, warps, stages in _CONFIGS[name]
     ]
-    return triton.autotune(configs, key=["HEAD", "KEYS"])(vars(_kernels())[name])
+    return triton.autotune(configs, key=["HEAD"])(vars(_kernels())[name])
 
 
 def _is_interpreted() -> bool:

@@ -75,14 +75,8 @@ class Tokenizer:
         text. L is the longest prompt's, or `pad_to`.
         """
         encodings = self._backend.encode_batch([clean(prompt) for prompt in prompts])
-        for prompt, encoding in zip(prompts, encodings, strict=True):
-            if len(encoding.ids) > max_length:
-                logger.warning(
-                    "prompt of %d tokens is cut to %d: %.60r...",
-                    len(encoding.ids),
-                    max_length,
-                    prompt,
-                )
+        for text in self.cuts(prompts, max_length):
+            logger.warning("%s", text)
         rows = [self._cut(encoding.ids, max_length) for encoding in encodings]
         length = max(len(row) for row in rows) if pad_to is None else pad_to
         ids_BL = torch.full((len(rows), length), self._pad_id)
@@ -91,6 +85,15 @@ class Tokenizer:
             ids_BL[i, : len(row)] = torch.tensor(row)
             mask_BL[i, : len(row)] = 1
         return ids_BL, mask_BL
+
+    def cuts(self, prompts: Sequence[str], max_length: int) -> list[str]:
+        """Return a line for each prompt that is cut to `max_length` ids."""
+        sizes = [len(e.ids) for e in self._backend.encode_batch([clean(p) for p in prompts])]
+        return [
+            f"prompt of {size} tokens is cut to {max_length}: {prompt[:60]!r}..."
+            for prompt, size in zip(prompts, sizes, strict=True)
+            if size > max_length
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids back into text, without padding and end marks."""

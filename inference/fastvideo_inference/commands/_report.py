@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from fastvideo_inference.events import Event, Progress
+from fastvideo.stages import Event, Notice, Progress
 
 
 class Report(Protocol):
@@ -36,6 +36,8 @@ class JsonReport:
     def event(self, event: Event) -> None:
         if isinstance(event, Progress):
             self._line("progress", stage=event.stage, index=event.index, total=event.total)
+        if isinstance(event, Notice):
+            self._line("notice", stage=event.stage, text=event.text)
 
     def saved(self, path: str, *, seed: int, timings: dict[str, float]) -> None:
         self._line("saved", path=path, seed=seed, timings=timings)

@@ -12,7 +12,7 @@ from typer import Option
 
 import fastvideo
 from fastvideo import hub
-from fastvideo.cli import RefusedError
+from fastvideo.errors import RefusedError
 
 SOURCE = "git clone of the repository, then: pip install -e '.[demo]'"
 

@@ -9,25 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from fastvideo import hub
-from fastvideo.cli import OK, refusing
+from fastvideo import hub, sampling
 from fastvideo.config import assignments
-from fastvideo.shapes import parse_size
-from fastvideo_inference.commands._jobs import check_place
+from fastvideo.errors import OK, refusing
 from fastvideo_inference.comparison import Comparison, read
 from fastvideo_inference.contrast import Contrast, markdown
 from fastvideo_inference.evaluation import Evaluation
+from fastvideo_inference.request import check_place
 
 if TYPE_CHECKING:
     from fastvideo_inference.scores import Distance, Features, Table
 
 
-Backend = Annotated[
-    str | None, Option(help="What computes the attention; doctor lists them. [auto, the fastest]")
-]
+Attention = Annotated[str | None, Option(help=f"{sampling.ATTENTION.help}. [the model's]")]
+Backend = Annotated[str | None, Option(help=f"{sampling.BACKEND.help}. [auto, the fastest]")]
 DropGates = Annotated[
-    bool | None,
-    Option("--drop-gates/--no-drop-gates", help="Let --attention drop a VSA model's gates. [no]"),
+    bool | None, Option("--drop-gates/--no-drop-gates", help=f"{sampling.DROP_GATES.help}. [no]")
 ]
 
 
@@ -53,13 +50,13 @@ def evaluate(
     diverse: Annotated[
         int | None, Option(help="Prompts to measure diversity on. [16, or all prompts]")
     ] = None,
-    steps: Annotated[int | None, Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
-    size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")] = None,
-    frames: Annotated[int | None, Option(help="Number of frames, 4k+1.")] = None,
-    attention: Annotated[
-        str | None, Option(help="Another pattern: dense, vsa(sparsity=0.8). [the model's]")
-    ] = None,
+    steps: Annotated[int | None, Option(help=sampling.STEPS.help)] = None,
+    guidance: Annotated[float | None, Option(help=sampling.GUIDANCE.help)] = None,
+    negative: Annotated[str | None, Option(help=sampling.NEGATIVE.help)] = None,
+    size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128")] = None,
+    frames: Annotated[int | None, Option(help=sampling.FRAMES.help)] = None,
+    fps: Annotated[int | None, Option(help=sampling.FPS.help)] = None,
+    attention: Attention = None,
     backend: Backend = None,
     drop_gates: DropGates = None,
     decoder: Annotated[
@@ -88,16 +85,13 @@ def evaluate(
 
 
 _EVERYWHERE = ("output", "as_json", "device", "dtype")
-_FIELD_OF = {"steps": "num_inference_steps", "guidance": "guidance_scale", "frames": "num_frames"}
 
 
 def _evaluation(typed: dict[str, Any], **place: Any) -> Evaluation:
     if "settings" in typed:
         raise ValueError("--set changes a comparison; give --compare FILE too")
     model = typed.pop("model", hub.DEFAULT_MODEL)
-    if "size" in typed:
-        typed["width"], typed["height"] = parse_size(typed.pop("size"))
-    return Evaluation.plan(model, **{_FIELD_OF.get(k, k): v for k, v in typed.items()}, **place)
+    return Evaluation.plan(model, **typed, **place)
 
 
 def _comparison(typed: dict[str, Any], **place: Any) -> Comparison:

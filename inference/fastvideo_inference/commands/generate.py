@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from fastvideo import env, files, hub
-from fastvideo.cli import FAILED, OK, one_line, refusing
+from fastvideo import env, files, hub, sampling
+from fastvideo.errors import FAILED, OK, one_line, refusing
 from fastvideo_inference import naming, sharing
-from fastvideo_inference.commands._jobs import Batch, Job, Words, check_place, read
 from fastvideo_inference.commands._report import Report, reporting
+from fastvideo_inference.request import Batch, CliArgs, Job, check_place, read
 
 if TYPE_CHECKING:
     from fastvideo_inference.pipeline import VideoPipeline
@@ -24,20 +24,12 @@ Model = Annotated[
     str | None,
     Option("--model", "-m", help=f"Bundled name, folder or hub id. [{hub.DEFAULT_MODEL}]"),
 ]
-Attention = Annotated[
-    str | None, Option(help="Another pattern: dense, vsa(sparsity=0.8). [the model's]")
-]
-Backend = Annotated[
-    str | None, Option(help="What computes the attention; doctor lists them. [auto, the fastest]")
-]
+Attention = Annotated[str | None, Option(help=f"{sampling.ATTENTION.help}. [the model's]")]
+Backend = Annotated[str | None, Option(help=f"{sampling.BACKEND.help}. [auto, the fastest]")]
 DropGates = Annotated[
-    bool | None,
-    Option("--drop-gates/--no-drop-gates", help="Let --attention drop a VSA model's gates. [no]"),
+    bool | None, Option("--drop-gates/--no-drop-gates", help=f"{sampling.DROP_GATES.help}. [no]")
 ]
-Lora = Annotated[
-    list[str] | None,
-    Option(help="PATH[:STRENGTH] of a LoRA, or its name on the hub; repeatable."),
-]
+Lora = Annotated[list[str] | None, Option(help=f"{sampling.LORA.help}; repeatable.")]
 Decoder = Annotated[
     str | None,
     Option(help="A small decoder of the model, its path, or vae. [vae, the VAE's own]"),
@@ -52,18 +44,18 @@ Output = Annotated[
 
 
 def generate(
-    prompt: Annotated[str | None, Argument(help="What the clip should show.")] = None,
+    prompt: Annotated[str | None, Argument(help=sampling.PROMPT.help)] = None,
     prompts: Annotated[
         Path | None, Option(help="A .txt (a prompt a line) or .jsonl (a request a line).")
     ] = None,
     model: Model = None,
-    seed: Annotated[int | None, Option(help="-1 or none: drawn, and printed.")] = None,
-    steps: Annotated[int | None, Option(help="Denoising steps.")] = None,
-    size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")] = None,
-    frames: Annotated[int | None, Option(help="Number of frames, 4k+1.")] = None,
-    fps: Annotated[int | None, Option(help="Frames per second of the file.")] = None,
-    guidance: Annotated[float | None, Option(help="Guidance scale; 1 is off.")] = None,
-    negative: Annotated[str | None, Option(help="What the clip should not show.")] = None,
+    seed: Annotated[int | None, Option(help=sampling.SEED.help)] = None,
+    steps: Annotated[int | None, Option(help=sampling.STEPS.help)] = None,
+    size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128")] = None,
+    frames: Annotated[int | None, Option(help=sampling.FRAMES.help)] = None,
+    fps: Annotated[int | None, Option(help=sampling.FPS.help)] = None,
+    guidance: Annotated[float | None, Option(help=sampling.GUIDANCE.help)] = None,
+    negative: Annotated[str | None, Option(help=sampling.NEGATIVE.help)] = None,
     attention: Attention = None,
     backend: Backend = None,
     drop_gates: DropGates = None,
@@ -83,52 +75,52 @@ def generate(
     parallel: Parallel = None,
 ) -> int:
     """Make clips from prompts. What is not given is the model's default."""
-    words = Words(
-        prompt=prompt,
-        prompts=prompts,
-        model=model,
-        config=config,
-        repeat=repeat,
-        output=output,
-        size=size,
-        settings=tuple(settings or ()),
-        device=device,
-        dtype=dtype,
-        decoder=decoder,
-        parallel=parallel,
-        flags={
+    args = CliArgs(
+        fields={
+            "prompt": prompt,
             "seed": seed,
-            "num_inference_steps": steps,
-            "num_frames": frames,
+            "steps": steps,
+            "size": size,
+            "frames": frames,
             "fps": fps,
-            "guidance_scale": guidance,
-            "negative_prompt": negative,
+            "guidance": guidance,
+            "negative": negative,
             "attention": attention,
             "backend": backend,
             "drop_gates": drop_gates,
             "lora": lora or None,
         },
+        prompts=prompts,
+        model=model,
+        decoder=decoder,
+        config=config,
+        settings=tuple(settings or ()),
+        repeat=repeat,
+        output=output,
+        device=device,
+        dtype=dtype,
+        parallel=parallel,
     )
     start = _run_alone if env.world_size() == 1 else _run_in_many
-    return start(words, as_json=as_json)
+    return start(args, as_json=as_json)
 
 
-def _run_alone(words: Words, *, as_json: bool) -> int:
+def _run_alone(args: CliArgs, *, as_json: bool) -> int:
     with refusing():
-        batch = read(words)
+        batch = read(args)
     return _run(batch, as_json=as_json)
 
 
-def _run_in_many(words: Words, *, as_json: bool) -> int:
-    """Let the first process read the request; the others do what it was told."""
+def _run_in_many(args: CliArgs, *, as_json: bool) -> int:
+    """Let the first process read the request; the others get what it read."""
     with refusing():
-        check_place(words.device, words.dtype, num_processes=env.world_size())
-        batch = read(words) if env.rank() == 0 else None
+        check_place(args.device, args.dtype, num_processes=env.world_size())
+        batch = read(args) if env.rank() == 0 else None
     from fastvideo.launched import together  # torch comes in here
     from fastvideo.model import pick_device
     from fastvideo.parallel import agree
 
-    with together(pick_device(words.device or "auto")) as device:
+    with together(pick_device(args.device or "auto")) as device:
         batch = agree.with_first(batch, agree.everybody(), device)
         assert batch is not None, "the first process has read it"
         return _run(dataclasses.replace(batch, device=str(device)), as_json=as_json)
@@ -138,12 +130,12 @@ def _run(batch: Batch, *, as_json: bool) -> int:
     started = time.perf_counter()
     from fastvideo_inference.pipeline import VideoPipeline  # torch comes in here
 
-    pipe = VideoPipeline.from_pretrained(
+    pipe = VideoPipeline.load(
         batch.model,
         device=batch.device,
         dtype=batch.dtype,
         decoder=batch.decoder,
-        parallel=sharing.write(batch.degrees) or None,
+        degrees=batch.degrees,
     )
     gc.freeze()  # what is loaded stays; imageio collects garbage twice a clip
     load_s = time.perf_counter() - started
@@ -157,25 +149,25 @@ def _make_all(pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: floa
     replica = pipe.model.meshes.axis("data")
     for index in range(replica.rank, total, replica.size):
         job = batch.jobs[index]
-        plan = job.plan
-        report.start(index=index, total=total, prompt=plan.prompt, seed=plan.seed)
+        params = job.params
+        report.start(index=index, total=total, prompt=params.prompt, seed=params.seed)
         try:
             timings = _make(pipe, job, report, load_s=load_s if index == replica.rank else 0.0)
         except (ValueError, OSError, RuntimeError) as error:
-            report.failed(plan.prompt, one_line(error))
+            report.failed(params.prompt, one_line(error))
             if total == 1 or batch.degrees.world_size > 1:  # others wait for this one
                 raise
             code = FAILED
         else:
-            report.saved(str(job.path), seed=plan.seed, timings=timings)
+            report.saved(str(job.path), seed=params.seed, timings=timings)
     return code
 
 
 def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> dict[str, float]:
-    from fastvideo_inference.events import Done
+    from fastvideo.stages import Done
 
     last = None
-    for last in pipe.events(job.plan):
+    for last in pipe.events(job.params, notices=job.notices):
         report.event(last)
     assert isinstance(last, Done), "stages end in Done"
     video = pipe.video(last.state)
@@ -192,6 +184,7 @@ def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> di
         **({"parallel": degrees} if degrees else {}),  # beside it: it decides nothing
         "frames_sha256": video.frames_sha256,
         "timings_s": timings,
+        **({"notices": list(last.state.notices)} if last.state.notices else {}),
         "output": job.path.name,
     }
     files.write_text(naming.sidecar(job.path), json.dumps(beside, indent=2) + "\n")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from fastvideo import hub, media
-from fastvideo.cli import refusing
+from fastvideo.errors import refusing
 from fastvideo.models import decoder as decoders
 from fastvideo.spec import Spec
 from fastvideo_inference import naming

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from fastvideo import hub
-from fastvideo.cli import OK, refusing
 from fastvideo.config import parse
-from fastvideo_inference.request import LoraUse, read_lora
+from fastvideo.errors import OK, refusing
+from fastvideo.resolve import find_lora
+from fastvideo.sampling import LoraUse, read_lora
 
 lora = typer.Typer(
     help="Merge LoRAs into a model folder.",
@@ -35,7 +36,7 @@ def merge(
 ) -> int:
     """Write a copy of a model folder whose denoiser has LoRAs in its weights."""
     with refusing():
-        uses = [parse(LoraUse, read_lora(text), source=text).found() for text in loras]
+        uses = [find_lora(parse(LoraUse, read_lora(text), source=text)) for text in loras]
         hub.open_spec(model)
         if output.exists():
             raise FileExistsError(f"{output} exists; choose another folder or remove it")

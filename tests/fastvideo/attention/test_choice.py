@@ -10,6 +10,7 @@ import torch
 from fastvideo import registry
 from fastvideo.attention import Dense, Vsa, choose, parse, plan, select, table
 from fastvideo.attention.choice import PACKAGE
+from fastvideo.attention.order import ORDER
 from fastvideo.shapes import TokenGrid
 
 SMALL, LARGE = (plan(Dense(), TokenGrid(21, n, n)) for n in (8, 30))
@@ -140,3 +141,8 @@ def test_a_backend_that_is_named_for_a_sparse_pattern_leaves_cross_attention_to_
         attend = select("gather", needs_grad=needs_grad, **how)
         assert name_of(attend.self_backend) == "gather"
         assert name_of(attend.cross_backend) == cross
+
+
+def test_every_backend_has_its_line_in_the_order_and_every_line_a_backend():
+    assert {line.backend for line in ORDER} == set(registry.names("fastvideo.attention.backends"))
+    assert all(line.why for line in ORDER)

@@ -417,8 +417,28 @@ def items(fails: bool = False) -> Iterator[int]:
         raise RuntimeError("in the middle")
 
 
+def during(loras: Loras, net: WanDiT, use: list[Use], given: Iterator) -> Iterator:
+    """Compute items as the row of stages computes its events."""
+    loras.check(net, use)
+
+    def turns() -> Iterator:
+        claim = loras.claim(net, use)
+        try:
+            while True:
+                try:
+                    with loras.turn(claim):
+                        item = next(given)
+                except StopIteration:
+                    return
+                yield item
+        finally:
+            del claim
+
+    return turns()
+
+
 def opened(loras: Loras, net: WanDiT, use: list[Use], given: Iterator) -> Iterator:
-    iterator = loras.during(net, use, given)
+    iterator = during(loras, net, use, given)
     next(iterator)
     return iterator
 
@@ -462,13 +482,13 @@ def test_an_iterator_opens_at_its_first_item_and_its_files_are_checked_before(
     net: WanDiT, uses: list[list[Use]], tmp_path: Path
 ):
     loras = Loras()
-    first, second = (loras.during(net, use, items()) for use in uses)
+    first, second = (during(loras, net, use, items()) for use in uses)
     assert loras.active == () and next(second) == 0 and loras.active == tuple(uses[1])
     with pytest.raises(ValueError, match="open iterator of this thread"):
         next(first)
     bad = write(tmp_path / "bad.safetensors", {"blocks.0.self_attn.q.diff": torch.ones(2, 2)})
     with pytest.raises(ValueError, match=r"bad.safetensors does not fit"):
-        loras.during(net, one(bad), items())
+        during(loras, net, one(bad), items())
     assert list(second) == [1, 2, 3]
 
 
@@ -478,7 +498,7 @@ def test_other_threads_wait_until_its_end(end: str, net: WanDiT, uses: list[list
     iterator = opened(loras, net, uses[0], items(end == "fail"))
     with ThreadPoolExecutor(2) as threads:
         for _ in range(2):
-            threads.submit(lambda: found.extend(loras.during(net, uses[1], items())))
+            threads.submit(lambda: found.extend(during(loras, net, uses[1], items())))
         wait_for_claims(2)
         assert loras.active == tuple(uses[0]) and not found
         ENDS[end](iterator)
@@ -503,7 +523,7 @@ def test_an_iterator_may_be_collected_while_the_lock_is_held(
 
     loras = Loras()
     lose(opened(loras, net, uses[0], items()))
-    assert list(loras.during(net, uses[0], collecting())) != [0]
+    assert list(during(loras, net, uses[0], collecting())) != [0]
     loras.use(net, [])
 
 
@@ -518,7 +538,7 @@ def test_iterators_of_equal_loras_take_turns_in_two_threads(net: WanDiT, uses: l
             yield inside.pop()
 
     def run(use: list[Use]) -> list[int]:
-        return [meeting.wait() * 0 + i for i in loras.during(net, use, alone())]
+        return [meeting.wait() * 0 + i for i in during(loras, net, use, alone())]
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(run, [uses[0]] * 2)) == [[0, 1, 2, 3]] * 2

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo import env, hub
-from fastvideo.cli import refusing
+from fastvideo.errors import refusing
 from fastvideo_train.recipe import LatentsSpec, Recipe
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo import hub, media
-from fastvideo.cli import FAILED, OK, refusing
 from fastvideo.config import assignments, merge, parse
+from fastvideo.errors import FAILED, OK, refusing
 from fastvideo.footage import UnusableError
 from fastvideo.shapes import Compression, parse_size
 from fastvideo.spec import Defaults

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastvideo import files, media
-from fastvideo.cli import OK, refusing
+from fastvideo.errors import OK, refusing
 from fastvideo.shapes import Compression, PixelShape, parse_size
 from fastvideo.worlds import World, open_world
 from fastvideo_train.commands import _videos

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastvideo.cli import OK, refusing
 from fastvideo.config import assignments
+from fastvideo.errors import OK, refusing
 
 
 def export(

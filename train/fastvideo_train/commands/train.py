@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvideo import env
-from fastvideo.cli import INTERRUPTED, OK, refusing
+from fastvideo.errors import INTERRUPTED, OK, refusing
 from fastvideo_train import recipe as recipes
 from fastvideo_train.commands._plan import plan
 from fastvideo_train.lock import locked

@@ -13,11 +13,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from fastvideo import flow, schedulers
+from fastvideo import flow, sampling, schedulers
 from fastvideo.sample import Denoiser, Velocity, guide
 from fastvideo.schedulers import few_step
 from fastvideo.shapes import LatentShape
-from fastvideo.spec import GuidanceScale, Scheduler
+from fastvideo.spec import Scheduler
 from fastvideo_train.methods import Batch, StepKey
 from fastvideo_train.methods._text import Prompted, TextConfig
 from fastvideo_train.roles import Role
@@ -30,7 +30,9 @@ class StudentConfig(TextConfig):
     """The points that the student is made for, and the teacher's guidance and shift."""
 
     sigmas: tuple[float, ...] = THIRDS
-    guidance: GuidanceScale = Field(default=4.0, description="S of vu + S (vc - vu); 1 is none")
+    guidance: sampling.GuidanceScale = Field(
+        default=4.0, description="S of vu + S (vc - vu); 1 is none"
+    )
     shift: float = Field(
         default=5.0, gt=0, allow_inf_nan=False, description="the teacher's own, towards noise"
     )

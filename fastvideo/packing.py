@@ -1,4 +1,4 @@
-"""What stages hand to each other: one frozen, typed value that can be stored or sent.
+"""A stage's state as plain tensors and JSON, to be stored or sent to another process.
 
 tensors, text = pack(state)  # a dict of plain CPU tensors (safetensors takes it) and JSON
 state = unpack(tensors, text, device="cuda")
@@ -9,42 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastvideo_inference.request import Plan
-
-if TYPE_CHECKING:
-    Frames = npt.NDArray[np.uint8]
+from fastvideo.sampling import SamplingParams
+from fastvideo.stages import State
 
 # Types are named in the JSON; these packages hold nothing but what a model is made of.
-_TRUSTED = ("fastvideo.models.", "fastvideo.schedulers", "fastvideo_inference.state")
-
-
-@dataclass(frozen=True)
-class State:
-    """A request on its way to frames.
-
-    `cond` and `uncond` are the family's conditioning (`uncond` None without guidance), `noise` and
-    `latents` float32 B C T H W normalised; `step` counts denoising steps that are done and `solver`
-    is the scheduler's state after them; `frames` T H W 3 uint8; `timings` seconds by stage.
-    """
-
-    plan: Plan
-    cond: Any = None
-    uncond: Any = None
-    noise: Tensor | None = None
-    latents: Tensor | None = None
-    step: int = 0
-    solver: Any = None
-    frames: Frames | None = None
-    timings: dict[str, float] = field(default_factory=dict)
+_TRUSTED = ("fastvideo.models.", "fastvideo.schedulers", "fastvideo.stages")
 
 
 def pack(state: State) -> tuple[dict[str, Tensor], str]:
@@ -69,8 +45,8 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.ndarray):
         tensors[name] = torch.from_numpy(np.ascontiguousarray(value))
         return {"array": name}
-    if isinstance(value, Plan):
-        return {"plan": value.model_dump(), "given": sorted(value.model_fields_set)}
+    if isinstance(value, SamplingParams):
+        return {"params": value.model_dump()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
@@ -94,9 +70,8 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device) -> A
             return tensors[name].to(device)
         case {"array": name}:
             return tensors[name].numpy()
-        case {"plan": values, "given": given}:
-            plan = Plan.model_validate(values)
-            return plan.model_construct(_fields_set=set(given), **dict(plan))
+        case {"params": values}:
+            return SamplingParams.model_validate(values)
         case {"type": kind, "fields": fields}:
             values = {k: _unpack(v, tensors, device) for k, v in fields.items()}
             return _trusted(kind)(**values)

@@ -1,0 +1,89 @@
+"""Whether a clip fits in this machine's memory, by an estimate that is below what it takes.
+
+It counts what cannot be avoided: all frames twice on the host, as bytes and as the stack of them,
+and on a machine without a GPU the largest tensors of the denoiser and of the VAE's last stage.
+Measured at 1024x1024 on a CPU with the bundled model: 660 bytes a pixel in the decoder, of which it
+counts 384.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvideo.sampling import SamplingParams
+from fastvideo.spec import Spec
+
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
+_BYTES = 2  # of bfloat16, the smallest type that anything computes in
+_LIVE_IN_DECODER = 6  # tensors of the last stage that are live at once
+_GIB = 2**30
+
+
+def check(params: SamplingParams, spec: Spec, *, memory: int | None = None) -> None:
+    """Raise `ValueError` for a clip that needs more than the machine's memory (bytes)."""
+    memory = host_memory() if memory is None else memory
+    needed = estimate(params, spec)
+    if memory is None or needed <= memory:
+        return
+    nearest = _nearest(params, spec, memory)
+    raise ValueError(
+        f"height {params.height} x width {params.width} x num_frames {params.num_frames} needs at"
+        f" least {needed / _GIB:.1f} GiB; this machine has {memory / _GIB:.1f}; nearest: {nearest}"
+    )
+
+
+def estimate(params: SamplingParams, spec: Spec, *, on_cpu: bool | None = None) -> int:
+    """Return bytes of host memory that a clip takes at least."""
+    pixels = params.height * params.width
+    frames = 2 * 3 * pixels * params.num_frames
+    if not (has_no_gpu() if on_cpu is None else on_cpu):
+        return frames
+    shape = spec.latent_shape(frames=params.num_frames, height=params.height, width=params.width)
+    tokens = shape.tokens(spec.compression.patch).num_tokens
+    return frames + max(tokens * _token(spec.dit.config), pixels * _pixel(spec))
+
+
+def host_memory() -> int | None:
+    """Return the bytes of memory of this machine, or of its container; None if it does not say."""
+    known = []
+    limit, info = Path("/sys/fs/cgroup/memory.max"), Path("/proc/meminfo")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        known.append(int(limit.read_text()))
+    if info.is_file():
+        known.append(1024 * int(info.read_text().split()[1]))
+    return min(known, default=None)
+
+
+def has_no_gpu() -> bool:
+    """Tell, without torch, whether this machine has no device of a GPU's driver."""
+    return not any(Path(device).exists() for device in _GPUS)
+
+
+def _token(dit: Mapping[str, Any]) -> int:
+    """Bytes of a token in a layer: residual, q, k, v, their output, and the MLP's hidden."""
+    width = dit.get("num_attention_heads", 40) * dit.get("attention_head_dim", 128)
+    return int(_BYTES * (5 * width + dit.get("ffn_dim", 13824)))
+
+
+def _pixel(spec: Spec) -> int:
+    """Bytes of a pixel in the last stage of the VAE's decoder, for the frames of a latent one."""
+    vae = spec.vae.config
+    width = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
+    area = (vae.get("patch_size") or 1) ** 2
+    return int(_LIVE_IN_DECODER * _BYTES * spec.compression.temporal * width / area)
+
+
+def _nearest(params: SamplingParams, spec: Spec, memory: int) -> str:
+    """Return the largest size of about the same shape that fits."""
+    step_h, step_w = spec.compression.pixel_multiple
+    for percent in range(99, 0, -1):
+        height, width = (
+            max(step, int(side * percent / 100) // step * step)
+            for side, step in ((params.height, step_h), (params.width, step_w))
+        )
+        smaller = params.model_copy(update={"height": height, "width": width})
+        if estimate(smaller, spec) <= memory:
+            return f"{width}x{height}"
+    return "fewer frames"

@@ -1,0 +1,153 @@
+"""A request and a model's spec become complete, legal sampling parameters; torch-free.
+
+params = resolve(request, spec)   # raises before any weight is read
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable, Mapping
+
+from fastvideo import attention as patterns
+from fastvideo import capacity, hub, sampler_note
+from fastvideo.config import parse
+from fastvideo.log import logger
+from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams
+from fastvideo.shapes import LatentShape, TokenGrid
+from fastvideo.spec import Spec
+
+# Larger seeds are legal; drawn ones stay short, since people read and type them.
+_DRAWN_SEEDS = 2**31
+_FAR = 2  # times as many pixels or frames, or half as many pixels
+
+
+def resolve(
+    request: GenerateRequest, spec: Spec, *, origin: Mapping[str, str] | None = None
+) -> SamplingParams:
+    """Fill in the spec's defaults, draw the seed if it is None or -1, and check what it decides.
+
+    `origin` says where a field came from (such as "--frames"), for the `ValueError`.
+    """
+    sources = origin or {}
+    given = {k: v for k, v in request.model_dump().items() if v is not None}
+    values = {**spec.defaults.model_dump(exclude={"max_text_tokens"}), **given}
+    if values.get("seed", -1) == -1:
+        values["seed"] = secrets.randbelow(_DRAWN_SEEDS)
+    if values["guidance_scale"] == 1:  # no forward looks at it
+        values["negative_prompt"] = spec.defaults.negative_prompt
+    try:
+        values["lora"] = tuple(map(find_lora, request.lora or ()))
+        values["attention"] = _pattern(request, spec)
+        params = parse(SamplingParams, values, source=f"the defaults of {spec.name}")
+        _check(params, spec, given)
+    except ValueError as error:
+        first = str(error).split()[0]
+        field = first.lower() if first.lower() in values else "attention"
+        default = "the request" if field in given else f"the defaults of {spec.name}"
+        raise ValueError(f"{error} (from {sources.get(field, default)})") from None
+    return params
+
+
+def notices(request: GenerateRequest, params: SamplingParams, spec: Spec) -> tuple[str, ...]:
+    """Return a line, which is logged, for each thing that is asked for and is not done as asked."""
+    own, found = spec.defaults, []
+    if request.negative_prompt and params.guidance_scale == 1:
+        found.append("negative_prompt is not used: guidance_scale is 1")
+    is_distilled = spec.scheduler.name == "few_step"
+    if is_distilled and params.guidance_scale != own.guidance_scale:
+        found.append(
+            f"guidance_scale {params.guidance_scale:g}: {spec.name} was distilled at"
+            f" {own.guidance_scale:g}; expect other clips"
+        )
+    area, known = params.width * params.height, own.width * own.height
+    if not known / _FAR <= area <= known * _FAR or params.num_frames > own.num_frames * _FAR:
+        found.append(
+            f"size {params.width}x{params.height}x{params.num_frames} is far from what {spec.name}"
+            f" was trained on, {own.width}x{own.height}x{own.num_frames}; expect worse clips"
+        )
+    for text in found:
+        logger.warning("%s", text)
+    return tuple(found)
+
+
+def find_lora(use: LoraUse) -> LoraUse:
+    """Return it with the hash of its file; `ValueError` if that is absent, or another one."""
+    actual = hub.lora_hash(hub.find_lora(use.path))
+    if use.hash not in ("", actual):
+        raise ValueError(
+            f"lora {use.path} has hash {actual[:12]} and the one asked for {use.hash[:12]}"
+        )
+    return use.model_copy(update={"hash": actual})
+
+
+def check_lora_samplers(
+    uses: Iterable[LoraUse], spec: Spec, *, named: Collection[str] = ()
+) -> None:
+    """Raise `ValueError` for a LoRA that is sampled otherwise than the model.
+
+    named: fields that the request itself decides.
+    """
+    for use in uses:
+        wanted = sampler_note.read(hub.find_lora(use.path)) if use.strength else None
+        if wanted:
+            sampler_note.check(use.path, wanted, spec, named=named)
+
+
+def _pattern(request: GenerateRequest, spec: Spec) -> str:
+    if request.attention is not None:
+        return patterns.write(patterns.read(request.attention))
+    return patterns.write(patterns.parse(spec.attention.pattern, spec.attention.args))
+
+
+def _check(params: SamplingParams, spec: Spec, given: Collection[str]) -> None:
+    _check_gates(params, spec)
+    check_lora_samplers(params.lora, spec, named=given)
+    shape = spec.latent_shape(frames=params.num_frames, height=params.height, width=params.width)
+    grid = shape.tokens(spec.compression.patch)
+    _check_positions(params, grid, spec)
+    _check_steps(params.num_inference_steps, spec)
+    capacity.check(params, spec)
+    patterns.check_fits(
+        patterns.read(params.attention),
+        grid,
+        num_heads=spec.dit.config.get("num_attention_heads"),
+    )
+
+
+def _check_positions(params: SamplingParams, grid: TokenGrid, spec: Spec) -> None:
+    """Raise `ValueError` for more tokens on an axis than the network's rotary table has."""
+    limit = spec.dit.config.get("rope_max_seq_len", 1024)
+    last = LatentShape(*(limit * p for p in spec.compression.patch)).pixels(spec.compression)
+    for name, asked, found, nearest in (
+        ("num_frames", params.num_frames, grid.frames, last.frames),
+        ("height", params.height, grid.height, last.height),
+        ("width", params.width, grid.width, last.width),
+    ):
+        if found > limit:
+            raise ValueError(
+                f"{name} {asked} makes {found} positions; this model has {limit} on an axis;"
+                f" nearest: {nearest}"
+            )
+
+
+def _check_steps(num_steps: int, spec: Spec) -> None:
+    """Raise `ValueError` for another number of steps than a distilled model takes."""
+    sigmas = spec.scheduler.args.get("sigmas") if spec.scheduler.name == "few_step" else None
+    if sigmas and len(sigmas) != num_steps:
+        raise ValueError(
+            f"num_inference_steps {num_steps}: this distilled model takes exactly {len(sigmas)}"
+            f" steps; nearest: {len(sigmas)}"
+        )
+
+
+def _check_gates(params: SamplingParams, spec: Spec) -> None:
+    has_gates = bool(spec.dit.config.get("gate_compress"))
+    pattern = patterns.read(params.attention)
+    if has_gates and not params.drop_gates:
+        patterns.check_keeps_gates(pattern, name=spec.name)
+    if params.drop_gates and (not has_gates or isinstance(pattern, patterns.Vsa)):
+        kept = f"attention {params.attention} keeps those of" if has_gates else "there are none in"
+        raise ValueError(
+            f"drop_gates true has no VSA gates to drop, {kept} {spec.name}; leave it out, or say"
+            " --no-drop-gates (drop_gates false)"
+        )

@@ -1,0 +1,203 @@
+"""The declaration of sampling fields: type, rule, help text, and where each may be set.
+
+request = GenerateRequest(prompt="a red ball", num_frames=41)     # what a user asks for
+params = resolve(request, spec)                                   # `fastvideo.resolve`: complete
+
+Flags, TOML and JSONL keys, keywords of the pipeline, rows of `eval`, the page and recipes take
+their fields from here; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from fastvideo.config import Strict, parse
+from fastvideo.registry import did_you_mean, names
+from fastvideo.shapes import parse_size
+
+MAX_SEED = 2**63 - 1
+_NEWER = ("backend", "drop_gates", "lora")  # fields that older evaluations do not name
+CLI, PYTHON, EVAL, HTTP, PAGE = "cli", "python", "eval", "http", "page"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field means, the short name that people type, and where it may be set."""
+
+    help: str
+    alias: str = ""
+    where: tuple[str, ...] = (CLI, PYTHON, EVAL, HTTP, PAGE)
+
+
+class LoraUse(Strict):
+    """A LoRA's file (or name on the hub), how strongly it counts, and its hash once it is known."""
+
+    path: str = Field(min_length=1)
+    strength: float = Field(default=1.0, ge=-100, le=100, allow_inf_nan=False)
+    hash: str = ""
+
+
+def read_lora(text: str) -> dict[str, Any]:
+    """Split PATH:STRENGTH; what follows the last colon is a strength if it is a number."""
+    path, colon, tail = text.rpartition(":")
+    try:
+        return {"path": path, "strength": float(tail)} if colon else {"path": text}
+    except ValueError:
+        return {"path": text}
+
+
+def _check_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("text must not hold a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise ValueError(f"text must be valid Unicode; it holds a lone {lone!r}") from None
+    return text
+
+
+def _check_prompt(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what the clip should show")
+    return prompt
+
+
+def _check_backend(name: str) -> str:
+    legal = ["auto", *names("fastvideo.attention.backends")]
+    if name not in legal:
+        hint = did_you_mean(name, legal)
+        raise ValueError(f"backend {name!r} is unknown{hint} (known: {', '.join(legal)})")
+    return name
+
+
+def _read_loras(given: Any) -> Any:
+    several = [given] if isinstance(given, str) else given
+    if not isinstance(several, list | tuple):
+        return given
+    return [read_lora(one) if isinstance(one, str) else one for one in several]
+
+
+_NOT_HTTP = (CLI, PYTHON, EVAL)
+PROMPT = Setting("what the clip shows", "text")
+NEGATIVE = Setting("what the clip does not show", "negative")
+FRAMES = Setting("number of frames, 4k+1", "frames")
+HEIGHT = Setting("height in pixels")
+WIDTH = Setting("width in pixels")
+FPS = Setting("frames per second of the file")
+STEPS = Setting("denoising steps", "steps")
+GUIDANCE = Setting("scale of classifier-free guidance; 1 is off", "guidance")
+SEED = Setting("seed of the noise; -1 or none draws one, which is printed")
+ATTENTION = Setting("another pattern: dense, vsa(sparsity=0.8)", where=_NOT_HTTP)
+BACKEND = Setting("what computes the attention; doctor lists them", where=_NOT_HTTP)
+DROP_GATES = Setting("let a pattern drop the gates of a VSA model", where=_NOT_HTTP)
+LORA = Setting("LoRAs, each PATH[:STRENGTH] or a name", where=(CLI, PYTHON, HTTP, PAGE))
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Whole = Annotated[int, Field(strict=True)]
+Prompt = Annotated[Text, AfterValidator(_check_prompt), PROMPT]
+NegativePrompt = Annotated[Text, NEGATIVE]
+NumFrames = Annotated[Whole, Field(ge=1), FRAMES]
+Height = Annotated[Whole, Field(ge=1), HEIGHT]
+Width = Annotated[Whole, Field(ge=1), WIDTH]
+Fps = Annotated[Whole, Field(ge=1, le=240), FPS]
+NumSteps = Annotated[Whole, Field(ge=1, le=1000), STEPS]
+GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False), GUIDANCE]
+Seed = Annotated[Whole, Field(ge=-1, le=MAX_SEED), SEED]
+OwnSeed = Annotated[Seed, Field(ge=0)]
+AttentionText = Annotated[str, ATTENTION]
+Backend = Annotated[str, AfterValidator(_check_backend), BACKEND]
+DropGates = Annotated[bool, DROP_GATES]
+Loras = Annotated[tuple[LoraUse, ...], BeforeValidator(_read_loras), LORA]
+
+
+class GenerateRequest(Strict):
+    """What a user asks for; None is the model's default."""
+
+    prompt: Prompt
+    negative_prompt: NegativePrompt | None = None
+    num_frames: NumFrames | None = None
+    height: Height | None = None
+    width: Width | None = None
+    fps: Fps | None = None
+    num_inference_steps: NumSteps | None = None
+    guidance_scale: GuidanceScale | None = None
+    seed: Seed | None = None
+    attention: AttentionText | None = None
+    backend: Backend | None = None
+    drop_gates: DropGates | None = None
+    lora: Loras | None = None
+
+
+class SamplingParams(Strict):
+    """A request with nothing left open: equal parameters on one model give equal frames.
+
+    `fastvideo.resolve` makes it from a request and a spec; it is not resolved again. The fields
+    with a default are newer than the first recipes, which lack them.
+    """
+
+    prompt: Prompt
+    negative_prompt: NegativePrompt
+    num_frames: NumFrames
+    height: Height
+    width: Width
+    fps: Fps
+    num_inference_steps: NumSteps
+    guidance_scale: GuidanceScale
+    seed: OwnSeed
+    attention: AttentionText = "dense"
+    backend: Backend = "auto"
+    drop_gates: DropGates = False
+    lora: Loras = ()
+
+    def without_newer_defaults(self, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Return the fields less the newer ones at their defaults, as older recipes of the same."""
+        fields = type(self).model_fields
+        idle = {name for name in _NEWER if getattr(self, name) == fields[name].default}
+        return self.model_dump(exclude={*exclude, *idle})
+
+
+def settings(where: str | None = None) -> Mapping[str, Setting]:
+    """Return the declaration, field by field, of those that may be set in one place (or any)."""
+    found = {}
+    for name, field in SamplingParams.model_fields.items():
+        (setting,) = (m for m in field.metadata if isinstance(m, Setting))
+        if where is None or where in setting.where:
+            found[name] = setting
+    return found
+
+
+def spelled(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Return fields under their full names: `steps` is num_inference_steps, `size` two of them.
+
+    Raises `ValueError` for a field that is given twice.
+    """
+    full = {setting.alias: name for name, setting in settings().items() if setting.alias}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        fields = {full.get(key, key): value}
+        if key == "size":
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"size {value!r} in {source} must look like WIDTHxHEIGHT, for example 224x128"
+                )
+            fields = dict(zip(("width", "height"), parse_size(value), strict=True))
+        for name in fields:
+            if name in found:
+                raise ValueError(f"{key} in {source} gives {name} a second time")
+        found |= fields
+    return found
+
+
+def read_layers(*layers: tuple[str, Mapping[str, Any]]) -> GenerateRequest:
+    """Merge (source, values) layers, later ones on top; `ValueError` names the wrong layer."""
+    values: dict[str, Any] = {}
+    for source, layer in layers:
+        fields = spelled(layer, source=source)
+        parse(GenerateRequest, {"prompt": "checked below", **fields}, source=source)
+        values |= fields
+    return parse(GenerateRequest, values, source="the request")

@@ -1,0 +1,50 @@
+"""Prompts to conditioning; the negative prompts too, if guidance will look at them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastvideo import registry
+from fastvideo.models.text import encode_prompts
+from fastvideo.stages import Done, Event, Notice, Progress, State
+
+if TYPE_CHECKING:
+    from fastvideo.model import Model
+
+NAME = "encode_text"
+NEEDS = ("requests",)
+GIVES = ("cond", "uncond")
+
+
+def run(model: Model, state: State) -> Iterator[Event]:
+    """Encode prompts and negative prompts apart, so that neither pads the other."""
+    guided = state.params.guidance_scale != 1
+    total = 1 + guided
+    yield Progress(NAME, 0, total)
+    prompts = [request.prompt for request in state.requests]
+    for text in model.tokenizer.cuts(prompts, model.spec.defaults.max_text_tokens):
+        yield Notice(NAME, text)
+    cond = encode(model, prompts)
+    uncond = None
+    if guided:
+        yield Progress(NAME, 1, total)
+        negatives = [request.negative_prompt for request in state.requests]
+        known = {text: encode(model, [text]) for text in dict.fromkeys(negatives)}
+        uncond = cond.cat([known[text] for text in negatives])
+    yield Progress(NAME, total, total)
+    yield Done(NAME, dataclasses.replace(state, cond=cond, uncond=uncond))
+
+
+@torch.no_grad()
+def encode(model: Model, prompts: Sequence[str]) -> Any:
+    """Encode prompts into the conditioning of the model's own family, one row for each."""
+    limit = model.spec.defaults.max_text_tokens
+    states_BLC = encode_prompts(
+        model.text, model.tokenizer, prompts, max_tokens=limit, device=str(model.device)
+    )
+    conditioning = registry.load("fastvideo.models.dit", model.spec.dit.family, "Conditioning")
+    return conditioning(states_BLC.to(model.device, model.dtype))

@@ -1,0 +1,38 @@
+"""Files of prompts: a prompt a line, or a request a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fastvideo_inference import prompts
+
+
+def test_text_files_hold_a_prompt_a_line(tmp_path: Path):
+    path = tmp_path / "p.txt"
+    path.write_text("# title\n a red ball \n\n  # more\na blue ball\n")
+    rows = [(f"{path}:2", {"prompt": "a red ball"}), (f"{path}:5", {"prompt": "a blue ball"})]
+    assert prompts.read_prompts(path) == rows
+
+
+def test_json_lines_hold_a_request_a_line(tmp_path: Path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "x", "seed": 4}\n')
+    assert prompts.read_prompts(path) == [(f"{path}:1", {"prompt": "x", "seed": 4})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("p.jsonl", '{"prompt": "x"}\nnope', "p.jsonl:2 is not valid JSON"),
+        ("p.jsonl", '["x"]', "p.jsonl:1 must be an object"),
+        ("p.txt", "# nothing\n", "holds no prompt"),
+        ("p.csv", "x", "must end in one of: .txt, .jsonl"),
+    ],
+)
+def test_wrong_prompt_files_are_refused_by_line(tmp_path: Path, name: str, text: str, error: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=error):
+        prompts.read_prompts(tmp_path / name)
+    with pytest.raises(ValueError, match="does not exist"):
+        prompts.read_prompts(tmp_path / "none.txt")

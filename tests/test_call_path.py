@@ -1,0 +1,175 @@
+"""From a command line to the first forward of the denoiser: what is done once, and how deep."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastvideo_inference import recipe
+from fastvideo_inference.commands import eval as eval_command
+from fastvideo_inference.commands import generate
+from fastvideo_inference.pipeline import VideoPipeline
+
+import fastvideo
+from fastvideo import cli, hub, resolve
+from fastvideo.models.dit.wan import WanDiT
+from tests import clips
+
+ROOT = Path(fastvideo.__file__).parents[1]
+PRODUCT = tuple(f"{ROOT / name}/" for name in ("fastvideo", "inference", "train"))
+PROMPT = "a red ball moving left"
+MODULES = (generate, eval_command, VideoPipeline)  # they are imported before calls are counted
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
+    """Count calls of functions, under every name that the product has given them."""
+    calls: Counter[str] = Counter()
+
+    def counted(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def start(*functions: Any) -> Counter[str]:
+        for function in functions:
+            wrapper = counted(function)
+            for module in [m for n, m in sys.modules.items() if n.startswith("fastvideo")]:
+                for key in [k for k, v in vars(module).items() if v is function]:
+                    monkeypatch.setattr(module, key, wrapper)
+        return calls
+
+    return start
+
+
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Files of the product on the stack at every entry of the denoiser, outermost first."""
+    seen: list[list[str]] = []
+    forward = WanDiT.forward
+
+    def noted(self: WanDiT, *args: Any, **kwargs: Any) -> Any:
+        frame, files = sys._getframe(1), [inspect.getfile(WanDiT)]
+        while frame is not None:
+            files.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        own = [f.removeprefix(f"{ROOT}/") for f in files[::-1] if f.startswith(PRODUCT)]
+        seen.append(list(dict.fromkeys(own)))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(WanDiT, "forward", noted)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+ONCE = {"open_model": 1, "resolve": 1, "decoder_id": 1}
+
+
+def test_a_clip_opens_its_model_and_resolves_its_request_once(count, stacks, tiny_folder: Path):
+    calls = count(hub.open_model, resolve.resolve, recipe.decoder_id)
+    words = ["generate", PROMPT, "--model", str(tiny_folder), "--frames", "5", "-o", "a.mp4"]
+    assert cli.main(words) == 0
+    assert calls == ONCE
+    assert len(stacks) == 4, "two steps, with guidance"
+    for files in stacks:
+        assert len(files) <= 6, files
+        assert files[0] == "fastvideo/cli.py" and files[-1] == "fastvideo/models/dit/wan.py"
+
+
+def test_a_repeated_clip_does_too(count, tiny_folder: Path):
+    words = ["generate", PROMPT, "--model", str(tiny_folder), "--frames", "5", "-o", "a.mp4"]
+    assert cli.main(words) == 0
+    calls = count(hub.open_model, resolve.resolve, recipe.decoder_id)
+    assert cli.main(["generate", "--from", "a.mp4", "-o", "b.mp4"]) == 0
+    assert calls == ONCE
+
+
+def test_every_prompt_of_a_file_is_resolved_once_for_one_model(count, tiny_folder: Path):
+    Path("p.txt").write_text("a red ball\na blue ball\na green ball\n")
+    calls = count(hub.open_model, resolve.resolve, recipe.decoder_id)
+    words = ["--prompts", "p.txt", "--frames", "5", "--steps", "1", "-o", "{index}.mp4"]
+    assert cli.main(["generate", "--model", str(tiny_folder), *words]) == 0
+    assert calls == {**ONCE, "resolve": 3}
+
+
+def test_a_call_of_a_loaded_pipeline_resolves_its_request_once(count, stacks, tiny_folder: Path):
+    calls = count(hub.open_model, resolve.resolve, recipe.decoder_id)
+    pipe = VideoPipeline.from_pretrained(tiny_folder, dtype="float32")
+    assert calls == {"open_model": 1, "decoder_id": 1}
+    pipe(PROMPT, num_frames=5, num_inference_steps=1)
+    assert calls == ONCE
+    assert all(len(files) <= 6 for files in stacks), stacks
+
+
+def test_complete_parameters_are_not_resolved_again(count, tiny_folder: Path):
+    pipe = VideoPipeline.from_pretrained(tiny_folder, dtype="float32")
+    params = clips.params(pipe.model, PROMPT, num_frames=5, num_inference_steps=1)
+    calls = count(hub.open_model, resolve.resolve, recipe.decoder_id)
+    *_, done = pipe.events(params)
+    assert not calls and done.state.requests == (params,)
+    assert pipe.video(done.state).recipe["request"] == params.model_dump(mode="json")
+
+
+def test_an_evaluation_opens_and_resolves_once_for_all_its_prompts(
+    count, stacks, tiny_folder: Path
+):
+    calls = count(hub.open_model, resolve.resolve, recipe.decoder_id)
+    words = ["--prompts", "3", "--reconstructions", "1", "--repeats", "0", "--steps", "1"]
+    assert cli.main(["eval", str(tiny_folder), *words, "--batch", "2", "-o", "e", "--json"]) == 0
+    assert calls == ONCE
+    assert len(stacks) == 4, "two batches, with guidance"
+    (made,) = Path("e").glob("*/recipe.json")
+    assert json.loads(made.read_text())["request"]["num_inference_steps"] == 1
+
+
+@pytest.fixture
+def on_the_hub(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> list[set[str]]:
+    """Put the tiny model on the hub as owner/name; return the suffixes that each look fetched."""
+    import huggingface_hub
+
+    cache, fetched = tmp_path_factory.mktemp("hub") / "snapshots" / "0123", list[set[str]]()
+
+    def snapshot(name: str, *, allow_patterns: list[str], revision: str = "", **_: bool) -> str:
+        assert name == "owner/name"
+        found = {p for pattern in allow_patterns for p in tiny_folder.rglob(pattern)}
+        for path in found:
+            copy = cache / path.relative_to(tiny_folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+        fetched.append({path.suffix for path in found})
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return fetched
+
+
+def test_weights_on_the_hub_are_fetched_once_the_request_is_known_to_be_legal(on_the_hub):
+    words = ["generate", PROMPT, "--model", "owner/name", "--steps", "1", "-o", "a.mp4"]
+    assert cli.main([*words, "--frames", "6"]) == 2
+    assert on_the_hub and not any(".safetensors" in suffixes for suffixes in on_the_hub)
+    assert cli.main([*words, "--frames", "5"]) == 0
+    assert ".safetensors" in on_the_hub[-1]
+    assert cli.main(["generate", "--from", "a.mp4", "-o", "b.mp4"]) == 0
+
+
+def test_a_pipeline_and_an_evaluation_fetch_the_weights_of_a_hub_model(on_the_hub):
+    pipe = VideoPipeline.from_pretrained("owner/name", dtype="float32")
+    assert pipe(PROMPT, num_frames=5, num_inference_steps=1).recipe["model"]["spec"] == "tiny"
+    words = ["--prompts", "1", "--reconstructions", "1", "--repeats", "0", "--steps", "1"]
+    assert cli.main(["eval", "owner/name", *words, "-o", "e", "--json"]) == 0
