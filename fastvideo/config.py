@@ -9,11 +9,13 @@ recipe = parse(Recipe, read_toml(path), source=str(path))
 from __future__ import annotations
 
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,16 +29,28 @@ class Strict(BaseModel):
 
 
 M = TypeVar("M", bound=BaseModel)
+Keys: TypeAlias = Sequence[str | int]
+"""The path of a value in a tree: keys of tables and indices of lists."""
+Source: TypeAlias = str | Callable[[Keys], str]
+"""What errors name as the origin of values, or a function from the path of a value to that."""
 
 
-def parse(model: type[M], values: Mapping[str, Any], *, source: str) -> M:
+def where(source: Source, keys: Keys = ()) -> str:
+    """Name a source, or the place in it that gave the value at a path."""
+    return source if isinstance(source, str) else source(keys)
+
+
+def parse(model: type[M], values: Mapping[str, Any], *, source: Source) -> M:
     """Build `model` from a tree of values; one-line `ValueError` naming key, rule and source."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{source} must hold keys and values, not {type(values).__name__}")
+        raise ValueError(f"{where(source)} must hold keys and values, not {type(values).__name__}")
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(model, e, source) for e in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        inner = {e["loc"][:depth] for e in found for depth in range(len(e["loc"]))}
+        # pydantic calls a list too short that has a wrong item
+        lines = [_explain(model, e, _origin(source, e)) for e in found if e["loc"] not in inner]
         raise ValueError("; ".join(lines)) from None
 
 
@@ -50,6 +64,31 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
+
+
+def toml_line(path: str | Path, keys: Keys) -> str:
+    """Return `path:line` of a value in a TOML file, or of the nearest table or list around it.
+
+    It is found in the text, since tomllib keeps no lines: a multi-line string may mislead it.
+    """
+    around = [
+        (len(found), -number)
+        for number, found in _toml_paths(Path(path).read_text(encoding="utf-8"))
+        if found == list(keys[: len(found)])
+    ]
+    return f"{path}:{-max(around)[1]}" if around else str(path)
+
+
+def set_word(changes: Mapping[str, Any], keys: Keys) -> str | None:
+    """Return the `--set` that gave the value at a path; None if it is not among the changes."""
+    tree: Any = changes
+    for depth, key in enumerate(keys):
+        if not isinstance(tree, Mapping):  # a list or table that was written as one value
+            return f"--set {'.'.join(map(str, keys[:depth]))}"
+        if key not in tree:
+            return None
+        tree = tree[key]
+    return f"--set {'.'.join(map(str, keys))}" if keys else None
 
 
 def assignments(pairs: Iterable[str]) -> dict[str, Any]:
@@ -74,6 +113,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+_TOML_LINE = re.compile(r"""\s*(\[*)\s*([\w."' -]+?)\s*[]=]""")
+
+
+def _toml_paths(text: str) -> Iterator[tuple[int, list[str | int]]]:
+    """Yield (line, path) of every key and header of a TOML text."""
+    table, counts = list[str | int](), Counter[str]()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if match := _TOML_LINE.match(line):
+            brackets, words = match.groups()
+            names: list[str | int] = [word.strip(" \"'") for word in words.split(".")]
+            if brackets:
+                table = [*names, counts[words]] if brackets == "[[" else names
+                counts[words] += 1
+            yield number, table if brackets else [*table, *names]
+
+
 def _nested(keys: list[str], value: Any) -> dict[str, Any]:
     return {keys[0]: _nested(keys[1:], value) if keys[1:] else value}
 
@@ -85,6 +140,11 @@ def _value(text: str) -> Any:
         return text
     is_whole = len(tree) == 1 and (text[0] in "\"'[{" or "#" not in text)
     return tree["value"] if is_whole else text  # else TOML would drop a comment or a second line
+
+
+def _origin(source: Source, error: Any) -> str:
+    """Return where a wrong value came from; what is missing came from nowhere, but its table."""
+    return where(source, error["loc"][:-1] if error["type"] == "missing" else error["loc"])
 
 
 def _explain(model: type[BaseModel], error: Any, source: str) -> str:

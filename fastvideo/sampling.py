@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from fastvideo.config import Strict, parse
+from fastvideo.config import Source, Strict, parse, where
 from fastvideo.registry import did_you_mean, names
 from fastvideo.shapes import parse_size
 
@@ -171,33 +171,53 @@ def settings(where: str | None = None) -> Mapping[str, Setting]:
     return found
 
 
-def spelled(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+Layer = tuple[Source, Mapping[str, Any]]
+"""Where fields come from, and the fields, under full or short names."""
+
+
+def spelled(
+    values: Mapping[str, Any], *, source: Source, beside: Collection[str] = ()
+) -> dict[str, Any]:
     """Return fields under their full names: `steps` is num_inference_steps, `size` two of them.
 
-    Raises `ValueError` for a field that is given twice.
+    Raises `ValueError` for a field that is given twice or is unknown; the nearest is suggested,
+    also of those `beside` the fields.
     """
-    full = {setting.alias: name for name, setting in settings().items() if setting.alias}
+    full = {key: name for name, one in settings().items() for key in (name, one.alias) if key}
     found: dict[str, Any] = {}
     for key, value in values.items():
-        fields = {full.get(key, key): value}
+        origin = where(source, [key])
         if key == "size":
-            if not isinstance(value, str):
-                raise ValueError(
-                    f"size {value!r} in {source} must look like WIDTHxHEIGHT, for example 224x128"
-                )
-            fields = dict(zip(("width", "height"), parse_size(value), strict=True))
+            fields = dict(zip(("width", "height"), parse_size(value, source=origin), strict=True))
+        elif key in full:
+            fields = {full[key]: value}
+        else:
+            hint = did_you_mean(key, [*full, "size", *beside])
+            raise ValueError(f"{key} in {origin} is unknown{hint}")
         for name in fields:
             if name in found:
-                raise ValueError(f"{key} in {source} gives {name} a second time")
+                raise ValueError(f"{key} in {origin} gives {name} a second time")
         found |= fields
     return found
 
 
-def read_layers(*layers: tuple[str, Mapping[str, Any]]) -> GenerateRequest:
-    """Merge (source, values) layers, later ones on top; `ValueError` names the wrong layer."""
+def read_layers(*layers: Layer) -> GenerateRequest:
+    """Merge layers, later ones on top; `ValueError` names the place that gave a wrong value."""
     values: dict[str, Any] = {}
     for source, layer in layers:
-        fields = spelled(layer, source=source)
-        parse(GenerateRequest, {"prompt": "checked below", **fields}, source=source)
-        values |= fields
+        values |= spelled(layer, source=source)
+        for key, value in layer.items():
+            origin = where(source, [key])
+            fields = spelled({key: value}, source=origin)
+            parse(GenerateRequest, {"prompt": "checked below", **fields}, source=origin)
     return parse(GenerateRequest, values, source="the request")
+
+
+def origins(*layers: Layer, beside: Collection[str] = ()) -> dict[str, str]:
+    """Return where each field that layers give comes from: of several, the last."""
+    return {
+        name: where(source, [key])
+        for source, layer in layers
+        for key, value in layer.items()
+        for name in spelled({key: value}, source=source, beside=beside)
+    }

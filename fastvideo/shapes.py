@@ -89,9 +89,11 @@ def _check(name: str, value: int, stride: int, rule: str, *, first: int) -> None
     raise ValueError(f"{name} {value} must be {rule} for this model; nearest: {near}")
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Read `224x128` (width x height) as (width, height)."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+def parse_size(text: str, *, source: str = "--size") -> tuple[int, int]:
+    """Read `224x128` (width x height, by any of x, X, * and \u00d7) as (width, height)."""
+    found = isinstance(text, str) and re.fullmatch(r"\s*(\d+)\s*[xX*\u00d7]\s*(\d+)\s*", text)
     if not found:
-        raise ValueError(f"--size {text!r} must look like WIDTHxHEIGHT, for example 224x128")
+        raise ValueError(
+            f"size {text!r} in {source}: must look like WIDTHxHEIGHT, for example 224x128"
+        )
     return int(found[1]), int(found[2])

@@ -413,10 +413,10 @@ def test_other_steps_than_a_distilled_model_takes_are_refused_before_weights_are
     told = "takes exactly 3 steps; nearest: 3"
     for verb, words, where in (
         ("generate", [PROMPT, "--steps", "4"], "--steps"),
-        ("generate", [PROMPT, "--set", "num_inference_steps=50"], "--set"),
+        ("generate", [PROMPT, "--set", "num_inference_steps=50"], "--set num_inference_steps"),
         ("generate", ["--prompts", "p.jsonl"], "p.jsonl:1"),
         ("generate", [PROMPT], "the defaults of tiny"),  # that say 2
-        ("eval", ["--steps", "4"], "the request"),
+        ("eval", ["--steps", "4"], "--steps"),
         ("eval", [], "the defaults of tiny"),
     ):
         model = ["--model", str(unread)] if verb == "generate" else [str(unread)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
@@ -65,6 +66,13 @@ def test_a_request_and_its_complete_parameters_have_the_same_fields():
     assert assert_declared(SamplingParams) == set(settings())
     for name, setting in settings().items():
         assert [rule for rule in FIELDS[name] if isinstance(rule, Setting)] == [setting]
+
+
+def test_the_table_of_the_page_is_the_declaration():
+    page = (Path(__file__).parents[1] / "inference" / "README.md").read_text()
+    table = page.partition("## Fields of a request\n")[2].partition("\n\n")[0].splitlines()
+    cells = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in table[2:]]
+    assert cells == [[k, one.alias, flag_of(k), one.help] for k, one in settings().items()]
 
 
 def test_short_names_are_names_of_nothing_else():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from fastvideo import files, media, sampling, timing
-from fastvideo.config import Strict, merge, parse, read_toml
+from fastvideo.config import Keys, Strict, merge, parse, read_toml, set_word, toml_line
 from fastvideo.registry import did_you_mean
 from fastvideo.stages import make
 from fastvideo.worlds import attributes
@@ -86,8 +86,11 @@ def read(
     path: str | Path, *, changes: Mapping[str, Any] | None = None, at_most: int | None = None
 ) -> Settings:
     """Read a comparison; `changes` lie on top, and no row has more than `at_most` prompts."""
-    tree = merge(read_toml(path), changes or {})
-    found = parse(Settings, tree, source=str(path) + (" and --set" if changes else ""))
+
+    def source(keys: Keys) -> str:
+        return set_word(changes or {}, keys) or toml_line(path, keys)
+
+    found = parse(Settings, merge(read_toml(path), changes or {}), source=source)
     if at_most is None:
         return found
     if at_most < 1:
@@ -289,6 +292,7 @@ def _evaluation(row: Row, settings: Settings, **place: Any) -> Evaluation:
             size=settings.size,
             frames=settings.frames,
             seed=settings.seed,
+            source="--compare",
             **place,
         )
     except ValueError as error:

@@ -22,9 +22,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fastvideo import files, hub, media, rng
+from fastvideo.config import Source
 from fastvideo.hub import OpenModel
 from fastvideo.resolve import resolve
-from fastvideo.sampling import GenerateRequest, SamplingParams, read_layers
+from fastvideo.sampling import GenerateRequest, SamplingParams, origins, read_layers
 from fastvideo.spec import Scheduler, Spec
 from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
 from fastvideo_inference import scores, sheets
@@ -96,32 +97,25 @@ class Evaluation:
         batch: int = 4,
         decoder: str | None = None,
         sigmas: Sequence[float] | None = None,
+        source: Source = "the call",
         **request: Any,
     ) -> Evaluation:
         """Check everything that can be checked without torch; `ValueError` if anything is wrong.
 
         The first `diverse` prompts (16, or all) are made `repeats` times; 0 or 1 measures no
         diversity. `reconstructions` is 64, or all prompts. `sigmas` are other steps for a model of
-        few. `request` holds sampling fields; None is the model's default, the seed's 0.
+        few. `request` holds fields that `source` gave; None is the model's default, the seed's 0.
         """
-        for name, value, least in (("batch", batch, 1), ("repeats", repeats, 0)):
-            if value < least:
-                raise ValueError(f"{name} {value} must be at least {least}")
-        if not 1 <= prompts <= TAKE_STRIDE:
-            raise ValueError(f"prompts {prompts} must be at least 1 and at most {TAKE_STRIDE}")
         reconstructions = min(64, prompts) if reconstructions is None else reconstructions
         diverse = min(16, prompts) if diverse is None else diverse
-        for name, value in (("reconstructions", reconstructions), ("diverse", diverse)):
-            if not 1 <= value <= prompts:
-                raise ValueError(f"{name} {value} must be from 1 to {prompts}, the prompts")
+        _check_counts(prompts, batch, repeats, reconstructions=reconstructions, diverse=diverse)
         found = hub.open_model(model, weights=True)
         spec = found.spec
         given = {k: v for k, v in request.items() if v is not None}
-        own: dict[str, Any] = {"seed": 0, "prompt": "held-out prompts of a world"}
-        own |= {} if sigmas is None else {"steps": len(sigmas)}
-        asked = read_layers(("the call", own), ("the call", given))
+        own = {"seed": 0, "prompt": "held-out prompts of a world", "steps": sigmas and len(sigmas)}
+        asked, origin = read_layers(("the call", own), (source, given)), origins((source, given))
         scheduler = spec.scheduler if sigmas is None else _other_steps(spec, asked, sigmas)
-        how = resolve(asked, spec.model_copy(update={"scheduler": scheduler}))
+        how = resolve(asked, spec.model_copy(update={"scheduler": scheduler}), origin=origin)
         made = cls(
             model=spec.name,
             found=found,
@@ -279,21 +273,14 @@ class Evaluation:
 
     def _parts(self) -> list[_Part]:
         """List made clips, reconstructions, and the later takes of the first prompts."""
-        folder = self.results
+        at = self.results
         takes = range(1, self.repeats) if self._judge_folder else ()
         return [
-            _Part(Records(folder / "made.jsonl"), self.prompts, self.batch, self._make),
-            _Part(
-                Records(folder / "reconstructed.jsonl"), self.reconstructions, 1, self._reconstruct
-            ),
+            _Part(Records(at / "made.jsonl"), self.prompts, self.batch, self._make),
+            _Part(Records(at / "reconstructed.jsonl"), self.reconstructions, 1, self._reconstruct),
             *(
-                _Part(
-                    Records(folder / f"take-{take}.jsonl"),
-                    self.diverse,
-                    self.batch,
-                    partial(self._retake, take),
-                )
-                for take in takes
+                _Part(Records(at / f"take-{r}.jsonl"), self.diverse, self.batch, make)
+                for r, make in ((take, partial(self._retake, take)) for take in takes)
             ),
         ]
 
@@ -376,6 +363,17 @@ class Evaluation:
                 record["features"], record["labels"] = tools.judge(one.frames)
             records.append(record)
         return records
+
+
+def _check_counts(prompts: int, batch: int, repeats: int, **of_prompts: int) -> None:
+    for name, value, least in (("batch", batch, 1), ("repeats", repeats, 0)):
+        if value < least:
+            raise ValueError(f"{name} {value} must be at least {least}")
+    if not 1 <= prompts <= TAKE_STRIDE:
+        raise ValueError(f"prompts {prompts} must be at least 1 and at most {TAKE_STRIDE}")
+    for name, value in of_prompts.items():
+        if not 1 <= value <= prompts:
+            raise ValueError(f"{name} {value} must be from 1 to {prompts}, the prompts")
 
 
 def _other_steps(spec: Spec, asked: GenerateRequest, sigmas: Sequence[float]) -> Scheduler:

@@ -7,18 +7,18 @@ for job in batch.jobs: ...   # complete parameters and a path each
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastvideo import env, hub, media, sampling
-from fastvideo.config import assignments, read_toml
+from fastvideo.config import Keys, Source, assignments, read_toml, toml_line, where
 from fastvideo.hub import OpenModel
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
-from fastvideo.sampling import SamplingParams, read_layers
+from fastvideo.sampling import Layer, SamplingParams, read_layers
 from fastvideo_inference import naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
@@ -27,8 +27,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FLAGS = {"prompt": "the prompt", "height": "--size", "width": "--size"}
 _BESIDE = ("model", "decoder")  # keys of a config that are no sampling fields
 
-Layer = tuple[str, dict[str, Any]]
-"""Where settings come from, for error texts, and the settings."""
 Resolved = tuple[SamplingParams, tuple[str, ...]]
 """Complete parameters, and the notices about them."""
 
@@ -72,9 +70,15 @@ class Batch:
 
 
 def flag_of(name: str) -> str:
-    """Return the flag that sets a sampling field."""
-    alias = sampling.settings()[name].alias or name
+    """Return the flag that sets a sampling field, of its full or its short name."""
+    setting = sampling.settings().get(name)
+    alias = setting.alias if setting and setting.alias else name
     return _FLAGS.get(name, f"--{alias.replace('_', '-')}")
+
+
+def flag(keys: Keys) -> str:
+    """Name the flag that gave a field, as the origin of a wrong value."""
+    return "the command line" if keys[0] == "prompt" else flag_of(str(keys[0]))
 
 
 def read(args: CliArgs) -> Batch:
@@ -115,25 +119,28 @@ def check_place(device: str | None, dtype: str | None, *, num_processes: int = 1
 
 def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[str, Any]]:
     """Return the layers of sampling fields, lowest first, and what else they name."""
-    layers: list[Layer] = []
+    layers: list[tuple[Source, dict[str, Any]]] = []
     if repeated:
         given = {"model": repeated.model.name_or_path, **repeated.request.model_dump()}
         if repeated.decoder:
             given["decoder"] = repeated.decoder.name_or_path
         layers.append((str(args.repeat), given))
     if args.config:
-        layers.append((str(args.config), read_toml(args.config)))
+        given = read_toml(args.config)
+        lines = {key: toml_line(args.config, [key]) for key in given}
+        layers.append((lambda keys: lines[str(keys[0])], given))
     if args.settings:
-        layers.append(("--set", assignments(args.settings)))
+        layers.append((lambda keys: f"--set {keys[0]}", assignments(args.settings)))
     flags = {**args.fields, "model": args.model, "decoder": args.decoder}
-    layers.append(("the command line", {k: v for k, v in flags.items() if v is not None}))
+    layers.append((flag, {k: v for k, v in flags.items() if v is not None}))
     beside: dict[str, Any] = {"model": hub.DEFAULT_MODEL, "decoder": None}
     for source, values in layers:
-        for key in _BESIDE:
-            beside[key] = value = values.pop(key, beside[key])
-            if not isinstance(value, str | None):
-                raise ValueError(f"{key} {value!r} in {source} must be a name or a path")
-    return layers, beside
+        for key in beside.keys() & values:
+            beside[key] = values[key]
+            if not isinstance(values[key], str):
+                origin = where(source, [key])
+                raise ValueError(f"{key} {values[key]!r} in {origin} must be a name or a path")
+    return [(s, {k: v for k, v in vs.items() if k not in beside}) for s, vs in layers], beside
 
 
 def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:
@@ -146,10 +153,10 @@ def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:
         raise
 
 
-def _rows(args: CliArgs) -> list[Layer]:
+def _rows(args: CliArgs) -> Sequence[Layer]:
     """Return the rows of a prompt file, or one without fields of its own."""
     if args.prompts is None:
-        return [("the command line", {})]
+        return [("", {})]
     if args.fields.get("prompt") is not None:
         raise ValueError("give a prompt or --prompts FILE, not both")
     return prompts.read_prompts(args.prompts)
@@ -157,14 +164,9 @@ def _rows(args: CliArgs) -> list[Layer]:
 
 def _resolved(row: Layer, layers: list[Layer], model: OpenModel) -> Resolved:
     # A row of a prompt file is more particular than a config, less than a flag typed now.
-    *configs, (source, typed) = layers
-    flags = sampling.spelled(typed, source=source)
-    prompt = {key: flags.pop(key) for key in ["prompt"] if key in flags}
-    words = [(source, prompt), *((flag_of(key), {key: value}) for key, value in flags.items())]
-    ordered = [*configs, row, *words]
-    origin = {
-        key: source for source, values in ordered for key in sampling.spelled(values, source=source)
-    }
+    *configs, typed = layers
+    ordered = [*configs, row, typed]
+    origin = sampling.origins(*ordered, beside=_BESIDE)
     if "prompt" not in origin:
         raise ValueError('there is no prompt; try: fastvideo generate "a big red ball moving left"')
     request = read_layers(*ordered)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from fastvideo.config import Strict, assignments, merge, parse, read_toml
+from fastvideo.config import Strict, assignments, merge, parse, read_toml, set_word, toml_line
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,74 @@ def test_later_assignments_win_and_join_the_tree():
 def test_malformed_assignment_is_refused(pair):
     with pytest.raises(ValueError, match=r"must look like key\.subkey=value"):
         assignments([pair])
+
+
+TOML = """# steps = 1
+base = "x = 1"
+'size' = "8x8"
+models.a = "b"
+rows = [{name = "inline", steps = 1}]  # steps
+[models.more]
+"quoted key" = 1
+[[row]]
+name = "a"
+ steps=1
+[[row]]
+steps = [
+  1,
+]
+[row.sub]
+steps = 4
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (["base"], 2),
+        (["size"], 3),
+        (["models", "a"], 4),
+        (["models", "more", "quoted key"], 7),
+        (["rows", 0, "steps"], 5),
+        (["row", 0, "steps"], 10),
+        (["row", 1, "steps", 0], 12),
+        (["row", 1], 11),
+        (["row", 1, "sub", "steps"], 11),
+        (["steps"], None),
+        ([], None),
+    ],
+)
+def test_a_key_has_the_line_of_the_text_that_gives_it(tmp_path, keys, line):
+    path = tmp_path / "a.toml"
+    path.write_text(TOML)
+    assert toml_line(path, keys) == (f"{path}:{line}" if line else str(path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        (["steps"], "--set steps"),
+        (["rows", 1, "name"], "--set rows"),
+        (["optim", "lr"], "--set optim.lr"),
+        (["optim", "kind"], None),
+        (["seed"], None),
+        ([], None),
+    ],
+)
+def test_a_value_has_the_set_word_that_gave_it(keys, word):
+    assert set_word(assignments(["steps=1", "rows=[{}]", "optim.lr=1"]), keys) == word
+
+
+def test_errors_name_the_place_of_each_wrong_value_and_the_table_of_a_missing_one():
+    def source(keys):
+        return f"<{'.'.join(map(str, keys))}>"
+
+    with pytest.raises(
+        ValueError, match=r"^steps \"x\" in <steps>: .*; optim.lr 0 in <optim.lr>: "
+    ):
+        parse(Recipe, {"steps": "x", "optim": {"lr": 0}}, source=source)
+    with pytest.raises(ValueError, match=r"^steps is missing in <>$"):
+        parse(Recipe, {}, source=source)
 
 
 def test_merge_replaces_leaves_and_changes_neither_side():

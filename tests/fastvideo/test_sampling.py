@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from fastvideo.sampling import GenerateRequest, SamplingParams, read_layers, spelled
+from fastvideo.sampling import (
+    GenerateRequest,
+    SamplingParams,
+    origins,
+    read_layers,
+    spelled,
+)
 
 COMPLETE = {
     "prompt": "a ball",
@@ -35,7 +41,10 @@ NEWER = {"attention": "dense", "backend": "auto", "drop_gates": False, "lora": (
         ({"seed": 2**63}, f"seed {2**63} in the call: must be at most {2**63 - 1}"),
         ({"prompt": " \n"}, "the prompt is empty"),
         ({"num_framse": 5}, "num_framse in the call is unknown; did you mean 'num_frames'"),
-        ({"framez": 5}, "framez in the call is unknown"),
+        ({"framez": 5}, "framez in the call is unknown; did you mean 'frames'"),
+        ({"num_steps": 5}, "num_steps in the call is unknown; did you mean 'steps'"),
+        ({"szie": "8x8"}, "szie in the call is unknown; did you mean 'size'"),
+        ({"": 5}, " in the call is unknown"),
     ],
 )
 def test_illegal_values_are_one_line_with_value_and_rule(fields: dict, text: str):
@@ -117,6 +126,17 @@ def test_later_layers_win_and_a_wrong_layer_is_named():
     }
     with pytest.raises(ValueError, match=r"fps 0 in a\.toml"):
         read_layers(("a.toml", {"fps": 0}), ("flags", {"prompt": "x", "fps": 8}))
+
+
+def test_a_source_may_name_the_place_of_each_key():
+    file = (lambda keys: f"a.toml:{len(str(keys[0]))}"), {"steps": 0, "fps": 8}
+    with pytest.raises(ValueError, match=r"^num_inference_steps 0 in a\.toml:5: must be at"):
+        read_layers(file)
+    later = "flags", {"num_inference_steps": 3, "size": "48x32"}
+    found = {"fps": "a.toml:3", "num_inference_steps": "flags", "width": "flags", "height": "flags"}
+    assert origins(file, later) == found
+    with pytest.raises(ValueError, match=r"modle in a is unknown; did you mean 'model'"):
+        origins(("a", {"modle": "x"}), beside=("model",))
 
 
 def test_short_names_stand_for_full_ones_and_the_later_layer_wins_under_either():

@@ -72,9 +72,10 @@ def test_error_names_value_rule_and_nearest(sizes, message):
 
 
 def test_sizes_are_width_by_height():
-    assert parse_size("224x128") == (224, 128)
-    for wrong in ("224", "224*128", "x", "224x", "-1x5"):
-        with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
+    for text in ("224x128", "224X128", "224*128", "224\u00d7128", " 224 x 128 ", "224 * 128"):
+        assert parse_size(text) == (224, 128)
+    for wrong in ("224", "x", "224x", "-1x5", "224xx128", "224x128x5", "2 24x128", "224:128", 224):
+        with pytest.raises(ValueError, match=r"^size .* in --size: must look like WIDTHxHEIGHT"):
             parse_size(wrong)
 
 

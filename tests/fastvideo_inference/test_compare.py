@@ -367,7 +367,7 @@ def test_prompts_cap_those_of_every_row(file: Path, tmp_path: Path):
     [
         (["--set", "base=teacher, 2 step"], "did you mean 'teacher, 2 steps'"),
         (["--set", "models.student=nowhere"], "row 'student, 3 steps': model 'nowhere' is neither"),
-        (["--set", "prompt=3"], "did you mean 'prompts'?"),
+        (["--set", "prompt=3"], "prompt in --set prompt is unknown; did you mean 'prompts'?"),
         (["--steps", "3"], "--compare takes no --steps: write it into"),
         (["wan-nano"], "--compare takes no MODEL"),
         (["--prompts", "0"], "prompts 0 must be at least 1"),
@@ -394,6 +394,20 @@ def test_what_cannot_be_compared_is_refused_before_any_clip(
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_line_of_the_file_is_named(file: Path, tmp_path: Path):
+    text = file.read_text()
+    odd = tmp_path / "odd.toml"
+    row = text[: text.index("sigmas")].count("\n") + 1
+    for wrong, rule in (("stepz = 3", "is unknown"), ("steps = 0", "must be at least 1")):
+        odd.write_text(text.replace("sigmas = [1.0, 0.714286]", wrong))
+        with pytest.raises(ValueError, match=rf"in {odd}:{row}[: ].*{rule}") as caught:
+            read(odd)
+        assert "Tuple" not in str(caught.value)
+    odd.write_text("frames = 0\n" + text)
+    with pytest.raises(ValueError, match=rf"^frames 0 in {odd}:1: must be"):
+        read(odd)
 
 
 def test_models_of_other_sizes_are_not_paired(file: Path, student: Path, tmp_path: Path):

@@ -303,7 +303,7 @@ def test_an_automatic_dtype_is_kept_apart_from_another_and_with_itself(
         (["--size", "33x48"], "width 33 must be a multiple of 16"),
         (["--size", "big"], "must look like WIDTHxHEIGHT"),
         (["--world", "shape"], "did you mean 'shapes'"),
-        (["--steps", "0"], "num_inference_steps"),
+        (["--steps", "0"], "num_inference_steps 0 in --steps: must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(tiny_folder, capsys, words, message):

@@ -63,16 +63,32 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"fields": {"prompt": "x"}, "settings": ("seed=true",)},
         "seed true in --set",
     ),
-    "config": ({"config": Path("c.toml")}, r"num_frames 6 must be .* \(from c\.toml\)$"),
-    "row": ({"prompts": Path("p.jsonl")}, r"num_frames 7 must be .* \(from p\.jsonl:2\)$"),
+    "config": ({"config": Path("c.toml")}, r"num_frames 6 must be .* \(from c\.toml:2\)$"),
+    "key of a config": ({"config": Path("typo.toml")}, r"^modle in typo\.toml:3 .* mean 'model'"),
+    "type in a config": ({"config": Path("type.toml")}, r"^seed true in type\.toml:4: must be a v"),
+    "size in a config": ({"config": Path("size.toml")}, r"^size 48 in size\.toml:1: must look"),
+    "twice in a config": (
+        {"config": Path("twice.toml")},
+        r"^steps in twice\.toml:2 gives num_inference_steps a second time",
+    ),
+    "key of a row": ({"prompts": Path("k.jsonl")}, r"^stepz in k\.jsonl:2 .* mean 'steps'"),
+    "type in a row": ({"prompts": Path("t.jsonl")}, r'^num_inference_steps "4" in t\.jsonl:1'),
+    "key of a set": (
+        {"fields": {"prompt": "x"}, "settings": ("steps=1", "framse=5")},
+        r"^framse in --set framse is unknown; did you mean 'frames'",
+    ),
+    "table of a set": (
+        {"fields": {"prompt": "x"}, "settings": ("request.steps=1",)},
+        "^request in --set request is unknown",
+    ),
     "twice": (
         {"fields": {"prompt": "x"}, "settings": ("steps=1", "num_inference_steps=2")},
-        "num_inference_steps in --set gives num_inference_steps a second time",
+        "num_inference_steps in --set num_inference_steps gives num_inference_steps a second",
     ),
-    "model": ({"fields": {"prompt": "x"}, "settings": ("model=3",)}, "model 3 in --set must be a"),
+    "model": ({"fields": {"prompt": "x"}, "settings": ("model=3",)}, "model 3 in --set model must"),
     "decoder": (
         {"fields": {"prompt": "x"}, "settings": ("decoder=[]",)},
-        "decoder .* in --set mus",
+        "decoder .* in --set decoder mus",
     ),
     "default": (
         {"fields": {"prompt": "x", "attention": "sta(windows=[[99, 1, 1]])"}},
@@ -84,11 +100,41 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_value_says_where_it_was_given(read, case: str):
     Path(CONFIG[0]).write_text(CONFIG[1])
+    Path("typo.toml").write_text('prompt = "x"\n\nmodle = "y"\n')
+    Path("type.toml").write_text("# seed = 1\n  \"text\" = 'seed = 3'\n\n\tseed=true\n")
+    Path("size.toml").write_text('size = 48\nprompt = "x"')
+    Path("twice.toml").write_text('num_inference_steps = 3\nsteps = 3\nprompt = "x"')
     Path("p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "frames": 7}')
+    Path("k.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "stepz": 7}')
+    Path("t.jsonl").write_text('{"prompt": "x", "steps": "4"}')
     args, text = WRONG[case]
     with pytest.raises(ValueError, match=text) as caught:
         read(**args)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "value"),
+    [
+        ("text=a red ball", "prompt", "a red ball"),
+        ('text="a = \\"b\\" # c"', "prompt", 'a = "b" # c'),
+        ("text='say \"hi\"'", "prompt", 'say "hi"'),
+        ('text=say "hi" # now', "prompt", 'say "hi" # now'),
+        ('text="5"', "prompt", "5"),
+        ("negative=", "negative_prompt", ""),
+        ("steps = 1", "num_inference_steps", 1),
+        ("guidance=2", "guidance_scale", 2.0),
+        ("size=64x32", "width", 64),
+        ('size="64 x 32"', "height", 32),
+        ("size=64*32", "width", 64),
+        ("fps=24", "fps", 24),
+        ("frames=5", "num_frames", 5),
+    ],
+)
+def test_a_set_word_is_a_field_by_any_name_in_any_quotes(read, word: str, name: str, value: Any):
+    Path("c.toml").write_text('prompt = "from the config"\nnegative = "too"')
+    (job,) = read(config=Path("c.toml"), settings=(word,)).jobs
+    assert getattr(job.params, name) == value
 
 
 def test_every_sampling_field_of_the_command_has_a_flag_of_its_own():

@@ -15,7 +15,7 @@ from fastvideo.errors import OK, refusing
 from fastvideo_inference.comparison import Comparison, read
 from fastvideo_inference.contrast import Contrast, markdown
 from fastvideo_inference.evaluation import Evaluation
-from fastvideo_inference.request import check_place
+from fastvideo_inference.request import check_place, flag
 
 if TYPE_CHECKING:
     from fastvideo_inference.scores import Distance, Features, Table
@@ -91,7 +91,7 @@ def _evaluation(typed: dict[str, Any], **place: Any) -> Evaluation:
     if "settings" in typed:
         raise ValueError("--set changes a comparison; give --compare FILE too")
     model = typed.pop("model", hub.DEFAULT_MODEL)
-    return Evaluation.plan(model, **typed, **place)
+    return Evaluation.plan(model, **typed, **place, source=flag)
 
 
 def _comparison(typed: dict[str, Any], **place: Any) -> Comparison:

@@ -37,6 +37,7 @@ Decoder = Annotated[
 Parallel = Annotated[
     str | None, Option(help="How torchrun's processes share a clip: ulysses=2,guidance=2.")
 ]
+Set = Annotated[list[str] | None, Option("--set", help="key=value, over the config; repeatable.")]
 Output = Annotated[
     str | None,
     Option("--output", "-o", help=f"File, folder/ or template. [{naming.DEFAULT_TEMPLATE}]"),
@@ -63,9 +64,7 @@ def generate(
     decoder: Decoder = None,
     output: Output = None,
     config: Annotated[Path | None, Option(help="TOML file with fields of the request.")] = None,
-    settings: Annotated[
-        list[str] | None, Option("--set", help="key=value, over the config; repeatable.")
-    ] = None,
+    settings: Set = None,
     repeat: Annotated[
         Path | None, Option("--from", help="A clip whose recipe to repeat; flags change it.")
     ] = None,
