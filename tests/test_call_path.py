@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -136,20 +137,27 @@ def test_an_evaluation_opens_and_resolves_once_for_all_its_prompts(
     assert json.loads(made.read_text())["request"]["num_inference_steps"] == 1
 
 
+class Fetched(list[set[str]]):
+    """Suffixes of the files that each look at the hub fetched, out of the folder `source`."""
+
+    source: Path
+
+
 @pytest.fixture
 def on_the_hub(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> list[set[str]]:
+) -> Fetched:
     """Put the tiny model on the hub as owner/name; return the suffixes that each look fetched."""
     import huggingface_hub
 
-    cache, fetched = tmp_path_factory.mktemp("hub") / "snapshots" / "0123", list[set[str]]()
+    cache, fetched = tmp_path_factory.mktemp("hub") / "snapshots" / "0123", Fetched()
+    fetched.source = tiny_folder
 
-    def snapshot(name: str, *, allow_patterns: list[str], revision: str = "", **_: bool) -> str:
-        assert name == "owner/name"
-        found = {p for pattern in allow_patterns for p in tiny_folder.rglob(pattern)}
+    def snapshot(name: str, *, allow_patterns: list[str], revision: str = "0123", **_: bool) -> str:
+        assert (name, revision) == ("owner/name", "0123")
+        found = {p for pattern in allow_patterns for p in fetched.source.rglob(pattern)}
         for path in found:
-            copy = cache / path.relative_to(tiny_folder)
+            copy = cache / path.relative_to(fetched.source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
         fetched.append({path.suffix for path in found})
@@ -166,6 +174,67 @@ def test_weights_on_the_hub_are_fetched_once_the_request_is_known_to_be_legal(on
     assert cli.main([*words, "--frames", "5"]) == 0
     assert ".safetensors" in on_the_hub[-1]
     assert cli.main(["generate", "--from", "a.mp4", "-o", "b.mp4"]) == 0
+
+
+ROWS = '[[rows]]\nname = "a"\nmodel = "owner/name"\n[[rows]]\nname = "b"\nmodel = "owner/name"\n'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", PROMPT, "--model", "owner/name", "--attention", "vsa(sparsity=2)"],
+        ["generate", PROMPT, "--model", "owner/name", "--decoder", "none"],
+        ["generate", PROMPT, "--model", "owner/name", "--lora", "none.safetensors"],
+        ["generate", PROMPT, "--model", "owner/name", "--parallel", "ulysses=2"],
+        ["generate", PROMPT, "--model", "owner/name", "--count", "2", "-o", "{prompt}.mp4"],
+        ["eval", "owner/name", "--frames", "6"],
+        ["eval", "--compare", "c.toml", "--set", "frames=6"],
+        ["eval", "--compare", "c.toml", "--set", "models={b=3}"],
+    ],
+)
+def test_what_a_spec_refuses_costs_no_download(on_the_hub, words: list[str]):
+    Path("c.toml").write_text('base = "a"\n' + ROWS)
+    assert cli.main(words) == 2
+    assert not any(".safetensors" in suffixes for suffixes in on_the_hub)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"device": "cudda"},
+        {"dtype": "float23"},
+        {"decoder": "none"},
+        {"parallel": "ulysses=2"},
+    ],
+)
+def test_nor_does_what_a_pipeline_cannot_be_loaded_with(on_the_hub, how: dict[str, Any]):
+    with pytest.raises(ValueError, match="|".join(how)):
+        VideoPipeline.from_pretrained("owner/name", **how)
+    assert not any(".safetensors" in suffixes for suffixes in on_the_hub)
+
+
+def test_a_comparison_fetches_a_model_once_all_rows_are_legal(on_the_hub):
+    Path("c.toml").write_text('base = "a"\ntimed = 0\nrepeats = 0\n' + ROWS + "steps = 1\n")
+    assert cli.main(["eval", "--compare", "c.toml", "--prompts", "1", "-o", "e", "--json"]) == 0
+    assert [".safetensors" in suffixes for suffixes in on_the_hub[:2]] == [False, True]
+
+
+def test_gates_that_stand_in_the_weights_alone_are_seen_once_these_are_there(
+    on_the_hub, gated_folder: Path, tmp_path: Path
+):
+    """Then the model is sparse, as it is from a folder."""
+    own = Path(shutil.copytree(gated_folder, tmp_path / "own"))
+    (own / "fastvideo.json").unlink()
+    config = own / "transformer" / "config.json"
+    dims = json.loads(config.read_text())
+    assert dims.pop("gate_compress") is True
+    config.write_text(json.dumps(dims))
+    on_the_hub.source = own
+    words = ["generate", PROMPT, "--steps", "1", "--frames", "5", "--size", "48x32", "--json"]
+    for name, model in (("a", str(own)), ("b", "owner/name")):
+        assert cli.main([*words, "--model", model, "-o", f"{name}.mp4"]) == 0
+        made = recipe.read_recipe(f"{name}.mp4").request
+        assert made.attention.startswith("vsa(sparsity=0.8")
 
 
 def test_a_pipeline_and_an_evaluation_fetch_the_weights_of_a_hub_model(on_the_hub):

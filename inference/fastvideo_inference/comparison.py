@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fastvideo import files, media, sampling, timing
+from fastvideo import files, hub, media, sampling, timing
 from fastvideo.config import Keys, Strict, merge, parse, read_toml, set_word, toml_line
+from fastvideo.hub import OpenModel
 from fastvideo.registry import did_you_mean
 from fastvideo.stages import make
 from fastvideo.worlds import attributes
@@ -123,12 +124,17 @@ class Comparison:
             hint = did_you_mean(settings.base, names)
             raise ValueError(f"base {settings.base!r} is no row{hint} (rows: {', '.join(names)})")
         place = {"output": output, "device": device, "dtype": dtype}
-        entries = tuple(
-            Entry(row.name, _evaluation(row, settings, **place)) for row in settings.rows
-        )
-        made = cls(settings, entries, Path(output))
-        made._check_pairs()
-        return made
+        opened: dict[str, OpenModel] = {}
+        while True:
+            entries = tuple(
+                Entry(row.name, _evaluation(row, settings, opened, **place))
+                for row in settings.rows
+            )
+            made = cls(settings, entries, Path(output))
+            made._check_pairs()
+            if all(model.has_weights for model in opened.values()):
+                return made
+            opened = {name: hub.fetched(model) for name, model in opened.items()}
 
     def check(self) -> None:
         """Check the rest, which needs torch, before any clip is made: steps, and rows alike."""
@@ -270,11 +276,15 @@ class Comparison:
         sheets.of_settings(self.results, clips, labels, fps=evaluations[0].how.fps)
 
 
-def _evaluation(row: Row, settings: Settings, **place: Any) -> Evaluation:
-    prompts = row.prompts or settings.prompts
+def _evaluation(
+    row: Row, settings: Settings, opened: dict[str, OpenModel], **place: Any
+) -> Evaluation:
+    prompts, name = row.prompts or settings.prompts, settings.models.get(row.model, row.model)
     try:
+        if name not in opened:
+            opened[name] = hub.open_model(name)
         made = Evaluation.plan(
-            settings.models.get(row.model, row.model),
+            opened[name],
             prompts=prompts,
             reconstructions=1,
             repeats=settings.repeats,

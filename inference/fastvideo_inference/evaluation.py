@@ -84,7 +84,7 @@ class Evaluation:
     @classmethod
     def plan(
         cls,
-        model: str,
+        model: str | OpenModel,
         *,
         output: str | Path,
         prompts: int = 256,
@@ -109,7 +109,7 @@ class Evaluation:
         reconstructions = min(64, prompts) if reconstructions is None else reconstructions
         diverse = min(16, prompts) if diverse is None else diverse
         _check_counts(prompts, batch, repeats, reconstructions=reconstructions, diverse=diverse)
-        found = hub.open_model(model, weights=True)
+        found = model if isinstance(model, OpenModel) else hub.open_model(model, weights=True)
         spec = found.spec
         given = {k: v for k, v in request.items() if v is not None}
         own = {"seed": 0, "prompt": "held-out prompts of a world", "steps": sigmas and len(sigmas)}

@@ -115,7 +115,7 @@ class VideoPipeline:
         started make a clip together, such as "ulysses=2,guidance=2" for four; with "data=2" each
         half of them makes clips of its own. They stay joined until the script ends.
         """
-        model = hub.open_model(name_or_path, weights=True)
+        model = hub.open_model(name_or_path)  # its weights are fetched once all else is right
         return cls.load(
             model,
             device=device,

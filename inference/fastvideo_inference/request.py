@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,30 @@ def read(args: CliArgs) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
     check_place(args.device, args.dtype, num_processes=env.world_size())
     repeated = read_recipe(args.repeat) if args.repeat else None
+    if repeated and repeated.latents != "seed":
+        text = "was made from noise that its caller brought; it cannot be repeated"
+        raise ValueError(f"{args.repeat} {text}")
     layers, beside = _layers(args, repeated)
+    check = partial(_checked, args, repeated, layers, beside["decoder"])
     model = _open(beside["model"], args, repeated)
-    decoder = decoder_id(beside["decoder"], model.spec, model.folder)
+    batch = check(model)
+    if not model.has_weights:  # the small files allow the request: the rest is worth fetching
+        whole = hub.fetched(model)
+        batch = replace(batch, model=whole) if whole.spec == model.spec else check(whole)
     if repeated:
-        _check_repeatable(args.repeat, repeated, model)
-        _check_same_decoder(args.repeat, repeated, decoder)
+        _check_repeatable(args.repeat, repeated, batch.model)
+        _check_same_decoder(args.repeat, repeated, batch.decoder)
+    return batch
+
+
+def _checked(
+    args: CliArgs,
+    repeated: Recipe | None,
+    layers: list[Layer],
+    decoder_name: str | None,
+    model: OpenModel,
+) -> Batch:
+    decoder = decoder_id(decoder_name, model.spec, model.folder)
     resolved = [_resolved(row, layers, model) for row in _rows(args)]
     params = [one for one, _ in resolved]
     return Batch(
@@ -145,7 +164,7 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
 
 def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:
     try:
-        return hub.open_model(name, weights=repeated is not None)
+        return hub.open_model(name)
     except ValueError as error:
         if repeated and args.model is None and name == repeated.model.name_or_path:
             hint = f"named by the recipe in {args.repeat}; --model says where it is now"
@@ -201,10 +220,6 @@ def _degrees(
 
 
 def _check_repeatable(path: Path | None, recipe: Recipe, model: OpenModel) -> None:
-    if recipe.latents != "seed":
-        raise ValueError(
-            f"{path} was made from noise that its caller brought; it cannot be repeated"
-        )
     found = fingerprint(model.folder)
     if found != recipe.model.fingerprint:
         raise ValueError(

@@ -90,8 +90,11 @@ _EVERYWHERE = ("output", "as_json", "device", "dtype")
 def _evaluation(typed: dict[str, Any], **place: Any) -> Evaluation:
     if "settings" in typed:
         raise ValueError("--set changes a comparison; give --compare FILE too")
-    model = typed.pop("model", hub.DEFAULT_MODEL)
-    return Evaluation.plan(model, **typed, **place, source=flag)
+    model, asked = hub.open_model(typed.pop("model", hub.DEFAULT_MODEL)), {**typed, **place}
+    made = Evaluation.plan(model, **asked, source=flag)
+    if model.has_weights:
+        return made
+    return Evaluation.plan(hub.fetched(model), **asked, source=flag)  # legal, so worth a download
 
 
 def _comparison(typed: dict[str, Any], **place: Any) -> Comparison:
