@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -21,6 +22,7 @@ from fastvideo.shapes import parse_size
 
 MAX_SEED = 2**63 - 1
 _NEWER = ("backend", "drop_gates", "lora")  # fields that older evaluations do not name
+_FPS_SLACK = Fraction(1, 10**6)  # 23.976024 means 24000/1001
 CLI, PYTHON, EVAL, HTTP, PAGE = "cli", "python", "eval", "http", "page"
 
 
@@ -82,13 +84,25 @@ def _read_loras(given: Any) -> Any:
     return [read_lora(one) if isinstance(one, str) else one for one in several]
 
 
+def _read_fps(given: Any) -> int | float:
+    """Read 16, 23.976, "24000/1001" or a `Fraction`: an int if it is whole, else a float."""
+    try:
+        asked = Fraction("" if isinstance(given, bool) else given)
+    except (ValueError, TypeError, ArithmeticError):
+        raise ValueError("must be a number such as 16, 23.976 or 24000/1001") from None
+    rate = asked.limit_denominator(1001)
+    if asked >= 1 and abs(rate - asked) > asked * _FPS_SLACK:
+        raise ValueError(f"must be a fraction with a denominator up to 1001; nearest: {rate}")
+    return int(rate) if rate.denominator == 1 else float(rate)
+
+
 _NOT_HTTP = (CLI, PYTHON, EVAL)
 PROMPT = Setting("what the clip shows", "text")
 NEGATIVE = Setting("what the clip does not show", "negative")
 FRAMES = Setting("number of frames, 4k+1", "frames")
 HEIGHT = Setting("height in pixels")
 WIDTH = Setting("width in pixels")
-FPS = Setting("frames per second of the file")
+FPS = Setting("frames per second of the file: 16, 23.976, 24000/1001")
 STEPS = Setting("denoising steps", "steps")
 GUIDANCE = Setting("scale of classifier-free guidance; 1 is off", "guidance")
 SEED = Setting("seed of the noise; -1 or none draws one, which is printed")
@@ -104,7 +118,7 @@ NegativePrompt = Annotated[Text, NEGATIVE]
 NumFrames = Annotated[Whole, Field(ge=1), FRAMES]
 Height = Annotated[Whole, Field(ge=1), HEIGHT]
 Width = Annotated[Whole, Field(ge=1), WIDTH]
-Fps = Annotated[Whole, Field(ge=1, le=240), FPS]
+Fps = Annotated[int | float, Field(ge=1, le=240), BeforeValidator(_read_fps), FPS]
 NumSteps = Annotated[Whole, Field(ge=1, le=1000), STEPS]
 GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False), GUIDANCE]
 Seed = Annotated[Whole, Field(ge=-1, le=MAX_SEED), SEED]

@@ -188,6 +188,7 @@ ROWS = '[[rows]]\nname = "a"\nmodel = "owner/name"\n[[rows]]\nname = "b"\nmodel 
         ["generate", PROMPT, "--model", "owner/name", "--parallel", "ulysses=2"],
         ["generate", PROMPT, "--model", "owner/name", "--count", "2", "-o", "{prompt}.mp4"],
         ["eval", "owner/name", "--frames", "6"],
+        ["eval", "owner/name", "--fps", "12.5"],
         ["eval", "--compare", "c.toml", "--set", "frames=6"],
         ["eval", "--compare", "c.toml", "--set", "models={b=3}"],
     ],

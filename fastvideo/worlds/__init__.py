@@ -41,10 +41,12 @@ class World(Protocol):
     def parse(self, frames_THWC: Frames) -> dict[str, str]: ...
 
 
-def open_world(name: str, *, height: int, width: int, num_frames: int, fps: int = 16) -> World:
+def open_world(name: str, *, height: int, width: int, num_frames: int, fps: float = 16) -> World:
     """Return the world of a name, at one size. A name is a file here, or `some.module:World`."""
+    if fps != int(fps):
+        raise ValueError(f"fps {fps:g} must be whole for clips of a world; nearest: {round(fps)}")
     make = registry.load(__name__, name, "World")
-    world: World = make(height=height, width=width, num_frames=num_frames, fps=fps)
+    world: World = make(height=height, width=width, num_frames=num_frames, fps=int(fps))
     return world
 
 

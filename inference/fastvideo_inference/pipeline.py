@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +55,7 @@ class Video:
     Of the processes that made it together one `writes`; `save` does nothing on the others.
     """
 
-    fps: int
+    fps: float
     recipe: dict[str, Any]
     timings: dict[str, float]
     frames: Frames | None = None
@@ -163,7 +164,7 @@ class VideoPipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        fps: int | None = None,
+        fps: float | Fraction | str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | None = None,

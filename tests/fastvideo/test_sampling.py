@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
 import pytest
 
 from fastvideo.sampling import (
@@ -53,7 +56,7 @@ def test_illegal_values_are_one_line_with_value_and_rule(fields: dict, text: str
     assert "\n" not in str(caught.value)
 
 
-WHOLE = ["num_frames", "height", "width", "fps", "num_inference_steps", "seed"]
+WHOLE = ["num_frames", "height", "width", "num_inference_steps", "seed"]
 
 
 @pytest.mark.parametrize("value", [True, 2.5, 2.0, "2"])
@@ -63,6 +66,49 @@ def test_a_whole_number_is_no_switch_no_fraction_and_no_text(name: str, value: o
         read_layers(("the call", {"prompt": "x", name: value}))
     with pytest.raises(ValueError, match=name):
         SamplingParams.model_validate({**COMPLETE, name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (24, 24),
+        (24.0, 24),
+        ("24", 24),
+        (Fraction(48, 2), 24),
+        ("24000/1001", 24000 / 1001),
+        (Fraction(30000, 1001), 30000 / 1001),
+        (24000 / 1001, 24000 / 1001),
+        (23.976024, 24000 / 1001),
+        ("23.976", 23.976),
+        (12.5, 12.5),
+        (240, 240),
+    ],
+)
+def test_a_frame_rate_is_whole_or_a_fraction(given: Any, kept: float):
+    for values in ({"prompt": "x", "fps": given}, {**COMPLETE, "fps": given}):
+        model = SamplingParams if len(values) > 2 else GenerateRequest
+        made = model.model_validate(values)
+        assert (made.fps, type(made.fps)) == (kept, type(kept))
+        assert model.model_validate_json(made.model_dump_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        (True, "must be a number such as 16, 23.976 or 24000/1001"),
+        ("fast", "must be a number"),
+        ("24000/0", "must be a number"),
+        ([24], "must be a number"),
+        (float("nan"), "must be a number"),
+        (float("inf"), "must be a number"),
+        (24.0001, "must be a fraction with a denominator up to 1001; nearest: 24$"),
+        ("999/1000", "must be at least 1"),
+        (Fraction(481, 2), "must be at most 240"),
+    ],
+)
+def test_a_rate_that_no_file_holds_is_refused(given: Any, rule: str):
+    with pytest.raises(ValueError, match=rf"^fps .* in the call: {rule}"):
+        read_layers(("the call", {"prompt": "x", "fps": given}))
 
 
 @pytest.mark.parametrize("value", [True, "2"])

@@ -7,8 +7,10 @@ import json
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from fastvideo_inference import recipe
@@ -148,6 +150,32 @@ def test_a_prompt_file_makes_a_clip_for_each_row(generate):
     assert made[0].seed == 1
 
 
+@pytest.mark.parametrize(
+    ("source", "kept", "exact"),
+    [
+        (["--fps", "24000/1001"], 24000 / 1001, Fraction(24000, 1001)),
+        (["--config", "c.toml"], 29.97, Fraction(2997, 100)),
+        (["--set", "fps=24.0"], 24, Fraction(24)),
+    ],
+)
+def test_a_frame_rate_is_kept_by_recipe_file_and_repetition(
+    generate, capsys, source: list[str], kept: float, exact: Fraction
+):
+    Path("c.toml").write_text("fps = 29.97")
+    generate(PROMPT, "--frames", "5", "--steps", "1", *source, "-o", "a.mp4")
+    assert generate("--from", "a.mp4", "-o", "b.mp4")[0] == 0
+    for name in ("a.mp4", "b.mp4"):
+        made = recipe.read_recipe(name).request.fps
+        assert (made, type(made)) == (kept, type(kept))
+        with av.open(name) as file:
+            assert file.streams.video[0].average_rate == exact
+            times = [frame.time for frame in file.decode(video=0)]
+        assert times == pytest.approx([float(k / exact) for k in range(5)])
+    assert cli.main(["inspect", "a.mp4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["video"]["fps"] == facts["recipe"]["request"]["fps"] == kept
+
+
 def test_one_failed_prompt_does_not_stop_the_batch(generate, monkeypatch: pytest.MonkeyPatch):
     encode = encode_text.encode
 
@@ -186,6 +214,7 @@ REFUSED = {
     "size text": (["x", "--size", "50"], "size '50' in --size: must look like WIDTHxHEIGHT"),
     "size empty": (["x", "--size", ""], "size '' in --size: must look like WIDTHxHEIGHT"),
     "size by a sign": (["x", "--size", "50*32"], "width 50 must be a multiple of 16"),
+    "fps": (["x", "--fps", "24.0001"], 'fps "24.0001" in --fps: must be a fraction with a'),
     "steps": (["x", "--steps", "0"], "num_inference_steps 0 in --steps: must be at least 1"),
     "type": (["x", "--steps", "ten"], "Invalid value for '--steps'"),
     "seed": (["x", "--seed", "-3"], "seed -3 in --seed: must be at least -1"),

@@ -304,6 +304,8 @@ def test_an_automatic_dtype_is_kept_apart_from_another_and_with_itself(
         (["--size", "big"], "must look like WIDTHxHEIGHT"),
         (["--world", "shape"], "did you mean 'shapes'"),
         (["--steps", "0"], "num_inference_steps 0 in --steps: must be at least 1"),
+        (["--fps", "fast"], 'fps "fast" in --fps: must be a number'),
+        (["--fps", "24000/1001"], "fps 23.976 must be whole for clips of a world; nearest: 24"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(tiny_folder, capsys, words, message):

@@ -81,6 +81,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"fields": {"prompt": "x"}, "settings": ("request.steps=1",)},
         "^request in --set request is unknown",
     ),
+    "fps": ({"fields": {"prompt": "x", "fps": "fast"}}, '^fps "fast" in --fps: must be a number'),
+    "row": ({"prompts": Path("p.jsonl")}, r"num_frames 7 must be .* \(from p\.jsonl:2\)$"),
     "twice": (
         {"fields": {"prompt": "x"}, "settings": ("steps=1", "num_inference_steps=2")},
         "num_inference_steps in --set num_inference_steps gives num_inference_steps a second",
@@ -127,7 +129,8 @@ def test_a_wrong_value_says_where_it_was_given(read, case: str):
         ("size=64x32", "width", 64),
         ('size="64 x 32"', "height", 32),
         ("size=64*32", "width", 64),
-        ("fps=24", "fps", 24),
+        ("fps=24000/1001", "fps", 24000 / 1001),
+        ('fps="12.5"', "fps", 12.5),
         ("frames=5", "num_frames", 5),
     ],
 )

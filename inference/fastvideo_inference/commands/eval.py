@@ -55,7 +55,7 @@ def evaluate(
     negative: Annotated[str | None, Option(help=sampling.NEGATIVE.help)] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128")] = None,
     frames: Annotated[int | None, Option(help=sampling.FRAMES.help)] = None,
-    fps: Annotated[int | None, Option(help=sampling.FPS.help)] = None,
+    fps: Annotated[str | None, Option(help=sampling.FPS.help)] = None,
     attention: Attention = None,
     backend: Backend = None,
     drop_gates: DropGates = None,

@@ -54,7 +54,7 @@ def generate(
     steps: Annotated[int | None, Option(help=sampling.STEPS.help)] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128")] = None,
     frames: Annotated[int | None, Option(help=sampling.FRAMES.help)] = None,
-    fps: Annotated[int | None, Option(help=sampling.FPS.help)] = None,
+    fps: Annotated[str | None, Option(help=sampling.FPS.help)] = None,
     guidance: Annotated[float | None, Option(help=sampling.GUIDANCE.help)] = None,
     negative: Annotated[str | None, Option(help=sampling.NEGATIVE.help)] = None,
     attention: Attention = None,
