@@ -235,3 +235,14 @@ def origins(*layers: Layer, beside: Collection[str] = ()) -> dict[str, str]:
         for key, value in layer.items()
         for name in spelled({key: value}, source=source, beside=beside)
     }
+
+
+def clips(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """Return the parameters of several clips of a prompt: seed, seed + 1, and so on."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count {count!r} must be a whole number of at least 1")
+    if params.seed > MAX_SEED - (count - 1):
+        raise ValueError(
+            f"seed {params.seed} of {count} clips must be at most {MAX_SEED - count + 1}"
+        )
+    return [params.model_copy(update={"seed": params.seed + i}) for i in range(count)]

@@ -16,8 +16,11 @@ DEFAULT_TEMPLATE = f"outputs/{DEFAULT_NAME}"
 PLACEHOLDERS = ("date", "index", "prompt", "seed")
 
 
-def check_template(template: str, *, num_clips: int) -> str:
-    """Return the template, the default name added to a folder; raise `ValueError` if wrong."""
+def check_template(template: str, *, num_clips: int, count: int = 1) -> str:
+    """Return the template, the default name added to a folder; raise `ValueError` if wrong.
+
+    `count` clips of each prompt differ in their seeds, so that a prompt does not tell them apart.
+    """
     if template.endswith("/") or Path(template).is_dir():
         template = str(Path(template) / DEFAULT_NAME)
     used = _used(template)
@@ -26,8 +29,10 @@ def check_template(template: str, *, num_clips: int) -> str:
         if name not in PLACEHOLDERS:
             hint = did_you_mean(name, PLACEHOLDERS)
             raise ValueError(f"output {template!r}: {{{name}}} is unknown{hint} (known: {legal})")
-    if num_clips > 1 and not {"index", "prompt"} & set(used):
-        raise ValueError(f"output {template!r} names one file for {num_clips} clips; add {{index}}")
+    for number, name in ((num_clips // count, "prompt"), (count, "seed")):
+        if number > 1 and not {"index", name} & set(used):
+            need = f"add {{index}} or {{{name}}}"
+            raise ValueError(f"output {template!r} names one file for {number} clips; {need}")
     return template
 
 

@@ -47,6 +47,7 @@ class CliArgs:
     device: str | None = None
     dtype: str | None = None
     parallel: str | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _checked(
     model: OpenModel,
 ) -> Batch:
     decoder = decoder_id(decoder_name, model.spec, model.folder)
-    resolved = [_resolved(row, layers, model) for row in _rows(args)]
+    rows = [_resolved(row, layers, model) for row in _rows(args)]
+    resolved = [(one, told) for first, told in rows for one in sampling.clips(first, args.count)]
     params = [one for one, _ in resolved]
     return Batch(
         model=model,
@@ -118,7 +120,7 @@ def _checked(
         device=args.device or (repeated.device if repeated else "auto"),
         dtype=args.dtype or (repeated.dtype if repeated else "auto"),
         degrees=_degrees(args.parallel, params, model, has_small_decoder=decoder is not None),
-        jobs=_jobs(resolved, args.output),
+        jobs=_jobs(resolved, args.output, count=args.count),
     )
 
 
@@ -237,8 +239,9 @@ def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | Non
         )
 
 
-def _jobs(resolved: list[Resolved], output: str | None) -> tuple[Job, ...]:
-    template = naming.check_template(output or naming.DEFAULT_TEMPLATE, num_clips=len(resolved))
+def _jobs(resolved: list[Resolved], output: str | None, *, count: int) -> tuple[Job, ...]:
+    template = output or naming.DEFAULT_TEMPLATE
+    template = naming.check_template(template, num_clips=len(resolved), count=count)
     jobs: list[Job] = []
     for index, (one, told) in enumerate(resolved):
         path = naming.fill(template, prompt=one.prompt, seed=one.seed, index=index)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from fastvideo.sampling import (
+    MAX_SEED,
     GenerateRequest,
     SamplingParams,
+    clips,
     origins,
     read_layers,
     spelled,
@@ -183,6 +185,22 @@ def test_a_source_may_name_the_place_of_each_key():
     assert origins(file, later) == found
     with pytest.raises(ValueError, match=r"modle in a is unknown; did you mean 'model'"):
         origins(("a", {"modle": "x"}), beside=("model",))
+
+
+def test_clips_of_a_prompt_differ_in_their_seeds_alone():
+    first = SamplingParams(**COMPLETE)
+    made = clips(first, 3)
+    assert [one.seed for one in made] == [5, 6, 7]
+    assert {one.model_copy(update={"seed": 5}).model_dump_json() for one in made} == {
+        first.model_dump_json()
+    }
+    last = first.model_copy(update={"seed": MAX_SEED - 1})
+    assert [one.seed for one in clips(last, 2)] == [MAX_SEED - 1, MAX_SEED]
+    with pytest.raises(ValueError, match=rf"seed {MAX_SEED - 1} of 3 clips .* {MAX_SEED - 2}$"):
+        clips(last, 3)
+    for wrong in (0, -1, True, 2.0, "2"):
+        with pytest.raises(ValueError, match=r"count .* must be a whole number of at least 1"):
+            clips(first, wrong)
 
 
 def test_short_names_stand_for_full_ones_and_the_later_layer_wins_under_either():

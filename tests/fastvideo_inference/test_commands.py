@@ -150,6 +150,18 @@ def test_a_prompt_file_makes_a_clip_for_each_row(generate):
     assert made[0].seed == 1
 
 
+def test_several_clips_of_a_prompt_are_those_of_their_seeds(generate):
+    words = [PROMPT, "--steps", "1", "--frames", "5"]
+    code, out, _ = generate(*words, "--count", "3", "--seed", "4", "-o", "{seed}.mp4")
+    assert (code, out) == (0, ["4.mp4", "5.mp4", "6.mp4"])
+    generate(*words, "--seed", "6", "-o", "alone.mp4")
+    beside = [json.loads(Path(f"{n}.json").read_text()) for n in ("4", "5", "6", "alone")]
+    assert beside[2]["recipe"] == beside[3]["recipe"]
+    digests = [one["frames_sha256"] for one in beside]
+    assert digests[2] == digests[3] and len(set(digests)) == 3
+    assert ["load" in one["timings_s"] for one in beside] == [True, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("source", "kept", "exact"),
     [
@@ -215,6 +227,8 @@ REFUSED = {
     "size empty": (["x", "--size", ""], "size '' in --size: must look like WIDTHxHEIGHT"),
     "size by a sign": (["x", "--size", "50*32"], "width 50 must be a multiple of 16"),
     "fps": (["x", "--fps", "24.0001"], 'fps "24.0001" in --fps: must be a fraction with a'),
+    "count": (["x", "--count", "0"], "Invalid value for '--count'"),
+    "count in one file": (["x", "--count", "2", "-o", "a.mp4"], "2 clips; add {index} or {seed}"),
     "steps": (["x", "--steps", "0"], "num_inference_steps 0 in --steps: must be at least 1"),
     "type": (["x", "--steps", "ten"], "Invalid value for '--steps'"),
     "seed": (["x", "--seed", "-3"], "seed -3 in --seed: must be at least -1"),

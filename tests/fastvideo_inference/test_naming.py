@@ -40,6 +40,25 @@ def test_wrong_templates_are_refused(template: str, text: str):
         naming.check_template(template, num_clips=2)
 
 
+@pytest.mark.parametrize(
+    ("template", "missing"),
+    [
+        ("{index}.mp4", None),
+        ("{prompt}-{seed}.mp4", None),
+        ("{prompt}.mp4", "{seed}"),
+        ("{seed}.mp4", "{prompt}"),
+    ],
+)
+def test_clips_of_several_prompts_and_seeds_need_names_that_tell_them_apart(
+    template: str, missing: str | None
+):
+    if missing is None:
+        assert naming.check_template(template, num_clips=6, count=3) == template
+        return
+    with pytest.raises(ValueError, match=rf"for \d clips; add {{index}} or {missing}"):
+        naming.check_template(template, num_clips=6, count=3)
+
+
 def test_a_free_name_is_one_that_neither_a_clip_nor_a_sidecar_has(tmp_path: Path):
     path = tmp_path / "a.mp4"
     assert naming.unused(path) == path

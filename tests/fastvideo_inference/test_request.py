@@ -140,6 +140,20 @@ def test_a_set_word_is_a_field_by_any_name_in_any_quotes(read, word: str, name: 
     assert getattr(job.params, name) == value
 
 
+def test_several_clips_of_each_prompt_differ_in_seed_and_name(read):
+    Path("p.jsonl").write_text('{"prompt": "a", "seed": 4}\n{"prompt": "b"}\n')
+    batch = read({"steps": 1}, prompts=Path("p.jsonl"), count=2, output="{prompt}-{seed}.mp4")
+    seeds = [job.params.seed for job in batch.jobs]
+    assert seeds[:2] == [4, 5] and seeds[3] == seeds[2] + 1
+    names = [str(job.path) for job in batch.jobs]
+    assert names == [f"{p}-{s}.mp4" for p, s in zip("aabb", seeds, strict=True)]
+    by_index = read({"seed": 1}, prompts=Path("p.jsonl"), count=3, output="{index}.mp4").jobs
+    assert [str(job.path) for job in by_index] == [f"{i}.mp4" for i in range(6)]
+    assert [job.params.seed for job in by_index] == [1, 2, 3] * 2
+    with pytest.raises(ValueError, match=r"names one file for 2 clips; add \{index\} or \{seed\}"):
+        read({"prompt": "x"}, count=2, output="{prompt}.mp4")
+
+
 def test_every_sampling_field_of_the_command_has_a_flag_of_its_own():
     flags = {name: request.flag_of(name) for name in sampling.settings(sampling.CLI)}
     assert flags["num_inference_steps"] == "--steps" and flags["drop_gates"] == "--drop-gates"

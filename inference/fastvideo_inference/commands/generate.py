@@ -37,6 +37,9 @@ Decoder = Annotated[
 Parallel = Annotated[
     str | None, Option(help="How torchrun's processes share a clip: ulysses=2,guidance=2.")
 ]
+Count = Annotated[
+    int, Option(min=1, max=1000, help="Clips of each prompt, of seed, seed + 1, and so on.")
+]
 Set = Annotated[list[str] | None, Option("--set", help="key=value, over the config; repeatable.")]
 Output = Annotated[
     str | None,
@@ -51,6 +54,7 @@ def generate(
     ] = None,
     model: Model = None,
     seed: Annotated[int | None, Option(help=sampling.SEED.help)] = None,
+    count: Count = 1,
     steps: Annotated[int | None, Option(help=sampling.STEPS.help)] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128")] = None,
     frames: Annotated[int | None, Option(help=sampling.FRAMES.help)] = None,
@@ -99,6 +103,7 @@ def generate(
         device=device,
         dtype=dtype,
         parallel=parallel,
+        count=count,
     )
     start = _run_alone if env.world_size() == 1 else _run_in_many
     return start(args, as_json=as_json)
