@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvideo_inference.pipeline import Video, VideoPipeline
+    from fastvideo_inference.pipeline import VideoPipeline
+    from fastvideo_inference.video import Video
 
     from fastvideo.hub import bundled as bundled_models
     from fastvideo.hub import open_spec
@@ -33,7 +34,7 @@ _PUBLIC = {
     "Done": "fastvideo.stages:Done",
     "GenerateRequest": "fastvideo.sampling:GenerateRequest",
     "Progress": "fastvideo.stages:Progress",
-    "Video": "fastvideo_inference.pipeline:Video",
+    "Video": "fastvideo_inference.video:Video",
     "VideoPipeline": "fastvideo_inference.pipeline:VideoPipeline",
     "bundled_models": "fastvideo.hub:bundled",
     "open_spec": "fastvideo.hub:open_spec",

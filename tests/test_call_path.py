@@ -206,6 +206,7 @@ def test_what_a_spec_refuses_costs_no_download(on_the_hub, words: list[str]):
         {"dtype": "float23"},
         {"decoder": "none"},
         {"parallel": "ulysses=2"},
+        {"vae": None},
     ],
 )
 def test_nor_does_what_a_pipeline_cannot_be_loaded_with(on_the_hub, how: dict[str, Any]):

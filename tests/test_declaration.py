@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_overloads, get_type_hints
 
 import pytest
 from fastvideo_inference import comparison
@@ -83,7 +83,13 @@ def test_short_names_are_names_of_nothing_else():
 def test_keywords_of_a_call_are_the_fields_and_what_a_caller_alone_can_bring():
     signature = inspect.signature(VideoPipeline.__call__)
     keywords = [name for name in signature.parameters if name != "self"]
-    assert keywords == [*settings(sampling.PYTHON), "latents", "output"]
+    others = ["count", "latents", "output", "callback_on_step_end", "foreign"]
+    assert keywords == [*settings(sampling.PYTHON), *others]
+    *_, typed = get_overloads(VideoPipeline.__call__)
+    own = {name: signature.parameters[name].annotation for name in keywords[1:-1]}
+    del own["count"]  # which makes a list, by another overload
+    seen = inspect.signature(typed).parameters
+    assert {k: seen[k].annotation for k in list(seen)[2:]} == own, "type checkers see the same"
     defaults = {signature.parameters[name].default for name in settings(sampling.PYTHON)}
     assert defaults == {inspect.Parameter.empty, None}, "a prompt, and the model's own defaults"
 

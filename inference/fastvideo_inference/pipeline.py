@@ -16,14 +16,13 @@ import atexit
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from fastvideo import env, hub, media, stages
+from fastvideo import env, hub, sampling, stages
 from fastvideo import resolve as resolving
 from fastvideo.config import parse
 from fastvideo.hub import OpenModel
@@ -32,12 +31,14 @@ from fastvideo.registry import did_you_mean
 from fastvideo.resolve import check_lora_samplers, find_lora
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, read_layers
 from fastvideo.stages import Chunk, Done, Event, State
-from fastvideo_inference import recipe, sharing
+from fastvideo_inference import diffusers_names, recipe, sharing
 from fastvideo_inference.recipe import DecoderId, ModelId, Recipe
+from fastvideo_inference.video import Video
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
     from torch import Tensor
 
     from fastvideo.model import Model
@@ -46,46 +47,6 @@ if TYPE_CHECKING:
     Frames = npt.NDArray[np.uint8]
 
 _ENDS_BEFORE = {"frames": "", "latents": "decode"}  # output: the stage that is left out
-
-
-@dataclass(frozen=True)
-class Video:
-    """A clip: `frames` T H W 3 uint8 or `latents` B C T H W normalised; `timings` in seconds.
-
-    Of the processes that made it together one `writes`; `save` does nothing on the others.
-    """
-
-    fps: float
-    recipe: dict[str, Any]
-    timings: dict[str, float]
-    frames: Frames | None = None
-    latents: Tensor | None = None
-    writes: bool = True
-
-    @property
-    def frames_sha256(self) -> str:
-        """Digest of the frames' bytes (T H W 3) before the encoder, which may write equal frames as
-        other files; the seconds of it are less than one in a hundred of the encoder's.
-        """
-        import hashlib
-
-        if self.frames is None:
-            text = 'there are no frames to digest: the clip was made with output="latents"'
-            raise ValueError(text)
-        return hashlib.sha256(self.frames.tobytes()).hexdigest()
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write an mp4 that carries the recipe; raise `FileExistsError` rather than overwrite."""
-        import json
-
-        if self.frames is None:
-            raise ValueError('there are no frames to save: the clip was made with output="latents"')
-        if not self.writes:
-            return Path(path)
-        tags = {"title": self.recipe["request"]["prompt"], recipe.TAG: json.dumps(self.recipe)}
-        return media.write_video(
-            path, self.frames, fps=self.fps, metadata=tags, overwrite=overwrite
-        )
 
 
 class VideoPipeline:
@@ -104,23 +65,28 @@ class VideoPipeline:
     def from_pretrained(
         cls,
         name_or_path: str | Path = hub.DEFAULT_MODEL,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         decoder: str | Path | None = None,
         parallel: str | None = None,
+        **foreign: Any,
     ) -> VideoPipeline:
         """Load a bundled name, folder or hub id; raise `ValueError` naming what does not fit.
 
         `decoder` is a small one to use in place of the VAE's: its name in the model's decoders/, a
         folder, or a published file of TAEHV's. `parallel` says how the processes that torchrun
         started make a clip together, such as "ulysses=2,guidance=2" for four; with "data=2" each
-        half of them makes clips of its own. They stay joined until the script ends.
+        half of them makes clips of its own. They stay joined until the script ends. `torch_dtype`
+        is read as `dtype`; other keywords of diffusers are refused with what to write instead.
         """
+        dtype = foreign.pop("torch_dtype", dtype)
+        own = ("device", "dtype", "decoder", "parallel")
+        diffusers_names.refuse(foreign, diffusers_names.OF_LOADING, own=own)
         model = hub.open_model(name_or_path)  # its weights are fetched once all else is right
         return cls.load(
             model,
-            device=device,
-            dtype=dtype,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
             decoder=recipe.decoder_id(decoder, model.spec, model.folder),
             degrees=sharing.read(parallel, world_size=env.world_size()),
         )
@@ -156,6 +122,11 @@ class VideoPipeline:
         )
         return cls(model, model_id, decoder)
 
+    @overload
+    def __call__(self, prompt: str, *, count: int, **fields: Any) -> list[Video]: ...
+    @overload
+    def __call__(self, prompt: list[str] | tuple[str, ...], **fields: Any) -> list[Video]: ...
+    @overload
     def __call__(
         self,
         prompt: str,
@@ -174,42 +145,70 @@ class VideoPipeline:
         lora: Sequence[str] | None = None,
         latents: Tensor | None = None,
         output: Literal["frames", "latents"] = "frames",
-    ) -> Video:
-        """Make one clip; None is the model's default, a random seed, and the LoRAs that are loaded.
+        callback_on_step_end: Callable[..., Any] | None = None,
+    ) -> Video: ...
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | Fraction | str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        attention: str | None = None,
+        backend: str | None = None,
+        drop_gates: bool | None = None,
+        lora: Sequence[str] | None = None,
+        count: int | None = None,
+        latents: Tensor | None = None,
+        output: Literal["frames", "latents"] = "frames",
+        callback_on_step_end: Callable[..., Any] | None = None,
+        **foreign: Any,
+    ) -> Video | list[Video]:
+        """Make a clip; None is the model's default, a random seed, and the LoRAs that are loaded.
 
-        `attention` is another pattern than the model's, such as "vsa(sparsity=0.8)", and `backend`
-        the name of what computes it; `drop_gates` lets a pattern drop the gates of a VSA model.
-        `latents` replaces the noise drawn from the seed (B C T H W, standard normal); with
-        `output="latents"` the clip stays undecoded. Raises `ValueError` before any work for
-        what the model cannot make.
+        A list of prompts gives a list of clips, and so does `count`: that many of each prompt, of
+        seed, seed + 1, and so on. `attention` is another pattern than the model's, such as
+        "vsa(sparsity=0.8)", and `backend` the name of what computes it; `drop_gates` lets a pattern
+        drop the gates of a VSA model. `latents` replaces the noise drawn from the seed (B C T H W,
+        standard normal); with `output="latents"` the clip stays undecoded. Short names (`steps`)
+        and names of diffusers are taken where they mean the same. Raises `ValueError` before any
+        work for what the model cannot make.
         """
+        own = {k: v for k, v in locals().items() if v is not None and k not in ("self", "foreign")}
+        if foreign:
+            own = diffusers_names.merged(own, foreign, self.model.spec)
+            again: Video | list[Video] = self(**own)
+            return again
         if output not in _ENDS_BEFORE:
             legal = ", ".join(_ENDS_BEFORE)
             raise ValueError(f"output {output!r} is unknown; use one of: {legal}")
-        request = request_of(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            fps=fps,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            attention=attention,
-            backend=backend,
-            drop_gates=drop_gates,
-            lora=lora,
-        )
-        events = self.events(request, latents=latents, output=output)
-        last = deque(events, maxlen=1).pop()  # a list would keep every step's state
-        assert isinstance(last, Done), "stages end in Done"
-        return self.video(last.state, own_noise=latents is not None)
+        fields = {k: v for k, v in own.items() if k in sampling.settings()}
+        prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
+        rows = [self._resolved(request_of(**{**fields, "prompt": one})) for one in prompts]
+        each = 1 if count is None else count
+        asked = [(one, told) for row, told in rows for one in sampling.clips(row, each)]
+        if latents is not None and len(asked) != 1:
+            raise ValueError(f"latents are the noise of one clip; {len(asked)} are asked for")
+        made = []
+        for params, notices in asked:
+            events = self.events(params, latents=latents, output=output, notices=notices)
+            if callback_on_step_end is not None:
+                events = diffusers_names.after_steps(events, callback_on_step_end, self)
+            last = deque(events, maxlen=1).pop()  # a list would keep every step's state
+            assert isinstance(last, Done), "stages end in Done"
+            made.append(self.video(last.state, own_noise=latents is not None))
+        return made[0] if isinstance(prompt, str) and count is None else made
 
     def stream(
         self, prompt: str, *, latents: Tensor | None = None, **fields: Any
     ) -> Generator[Frames, None, None]:
         """Yield frames (H W 3 uint8) as they are decoded; a call's arguments, but `output`."""
+        fields = diffusers_names.merged({}, fields, self.model.spec)
         request = request_of(prompt=prompt, **fields)
         # Resolved now, so that an illegal request fails here and not at the first frame.
         params, notices = self._resolved(request)
@@ -287,6 +286,22 @@ class VideoPipeline:
         self._set_lora(key, use)
         return key
 
+    def load_lora_weights(
+        self, path: str | Path, *, weight_name: str = "", adapter_name: str | None = None
+    ) -> None:
+        """Load a LoRA by the keywords of diffusers; see `load_lora`."""
+        self.load_lora(f"{path}/{weight_name}" if weight_name else path, name=adapter_name)
+
+    def to(self, *place: str | torch.device | torch.dtype) -> VideoPipeline:
+        """Return the pipeline; `ValueError` if it was loaded to another device or type."""
+        diffusers_names.check_place(self.model, *place)
+        return self
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(diffusers_names.explain(name))
+
     def set_lora(self, name: str, *, strength: float) -> None:
         """Change the strength of a loaded LoRA; `ValueError` for an unknown name."""
         old = self._known(name)
@@ -330,7 +345,7 @@ class VideoPipeline:
             decoder=self.decoder_id,
             backends=state.backends,
             versions=recipe.versions(),
-            unknown_keys=(*self.model.spec.unknown_keys, *_unknown_keys(params.lora)),
+            unknown_keys=(*self.model.spec.unknown_keys, *recipe.unknown_keys(params.lora)),
         )
 
     def video(self, state: State, *, own_noise: bool = False) -> Video:
@@ -362,14 +377,6 @@ def _parse_lora(path: str | Path, strength: float, file_hash: str = "") -> LoraU
     return parse(
         LoraUse, {"path": str(path), "strength": strength, "hash": file_hash}, source="the LoRA"
     )
-
-
-def _unknown_keys(loras: Sequence[LoraUse]) -> Iterator[str]:
-    from fastvideo.lora import file
-
-    for use in loras:
-        for entry in file.unknown_keys(hub.find_lora(use.path)):
-            yield f"{use.path}: {entry}"
 
 
 def request_of(**fields: Any) -> GenerateRequest:

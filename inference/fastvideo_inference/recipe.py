@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 from pydantic import Field
 
 import fastvideo
-from fastvideo import media
+from fastvideo import hub, media
 from fastvideo.config import Strict, parse
 from fastvideo.models import decoder as decoders
-from fastvideo.sampling import SamplingParams
+from fastvideo.sampling import LoraUse, SamplingParams
 from fastvideo.spec import Spec
 
 # The comment tag is the one that every player shows and every copy keeps.
@@ -90,6 +91,15 @@ def decoder_id(name: str | Path | None, spec: Spec, folder: Path) -> DecoderId |
         config, vae = decoders.read_config(place), spec.vae.config
         decoders.check_fits(config, source=place, compression=spec.compression, vae=vae)
     return DecoderId(name_or_path=str(name), fingerprint=fingerprint(place))
+
+
+def unknown_keys(loras: Iterable[LoraUse]) -> Iterator[str]:
+    """Yield the keys of LoRAs' configs that are not known here, each behind its path."""
+    from fastvideo.lora import file
+
+    for use in loras:
+        for entry in file.unknown_keys(hub.find_lora(use.path)):
+            yield f"{use.path}: {entry}"
 
 
 def versions() -> dict[str, str]:
