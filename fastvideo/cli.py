@@ -11,8 +11,17 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fastvideo import __version__, env, log
-from fastvideo.errors import FAILED, INTERRUPTED, OK, USAGE, RefusedError, one_line
+from fastvideo import __version__, env, files, log, termination
+from fastvideo.errors import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    TERMINATED,
+    USAGE,
+    RefusedError,
+    Terminated,
+    one_line,
+)
 from fastvideo.registry import did_you_mean
 
 # verb: (where its function is, what it does)
@@ -81,16 +90,22 @@ class Verbs(TyperGroup):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `fastvideo ARGV`; return the exit code: 0 ok, 1 failed, 2 usage, 130 interrupted."""
+    """Run `fastvideo ARGV`; return the exit code.
+
+    0 ok, 1 failed, 2 usage, 130 interrupted, 143 terminated.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        log.configure()
-        result = _group().main(args or ["--help"], prog_name="fastvideo", standalone_mode=False)
+        with termination.raising():
+            log.configure()
+            result = _group().main(args or ["--help"], prog_name="fastvideo", standalone_mode=False)
         return result if isinstance(result, int) else OK
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
+    except Terminated:
+        return TERMINATED if env.rank() > 0 else _say("terminated", TERMINATED)
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else "fastvideo"
         return _say(f"error: {error.format_message()} (see {where} --help)", USAGE)
@@ -100,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(
             f"error: {one_line(error)}", USAGE if isinstance(error, RefusedError) else FAILED
         )
+    finally:
+        files.leave()  # nothing, unless a signal came amid a clean-up
 
 
 def _group() -> Any:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 class RefusedError(ValueError):
     """What the user asked for is illegal, found out before any work was done: exit code 2."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came: clean up and end."""
 
 
 class NotFiniteError(ValueError):

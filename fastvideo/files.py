@@ -1,13 +1,27 @@
-"""Files that appear whole or not at all, and never over another one unless asked."""
+"""Files and folders that appear whole or not at all, and never over another one unless asked.
+
+What is not whole yet lies in a hidden folder beside its name. A process holds that folder, or a
+name that it is going to write, by the lock on a hidden file. The kernel drops the lock when the
+process ends in any way, and the next one that writes beside it removes what was left.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import secrets
+import platform
+import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+CLAIM, ASIDE, PARTIAL, OLD = ".fastvideo", ".fastvideo-aside", ".partial", ".old"
+NAME_BYTES = 255
+STEM_BYTES = NAME_BYTES - len(f".{CLAIM}")  # of a name that can be claimed
+_HELD: set[Path] = set()
 
 
 def write_text(path: str | Path, text: str, *, overwrite: bool = False) -> Path:
@@ -20,8 +34,8 @@ def write_text(path: str | Path, text: str, *, overwrite: bool = False) -> Path:
 
 @contextmanager
 def atomic(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary sibling of `path` to write to; it takes the name only if all went well."""
-    with sibling(path) as new:
+    """Give a hidden file to write in place of `path`; it takes the name only if all went well."""
+    with _aside(path) as new:
         yield new
         with new.open("rb+") as file:
             os.fsync(file.fileno())
@@ -29,21 +43,90 @@ def atomic(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def sibling(path: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `path`, removed in the end; errors name only `path`."""
-    new = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.partial{path.suffix}")
+def folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a hidden folder to fill in place of `path`; it takes the name only if all went well.
+
+    Raises `ValueError` if the name is taken (unless `overwrite`) or cannot be written.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise ValueError(f"{path} exists; choose another folder or remove it")
     try:
-        if path.parent.exists() and not path.parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{path.parent} is not a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
+        with _aside(path) as new:
+            new.mkdir()
+            yield new
+            if overwrite and path.exists():
+                (new.parent / OLD).mkdir()
+                path.rename(new.parent / OLD / path.name)
+            new.rename(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise `FileExistsError` for the name of a folder, or of a file that is not to be replaced."""
+    if os.path.lexists(path) and (path.is_dir() or not overwrite):
+        raise FileExistsError(f"{path} exists already and is not overwritten; choose another name")
+
+
+@contextmanager
+def claimed(path: Path, kind: str = CLAIM) -> Iterator[bool]:
+    """Hold the name of a file to come, whatever its suffix; False if another process holds it.
+
+    On a disk without locks nothing is held, and `atomic` alone refuses a name that is taken.
+    """
+    with _naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            text = f"{path.parent} is not a folder"
+            raise NotADirectoryError(errno.ENOTDIR, text) from None
+        _sweep(path.parent.absolute())
+        lock = path.with_name(f".{path.stem}{kind}")
+        descriptor = _locked(lock, make=True)
+        if descriptor is not None:
+            os.write(descriptor, platform.node().encode())
+    if descriptor is None:
+        yield False
+        return
+    _HELD.add(lock)
+    try:
+        yield True
+    finally:
+        _clear(lock)
+        os.close(descriptor)
+
+
+def allow_many_claims() -> None:
+    """Raise the limit of open files, of which each claim is one, as far as the system lets us."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def leave() -> None:
+    """Remove what this process holds or has half written: its clean-ups were interrupted."""
+    for lock in tuple(_HELD):
+        _clear(lock)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Give a hidden place for `path`, removed in the end; errors name only `path`."""
+    token = os.urandom(8).hex()
+    with _naming(path), claimed(path.with_name(token), ASIDE):
+        place = path.with_name(f".{token}{PARTIAL}")
+        place.mkdir()
+        yield place / path.name
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno is None:
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
 
 
 def _publish(new: Path, path: Path, *, overwrite: bool) -> None:
@@ -57,3 +140,59 @@ def _publish(new: Path, path: Path, *, overwrite: bool) -> None:
     except OSError:  # file systems without hard links: claim the name first
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         new.replace(path)
+
+
+def _locked(lock: Path, *, make: bool) -> int | None:
+    """Open and lock a file, made if need be (and open at least, on a disk without locks).
+
+    None if another process holds it, or if it is not there to be locked.
+    """
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+        except OSError:
+            if make and not lock.exists():
+                raise
+            return None  # another user's, or gone
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its holder removed it between our opening and locking it
+        except OSError as error:
+            if make and not isinstance(error, BlockingIOError):
+                return descriptor
+            os.close(descriptor)
+            return None
+        os.close(descriptor)
+
+
+@cache
+def _sweep(parent: Path) -> None:
+    """Remove, once a process, what processes of this host that are gone have left in a folder.
+
+    On some shared disks a lock that another host holds is not seen here.
+    """
+    locks = [path for path in parent.glob(f".*{CLAIM}*") if path.suffix in (CLAIM, ASIDE)]
+    for lock in locks:
+        with suppress(OSError):
+            is_ours = lock.read_bytes() in (b"", platform.node().encode())
+            descriptor = _locked(lock, make=False) if is_ours else None
+            if descriptor is not None:
+                _clear(lock)
+                os.close(descriptor)
+
+
+def _clear(lock: Path) -> None:
+    """Remove a lock's file, and before it the hidden folders that it holds."""
+    with suppress(OSError):
+        place = lock.with_suffix(PARTIAL)
+        if lock.suffix == ASIDE:
+            for old in (place / OLD).glob("*"):
+                if not os.path.lexists(lock.with_name(old.name)):  # ended between two renames
+                    old.rename(lock.with_name(old.name))
+            if place.exists():
+                shutil.rmtree(place)  # if that fails, the lock's file stays for the next process
+        lock.unlink(missing_ok=True)
+        _HELD.discard(lock)

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import torch
 
-from fastvideo import env
-from fastvideo.errors import FAILED, INTERRUPTED, USAGE, RefusedError, one_line
+from fastvideo import env, errors
+from fastvideo.errors import RefusedError, Terminated, one_line
 from fastvideo.parallel import mesh
 from fastvideo.parallel.agree import is_first_to_fail
 
@@ -33,7 +33,7 @@ def together(device: torch.device) -> Iterator[torch.device]:
     with mesh.joined(device) as own:
         try:
             yield own
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, Terminated) as error:
             if env.world_size() == 1:
                 raise
             _end(error)
@@ -56,6 +56,8 @@ def _end(error: BaseException) -> NoReturn:
 def _words(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, Terminated):
+        return "terminated"
     is_gone = any(word in str(error) for word in _GONE)
     whose = "another process of the run died: " if is_gone else ""
     return f"error: {whose}{one_line(error)} (rank {env.rank()})"
@@ -63,5 +65,7 @@ def _words(error: BaseException) -> str:
 
 def _code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    return USAGE if isinstance(error, RefusedError) else FAILED
+        return errors.INTERRUPTED
+    if isinstance(error, Terminated):
+        return errors.TERMINATED
+    return errors.USAGE if isinstance(error, RefusedError) else errors.FAILED

@@ -15,9 +15,11 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from fastvideo import files
@@ -75,15 +77,12 @@ def write_video(
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Return the path if `write_video` may write there; raise as it would, but early."""
+    """Return the path if its name is legal and free for `write_video`; raise as it would."""
     path = Path(path)
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         legal = ", ".join(VIDEO_SUFFIXES)
-        raise ValueError(f"output {path} must end in one of: {legal}")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already and is not overwritten; choose another name")
-    with files.sibling(path) as probe:  # asking the folder is surer than reading its permissions
-        probe.touch()
+        raise ValueError(f"output {str(path)!r} must end in one of: {legal}")
+    files.check_free(path, overwrite=overwrite)
     return path
 
 
@@ -216,6 +215,18 @@ class _PatientFile(io.FileIO):
 def _encode(
     path: Path, frames: Iterator[Frames], *, fps: float, metadata: Mapping[str, str]
 ) -> None:
+    """Encode in a thread: signal handlers run in the main one, and the muxer would lose errors."""
+    stop = Event()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(_write, path, frames, stop, fps=fps, metadata=metadata).result()
+        finally:
+            stop.set()  # after an interrupt, the thread ends with the frame that it is at
+
+
+def _write(
+    path: Path, frames: Iterator[Frames], stop: Event, *, fps: float, metadata: Mapping[str, str]
+) -> None:
     import av
 
     first = next(frames, None)
@@ -223,7 +234,7 @@ def _encode(
         raise ValueError("there are no frames to write")
     with _PatientFile(path, "w+") as target:
         try:
-            _mux(target, first, frames, fps=fps, metadata=metadata)
+            _mux(target, first, frames, stop, fps=fps, metadata=metadata)
         except av.FFmpegError as error:
             raise target.error or OSError(error.errno, error.strerror) from error
         if target.error is not None:
@@ -234,6 +245,7 @@ def _mux(
     target: _PatientFile,
     first: Frames,
     frames: Iterator[Frames],
+    stop: Event,
     *,
     fps: float,
     metadata: Mapping[str, str],
@@ -249,7 +261,8 @@ def _mux(
         for frame in frames:
             if frame.shape != first.shape:
                 raise ValueError(f"frame {frame.shape} differs from the first {first.shape}")
-            if target.error is not None:
+            if target.error is not None or stop.is_set():
+                file._video_stream = None  # else all that waits in the encoder is encoded
                 break
             file.write_frame(frame)
 

@@ -36,7 +36,7 @@ LAYERS = [
     {
         *("", "__main__", "cli", "config", "env", "errors", "files", "foreign", "log", "registry"),
         # what a request may say is as low as what a folder says: a spec's defaults are its fields
-        *("rng", "sampling", "shapes", "spec"),
+        *("rng", "sampling", "shapes", "spec", "termination"),
     },
     {
         "attention",
@@ -100,7 +100,9 @@ HOMES = {
 PEERS = {"diffusers", "transformers"}  # measured against in bench/ and tests/, never run on
 
 # Called at import for their value alone, besides CapWords, which make values.
-WORKLESS = set(re.findall(r"\w+", "cast compile field getLogger cos sin sqrt items join values"))
+WORKLESS = set(
+    re.findall(r"\w+", "cast compile field getLogger cos sin sqrt items join len values")
+)
 WORKLESS |= {"constexpr"}  # a constant of a Triton kernel
 WORKLESS |= {"dict", "frozenset", "list", "range", "set", "sorted", "tuple", "zip"}
 

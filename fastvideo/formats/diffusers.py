@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastvideo import foreign
+from fastvideo import files, foreign
 from fastvideo import spec as specs
-from fastvideo.files import write_text
 from fastvideo.formats import (
     PARTS,
     _few_step,
@@ -183,7 +179,7 @@ def save(
     dims = [dataclasses.asdict(module.config) for module in (model.dit, model.vae)]
     true = compression(*dims)
     assert model.spec.compression == true, f"{model.spec.compression} in the spec; dims say {true}"
-    with _new_folder(target, overwrite=overwrite) as new:
+    with files.folder(target, overwrite=overwrite) as new:
         for part in PARTS:
             save_part(
                 getattr(model, part),
@@ -382,24 +378,5 @@ def _pipeline_kind(folder: Path) -> str:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", overwrite=True)
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder beside `target` that takes its place on success and vanishes on failure."""
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists; choose another folder or remove it")
-    new = target.with_name(f".{target.name}.{os.getpid()}.part")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        new.mkdir(parents=True)
-        yield new
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error}") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    files.write_text(path, text, overwrite=True)

@@ -48,20 +48,14 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
         tensors = {wan.names("dit").to_original(name) or name: t for name, t in tensors.items()}
     part = Path() if layout is wan else Path(diffusers.SUBFOLDERS["dit"])
     stem = wan.STEM if layout is wan else diffusers.stem(source, "dit")
-    aside = target.with_name(f".{target.name}.part")
-    try:
-        shutil.copytree(source, aside, ignore=partial(_old, source / part))
+    with files.folder(target, overwrite=False) as aside:
+        shutil.copytree(source, aside, ignore=partial(_old, source / part), dirs_exist_ok=True)
         weights.save(aside / part / f"{stem}.safetensors", tensors)
         if wanted or spec.read(source) is not None:
             spec.write(_named(made, target.name, loras), aside)
         if wanted:
             _tell_stock(made, aside)
         load(aside, device="cpu", parts=("dit",))  # strictly: what cannot be read takes no name
-        aside.rename(target)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
@@ -98,9 +92,9 @@ def _tell_stock(made: Spec, folder: Path) -> None:
 
 
 def _old(part: Path, at: str, names: list[str]) -> list[str]:
-    """Return the denoiser's old files of weights, which are not copied."""
+    """Return what is not copied: hidden files, and the denoiser's old files of weights."""
     endings = (".safetensors", ".safetensors.index.json")
-    return [name for name in names if Path(at) == part and name.endswith(endings)]
+    return [n for n in names if n.startswith(".") or (Path(at) == part and n.endswith(endings))]
 
 
 def _named(own: Spec, name: str, loras: Sequence[LoraUse]) -> Spec:

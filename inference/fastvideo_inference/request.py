@@ -7,14 +7,16 @@ for job in batch.jobs: ...   # complete parameters and a path each
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastvideo import env, hub, media, sampling
+from fastvideo import env, files, hub, sampling
 from fastvideo.config import Keys, Source, assignments, read_toml, toml_line, where
+from fastvideo.errors import refusing
 from fastvideo.hub import OpenModel
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
@@ -44,6 +46,7 @@ class CliArgs:
     settings: tuple[str, ...] = ()
     repeat: Path | None = None
     output: str | None = None
+    overwrite: bool = False
     device: str | None = None
     dtype: str | None = None
     parallel: str | None = None
@@ -69,6 +72,8 @@ class Batch:
     dtype: str
     degrees: Degrees
     jobs: tuple[Job, ...]
+    numbered: bool
+    overwrite: bool
 
 
 def flag_of(name: str) -> str:
@@ -114,14 +119,35 @@ def _checked(
     rows = [_resolved(row, layers, model) for row in _rows(args)]
     resolved = [(one, told) for first, told in rows for one in sampling.clips(first, args.count)]
     params = [one for one, _ in resolved]
+    asked = naming.DEFAULT_TEMPLATE if args.output is None else args.output
+    template = naming.check_template(asked, num_clips=len(params), count=args.count)
     return Batch(
         model=model,
         decoder=decoder,
         device=args.device or (repeated.device if repeated else "auto"),
         dtype=args.dtype or (repeated.dtype if repeated else "auto"),
         degrees=_degrees(args.parallel, params, model, has_small_decoder=decoder is not None),
-        jobs=_jobs(resolved, args.output, count=args.count),
+        jobs=_jobs(resolved, template),
+        numbered=template.endswith(naming.DEFAULT_NAME),
+        overwrite=args.overwrite,
     )
+
+
+@contextmanager
+def claimed(batch: Batch) -> Iterator[Batch]:
+    """Hold the names of all clips of a batch; `RefusedError` if a name is not to be had.
+
+    A name gets a number if it is the default one, or that of an earlier clip of the batch.
+    """
+    own: dict[Path, Job] = {}
+    with ExitStack() as held:
+        with refusing():
+            files.allow_many_claims()
+            for job in batch.jobs:
+                numbered = batch.numbered or job.path in own
+                path = naming.claim(job.path, held, numbered=numbered, overwrite=batch.overwrite)
+                own[path] = replace(job, path=path)
+        yield replace(batch, jobs=tuple(own.values()))
 
 
 def check_place(device: str | None, dtype: str | None, *, num_processes: int = 1) -> None:
@@ -239,17 +265,8 @@ def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | Non
         )
 
 
-def _jobs(resolved: list[Resolved], output: str | None, *, count: int) -> tuple[Job, ...]:
-    template = output or naming.DEFAULT_TEMPLATE
-    template = naming.check_template(template, num_clips=len(resolved), count=count)
-    jobs: list[Job] = []
-    for index, (one, told) in enumerate(resolved):
-        path = naming.fill(template, prompt=one.prompt, seed=one.seed, index=index)
-        taken = {job.path for job in jobs}
-        if output is None or path in taken:
-            path = naming.unused(path, taken=taken)
-        media.check_output(path)
-        if naming.sidecar(path).exists():
-            raise FileExistsError(f"{naming.sidecar(path)} exists already and is not overwritten")
-        jobs.append(Job(one, told, path))
-    return tuple(jobs)
+def _jobs(resolved: list[Resolved], template: str) -> tuple[Job, ...]:
+    return tuple(
+        Job(one, told, naming.fill(template, prompt=one.prompt, seed=one.seed, index=index))
+        for index, (one, told) in enumerate(resolved)
+    )

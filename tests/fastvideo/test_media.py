@@ -186,16 +186,38 @@ def test_other_suffixes_are_refused_with_the_legal_ones(tmp_path: Path):
         media.write_video(tmp_path / "a.avi", clip(), fps=16)
 
 
-def test_an_output_below_a_file_is_refused_before_any_work(tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/a\.mp4"):
-        media.check_output(tmp_path / "file" / "a.mp4")
+@pytest.mark.parametrize("place", ["file/a.mp4", "dangling.mp4", "folder.mp4"])
+def test_an_output_that_cannot_be_had_is_refused(tmp_path: Path, place: str):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(OSError, match=place):
+        media.write_video(tmp_path / place, clip(), fps=16, overwrite=place == "folder.mp4")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_checking_an_output_leaves_no_file(tmp_path: Path):
-    path = media.check_output(tmp_path / "new" / "a.mp4")
-    assert path.parent.is_dir()
-    assert list(path.parent.iterdir()) == []
+def test_checking_an_output_makes_nothing(tmp_path: Path):
+    assert media.check_output(str(tmp_path / "new" / "a.mp4")) == tmp_path / "new" / "a.mp4"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_anywhere_in_the_encoder_is_raised_and_leaves_nothing(tmp_path: Path):
+    script = (
+        "import os, signal, sys, threading, numpy as np\nfrom fastvideo import files, media\n"
+        "noise = np.random.default_rng(0).integers(0, 255, (24, 96, 96, 3), dtype=np.uint8)\n"
+        "media.write_video(sys.argv[1], noise, fps=16)\n"
+        "for k in range(12):\n"
+        "    clock = threading.Timer(0.02 * k, os.kill, [os.getpid(), signal.SIGINT])\n"
+        "    try:\n        clock.start()\n"
+        "        media.write_video(sys.argv[1], noise, fps=16, overwrite=True)\n"
+        "        clock.join()\n"
+        "    except KeyboardInterrupt:\n        print('interrupted')\n"
+        "files.leave()\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "a.mp4")]
+    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == (12 * "interrupted\n", "")
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "head", "codec"])

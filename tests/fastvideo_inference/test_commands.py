@@ -240,7 +240,7 @@ REFUSED = {
     "row": (["--prompts", "p.jsonl"], "num_frames 7 must be 4k+1"),
     "output": (["x", "-o", "there.mp4"], "there.mp4 exists already and is not overwritten"),
     "sidecar": (["x", "-o", "half.mp4"], "half.json exists already and is not overwritten"),
-    "suffix": (["x", "-o", "a.webm"], "output a.webm must end in one of: .mp4"),
+    "suffix": (["x", "-o", "a.webm"], "output 'a.webm' must end in one of: .mp4"),
     "folder": (["x", "-o", "there.mp4/a.mp4"], "there.mp4/a.mp4: there.mp4 is not a folder"),
     "template": (["x", "-o", "{promt}.mp4"], "did you mean 'prompt'"),
     "model": (["x", "--model", "wan-nan"], "model 'wan-nan' is neither bundled"),

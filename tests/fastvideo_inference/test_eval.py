@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -140,7 +141,10 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_table(
 
 
 @pytest.mark.full
-def test_a_process_killed_among_the_later_takes_gives_the_same_table(done, tiny_folder, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_ended_among_the_later_takes_gives_the_same_table(
+    done, tiny_folder, tmp_path, how
+):
     words = ["eval", str(tiny_folder), "--prompts", "5", "--reconstructions", "3", "--steps", "1"]
     words += ["--diverse", "3", "--repeats", "2", "--batch", "2", "-o", str(tmp_path)]
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -150,8 +154,8 @@ def test_a_process_killed_among_the_later_takes_gives_the_same_table(done, tiny_
     results = plan(tiny_folder, tmp_path).results
     while process.poll() is None and not (results / "take-1.jsonl").is_file():
         time.sleep(0.005)
-    process.kill()
-    process.wait()
+    process.send_signal(how)
+    assert process.wait() == (143 if how == signal.SIGTERM else -how)
     made, total = next(plan(tiny_folder, tmp_path).run())
     assert 8 <= made < total == ALL
     assert finish(plan(tiny_folder, tmp_path)).to_json() == done[1].to_json()

@@ -179,37 +179,40 @@ def test_workers_and_batches_change_no_clip(clips, tiny_folder, latents, tmp_pat
 KILLER = """
 import os, signal, sys
 from fastvideo import cli, weights
-save, left = weights.save, int(sys.argv[1])
+save, left, how = weights.save, int(sys.argv[1]), int(sys.argv[2])
 def counted(path, *args):
     global left
     left -= 1
     if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), how)
     return save(path, *args)
 weights.save = counted
-sys.exit(cli.main(sys.argv[2:]))
+sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-def killed_after(writes: int, clips: Path, model: Path, out: Path) -> None:
+def ended_by(how: int, writes: int, clips: Path, model: Path, out: Path) -> tuple[int, str]:
     words = ["data", "encode", str(clips), "-o", str(out), "--model", str(model), *WORDS]
     paths = os.pathsep.join(str(ROOT / p) for p in (".", "inference", "train"))
     run = subprocess.run(
-        [sys.executable, "-c", KILLER, str(writes), *words],
+        [sys.executable, "-c", KILLER, str(writes), str(how), *words],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    return run.returncode, run.stderr
 
 
 def test_after_kills_the_shards_have_the_bytes_of_an_uninterrupted_run(
     clips, tiny_folder, latents, tmp_path, monkeypatch, capsys
 ):
-    killed_after(1, clips, tiny_folder, tmp_path)  # text is not finished
+    code, _ = ended_by(signal.SIGKILL, 1, clips, tiny_folder, tmp_path)  # text is not finished
+    assert code == -signal.SIGKILL
     assert len(list(tmp_path.glob("*.safetensors"))) < 4
-    killed_after(12, clips, tiny_folder, tmp_path)  # in the middle of the clips
+    code, err = ended_by(signal.SIGTERM, 12, clips, tiny_folder, tmp_path)  # amid the clips
+    assert (code, err.splitlines()[-1]) == (143, "terminated")
+    assert not list(tmp_path.rglob(".*"))
     names = [p.name for p in tmp_path.glob("[0-9]*.safetensors")]
     parts = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.safetensors")}
     done = sum(len(json.loads(read_metadata(tmp_path / n)["ids"])) for n in names)

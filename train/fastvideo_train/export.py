@@ -8,7 +8,6 @@ ones (rounded to the stored dtype) in one forward.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastvideo import model
+from fastvideo import files, model
 from fastvideo import registry as components
 from fastvideo.config import Strict, merge, parse
 from fastvideo.formats import PARTS
@@ -327,18 +326,10 @@ def _to_read(recipe: Recipe, folder: str) -> Recipe:
 @contextmanager
 def _proved(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside `folder` that takes its name if nothing was wrong with it."""
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists; choose another folder or remove it")
-    if folder.exists() and not _is_export(folder):
+    if folder.exists() and overwrite and not _is_export(folder):
         raise ValueError(f"{folder} is not an exported model, so it is not replaced; remove it")
-    aside = folder.with_name(f".{folder.name}.unproved")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with files.folder(folder, overwrite=overwrite) as aside:
         yield aside
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_export(folder: Path) -> bool:

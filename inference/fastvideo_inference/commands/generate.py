@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from fastvideo import env, files, hub, sampling
 from fastvideo.errors import FAILED, OK, one_line, refusing
 from fastvideo_inference import naming, sharing
 from fastvideo_inference.commands._report import Report, reporting
-from fastvideo_inference.request import Batch, CliArgs, Job, check_place, read
+from fastvideo_inference.request import Batch, CliArgs, Job, check_place, claimed, read
 
 if TYPE_CHECKING:
     from fastvideo_inference.pipeline import VideoPipeline
@@ -67,6 +68,9 @@ def generate(
     lora: Lora = None,
     decoder: Decoder = None,
     output: Output = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace an old clip when the new one is whole.")
+    ] = False,
     config: Annotated[Path | None, Option(help="TOML file with fields of the request.")] = None,
     settings: Set = None,
     repeat: Annotated[
@@ -100,6 +104,7 @@ def generate(
         settings=tuple(settings or ()),
         repeat=repeat,
         output=output,
+        overwrite=overwrite,
         device=device,
         dtype=dtype,
         parallel=parallel,
@@ -112,7 +117,8 @@ def generate(
 def _run_alone(args: CliArgs, *, as_json: bool) -> int:
     with refusing():
         batch = read(args)
-    return _run(batch, as_json=as_json)
+    with claimed(batch) as own:
+        return _run(own, as_json=as_json)
 
 
 def _run_in_many(args: CliArgs, *, as_json: bool) -> int:
@@ -124,8 +130,10 @@ def _run_in_many(args: CliArgs, *, as_json: bool) -> int:
     from fastvideo.model import pick_device
     from fastvideo.parallel import agree
 
-    with together(pick_device(args.device or "auto")) as device:
-        batch = agree.with_first(batch, agree.everybody(), device)
+    with ExitStack() as held:
+        device = held.enter_context(together(pick_device(args.device or "auto")))
+        mine = held.enter_context(claimed(batch)) if batch else None
+        batch = agree.with_first(mine, agree.everybody(), device)
         assert batch is not None, "the first process has read it"
         return _run(dataclasses.replace(batch, device=str(device)), as_json=as_json)
 
@@ -156,7 +164,8 @@ def _make_all(pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: floa
         params = job.params
         report.start(index=index, total=total, prompt=params.prompt, seed=params.seed)
         try:
-            timings = _make(pipe, job, report, load_s=load_s if index == replica.rank else 0.0)
+            own_load_s = load_s if index == replica.rank else 0.0
+            timings = _make(pipe, job, report, load_s=own_load_s, overwrite=batch.overwrite)
         except (ValueError, OSError, RuntimeError) as error:
             report.failed(params.prompt, one_line(error))
             if total == 1 or batch.degrees.world_size > 1:  # others wait for this one
@@ -167,7 +176,9 @@ def _make_all(pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: floa
     return code
 
 
-def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> dict[str, float]:
+def _make(
+    pipe: VideoPipeline, job: Job, report: Report, *, load_s: float, overwrite: bool
+) -> dict[str, float]:
     from fastvideo.stages import Done
 
     last = None
@@ -178,7 +189,7 @@ def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> di
     if not video.writes:
         return {}
     started = time.perf_counter()
-    video.save(job.path)
+    video.save(job.path, overwrite=overwrite)
     load = {"load": load_s} if load_s else {}
     timings = {**load, **video.timings, "save": time.perf_counter() - started}
     timings = {name: round(seconds, 4) for name, seconds in timings.items()}
@@ -191,5 +202,6 @@ def _make(pipe: VideoPipeline, job: Job, report: Report, *, load_s: float) -> di
         **({"notices": list(last.state.notices)} if last.state.notices else {}),
         "output": job.path.name,
     }
-    files.write_text(naming.sidecar(job.path), json.dumps(beside, indent=2) + "\n")
+    text = json.dumps(beside, indent=2) + "\n"
+    files.write_text(naming.sidecar(job.path), text, overwrite=overwrite)
     return timings

@@ -42,7 +42,7 @@ def in_order(
         for pipe in pipes:
             pipe.close()
         for process in running:
-            process.terminate()
+            process.kill()
             process.join()
 
 
@@ -52,9 +52,9 @@ def _start(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(theirs, make, first, stop, stride), daemon=True)
-    resource_tracker.ensure_running()  # now, because its start would unblock SIGINT
-    # a worker inherits the mask: Ctrl-C reaches only the parent, which ends its workers itself
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # now, because its start would unblock both signals
+    # a worker inherits the mask: a signal to the group ends the parent, which ends its workers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         process.start()
     finally:
