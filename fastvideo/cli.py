@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from fastvideo import __version__, env, files, log, termination
 from fastvideo.errors import (
@@ -54,6 +55,20 @@ _FIRST_SPEAKS_S = 5.0
 
 # Typer's own base of all usage errors, whichever click it was built on.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+
+class Verb(TyperCommand):
+    """A command that tells which of its flags are given twice: the last one counts."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words; tell what is given twice, also in `ctx.meta["given_twice"]`."""
+        given = Counter(self.make_parser(ctx).parse_args(args=list(args))[2])
+        twice = [one for one, times in given.items() if times > 1 and not one.multiple]
+        told = tuple(f"{one.opts[0]} is given twice: the last one counts" for one in twice)
+        for line in told:
+            log.logger.warning("%s", line)
+        ctx.meta["given_twice"] = told
+        return list(super().parse_args(ctx, args))
 
 
 class Verbs(TyperGroup):
@@ -149,12 +164,12 @@ def _command(verb: str) -> Any:
     target, text = VERBS[verb]
     module, _, name = target.partition(":")
     found = getattr(import_module(module), name)
-    if isinstance(found, typer.Typer):
-        command = typer.main.get_command(found)
-    else:
-        app = typer.Typer(rich_markup_mode=None, add_completion=False)
+    app = found if isinstance(found, typer.Typer) else typer.Typer(rich_markup_mode=None)
+    if app is not found:
         app.command(verb, help=found.__doc__ or text)(found)
-        command = typer.main.get_command(app)
+    for info in app.registered_commands:
+        info.cls = Verb
+    command = typer.main.get_command(app)
     command.name = verb
     return command
 

@@ -36,7 +36,10 @@ Resolved = tuple[SamplingParams, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class CliArgs:
-    """What was typed after `generate`; None for what was not. `fields` are sampling fields."""
+    """What was typed after `generate`; None for what was not. `fields` are sampling fields.
+
+    `notices` are lines about the words themselves, which every clip's sidecar tells.
+    """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     prompts: Path | None = None
@@ -51,6 +54,7 @@ class CliArgs:
     dtype: str | None = None
     parallel: str | None = None
     count: int = 1
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,11 @@ def _checked(
 ) -> Batch:
     decoder = decoder_id(decoder_name, model.spec, model.folder)
     rows = [_resolved(row, layers, model) for row in _rows(args)]
-    resolved = [(one, told) for first, told in rows for one in sampling.clips(first, args.count)]
+    resolved = [
+        (one, (*args.notices, *told))
+        for first, told in rows
+        for one in sampling.clips(first, args.count)
+    ]
     params = [one for one, _ in resolved]
     asked = naming.DEFAULT_TEMPLATE if args.output is None else args.output
     template = naming.check_template(asked, num_clips=len(params), count=args.count)

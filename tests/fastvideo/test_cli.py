@@ -56,6 +56,16 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
     assert all(f"  {verb} " in out for verb in cli.VERBS)
 
 
+def test_a_flag_that_is_given_twice_is_told_by_every_verb(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["data", "stats", "nowhere", "--fps", "8", "--set", "a=1", "--fps=9"]) == 2
+    assert cli.main(["inspect", "nowhere", "--json", "--json"]) != 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "twice" in line]
+    assert [line[line.index("--") :] for line in told] == [
+        "--fps is given twice: the last one counts",
+        "--json is given twice: the last one counts",
+    ]
+
+
 def test_a_mistyped_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["genrate"]) == errors.USAGE
     assert "did you mean 'generate'?" in capsys.readouterr().err

@@ -34,7 +34,8 @@ def generate(tiny_folder: Path, capsys: pytest.CaptureFixture[str]):
     """Run `fastvideo generate --model tiny ...`; return exit code, stdout lines, stderr lines."""
 
     def run(*words: str, model: Path | str = tiny_folder) -> tuple[int, list[str], list[str]]:
-        code = cli.main(["generate", "--model", str(model), *words])
+        own = [] if "--model" in words else ["--model", str(model)]
+        code = cli.main(["generate", *own, *words])
         out = capsys.readouterr()
         return code, out.out.splitlines(), out.err.splitlines()
 
@@ -216,6 +217,16 @@ def test_the_failure_of_a_single_prompt_is_an_event_and_one_line(
     failed = {"event": "failed", "prompt": PROMPT, "error": "cannot say it"}
     assert json.loads(out[-1]) == failed
     assert generate(PROMPT, "-o", "a.mp4") == (1, [], ["error: cannot say it"])
+
+
+def test_a_flag_given_twice_is_told_by_the_log_an_event_and_the_sidecar(generate):
+    words = [PROMPT, "--seed", "1", "--seed", "2", "--frames", "5", "--json", "-o", "a.mp4"]
+    code, out, err = generate(*words)
+    told = "--seed is given twice: the last one counts"
+    assert (code, err.count(told)) == (0, 1)
+    notices = [line["text"] for line in map(json.loads, out) if line["event"] == "notice"]
+    assert notices == json.loads(Path("a.json").read_text())["notices"] == [told]
+    assert recipe.read_recipe("a.mp4").request.seed == 2
 
 
 REFUSED = {

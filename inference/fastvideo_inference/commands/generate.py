@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from fastvideo import env, files, hub, sampling
 from fastvideo.errors import FAILED, OK, one_line, refusing
@@ -42,6 +42,15 @@ Count = Annotated[
     int, Option(min=1, max=1000, help="Clips of each prompt, of seed, seed + 1, and so on.")
 ]
 Set = Annotated[list[str] | None, Option("--set", help="key=value, over the config; repeatable.")]
+Prompts = Annotated[
+    Path | None, Option(help="A .txt (a prompt a line) or .jsonl (a request a line).")
+]
+Overwrite = Annotated[
+    bool, Option("--overwrite", help="Replace an old clip when the new one is whole.")
+]
+Repeat = Annotated[
+    Path | None, Option("--from", help="A clip whose recipe to repeat; flags change it.")
+]
 Output = Annotated[
     str | None,
     Option("--output", "-o", help=f"File, folder/ or template. [{naming.DEFAULT_TEMPLATE}]"),
@@ -49,10 +58,9 @@ Output = Annotated[
 
 
 def generate(
+    ctx: Context,
     prompt: Annotated[str | None, Argument(help=sampling.PROMPT.help)] = None,
-    prompts: Annotated[
-        Path | None, Option(help="A .txt (a prompt a line) or .jsonl (a request a line).")
-    ] = None,
+    prompts: Prompts = None,
     model: Model = None,
     seed: Annotated[int | None, Option(help=sampling.SEED.help)] = None,
     count: Count = 1,
@@ -68,14 +76,10 @@ def generate(
     lora: Lora = None,
     decoder: Decoder = None,
     output: Output = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace an old clip when the new one is whole.")
-    ] = False,
+    overwrite: Overwrite = False,
     config: Annotated[Path | None, Option(help="TOML file with fields of the request.")] = None,
     settings: Set = None,
-    repeat: Annotated[
-        Path | None, Option("--from", help="A clip whose recipe to repeat; flags change it.")
-    ] = None,
+    repeat: Repeat = None,
     as_json: Annotated[bool, Option("--json", help="One event a line on stdout.")] = False,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1. [auto]")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16. [auto]")] = None,
@@ -109,6 +113,7 @@ def generate(
         dtype=dtype,
         parallel=parallel,
         count=count,
+        notices=ctx.meta["given_twice"],
     )
     start = _run_alone if env.world_size() == 1 else _run_in_many
     return start(args, as_json=as_json)
