@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvideo.sampling import SamplingParams
+from fastvideo.shapes import PixelShape
 from fastvideo.spec import Spec
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
@@ -21,27 +21,26 @@ _LIVE_IN_DECODER = 6  # tensors of the last stage that are live at once
 _GIB = 2**30
 
 
-def check(params: SamplingParams, spec: Spec, *, memory: int | None = None) -> None:
+def check(clip: PixelShape, spec: Spec, *, memory: int | None = None) -> None:
     """Raise `ValueError` for a clip that needs more than the machine's memory (bytes)."""
     memory = host_memory() if memory is None else memory
-    needed = estimate(params, spec)
+    needed = estimate(clip, spec)
     if memory is None or needed <= memory:
         return
-    nearest = _nearest(params, spec, memory)
+    nearest = _nearest(clip, spec, memory)
     raise ValueError(
-        f"height {params.height} x width {params.width} x num_frames {params.num_frames} needs at"
+        f"height {clip.height} x width {clip.width} x num_frames {clip.frames} needs at"
         f" least {needed / _GIB:.1f} GiB; this machine has {memory / _GIB:.1f}; nearest: {nearest}"
     )
 
 
-def estimate(params: SamplingParams, spec: Spec, *, on_cpu: bool | None = None) -> int:
+def estimate(clip: PixelShape, spec: Spec, *, on_cpu: bool | None = None) -> int:
     """Return bytes of host memory that a clip takes at least."""
-    pixels = params.height * params.width
-    frames = 2 * 3 * pixels * params.num_frames
+    pixels = clip.height * clip.width
+    frames = 2 * 3 * pixels * clip.frames
     if not (has_no_gpu() if on_cpu is None else on_cpu):
         return frames
-    shape = spec.latent_shape(frames=params.num_frames, height=params.height, width=params.width)
-    tokens = shape.tokens(spec.compression.patch).num_tokens
+    tokens = clip.latent(spec.compression).tokens(spec.compression.patch).num_tokens
     return frames + max(tokens * _token(spec.dit.config), pixels * _pixel(spec))
 
 
@@ -75,15 +74,14 @@ def _pixel(spec: Spec) -> int:
     return int(_LIVE_IN_DECODER * _BYTES * spec.compression.temporal * width / area)
 
 
-def _nearest(params: SamplingParams, spec: Spec, memory: int) -> str:
+def _nearest(clip: PixelShape, spec: Spec, memory: int) -> str:
     """Return the largest size of about the same shape that fits."""
     step_h, step_w = spec.compression.pixel_multiple
     for percent in range(99, 0, -1):
         height, width = (
             max(step, int(side * percent / 100) // step * step)
-            for side, step in ((params.height, step_h), (params.width, step_w))
+            for side, step in ((clip.height, step_h), (clip.width, step_w))
         )
-        smaller = params.model_copy(update={"height": height, "width": width})
-        if estimate(smaller, spec) <= memory:
+        if estimate(PixelShape(clip.frames, height, width), spec) <= memory:
             return f"{width}x{height}"
     return "fewer frames"

@@ -15,6 +15,9 @@ from typing import Any
 
 from fastvideo.log import logger
 
+# FastWan was trained at sigmas looked up in a table of 1000 rows, so they are not times / 1000.
+FASTWAN_SIGMAS, FASTWAN_TIMESTEPS = (1.0, 0.756757, 0.521739), (1000.0, 757.0, 522.0)
+
 
 @dataclass(frozen=True)
 class Keys:

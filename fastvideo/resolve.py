@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterable, Mapping
 from fastvideo import attention as patterns
 from fastvideo import capacity, hub, sampler_note
 from fastvideo.config import parse
+from fastvideo.foreign import FASTWAN_SIGMAS
 from fastvideo.log import logger
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams
-from fastvideo.shapes import LatentShape, TokenGrid
-from fastvideo.spec import Spec
+from fastvideo.shapes import LatentShape, PixelShape, TokenGrid
+from fastvideo.spec import TEXT_TO_VIDEO, Spec
 
 # Larger seeds are legal; drawn ones stay short, since people read and type them.
 _DRAWN_SEEDS = 2**31
@@ -28,6 +29,7 @@ def resolve(
 
     `origin` says where a field came from (such as "--frames"), for the `ValueError`.
     """
+    _check_row(spec)
     sources = origin or {}
     given = {k: v for k, v in request.model_dump().items() if v is not None}
     values = {**spec.defaults.model_dump(exclude={"max_text_tokens"}), **given}
@@ -70,6 +72,29 @@ def notices(request: GenerateRequest, params: SamplingParams, spec: Spec) -> tup
     return tuple(found)
 
 
+def check_clip(clip: PixelShape, spec: Spec) -> TokenGrid:
+    """Return a clip's tokens.
+
+    Raises `ValueError`, naming the nearest, for a size that the model cannot have or this machine
+    cannot hold.
+    """
+    grid = clip.latent(spec.compression).tokens(spec.compression.patch)
+    limit = spec.dit.config.get("rope_max_seq_len", 1024)
+    last = LatentShape(*(limit * p for p in spec.compression.patch)).pixels(spec.compression)
+    for name, asked, found, nearest in (
+        ("num_frames", clip.frames, grid.frames, last.frames),
+        ("height", clip.height, grid.height, last.height),
+        ("width", clip.width, grid.width, last.width),
+    ):
+        if found > limit:
+            raise ValueError(
+                f"{name} {asked} makes {found} positions; this model has {limit} on an axis;"
+                f" nearest: {nearest}"
+            )
+    capacity.check(clip, spec)
+    return grid
+
+
 def find_lora(use: LoraUse) -> LoraUse:
     """Return it with the hash of its file; `ValueError` if that is absent, or another one."""
     actual = hub.lora_hash(hub.find_lora(use.path))
@@ -93,6 +118,16 @@ def check_lora_samplers(
             sampler_note.check(use.path, wanted, spec, named=named)
 
 
+def _check_row(spec: Spec) -> None:
+    """Raise `ValueError` for a row of stages that lacks something, or does not end in frames."""
+    if spec.stages == TEXT_TO_VIDEO:
+        return  # known to be right, and its modules need torch
+    from fastvideo import stages
+
+    if "frames" not in stages.check(spec.stages):
+        raise ValueError(f"the stages of {spec.name}, {' -> '.join(spec.stages)}, make no frames")
+
+
 def _pattern(request: GenerateRequest, spec: Spec) -> str:
     if request.attention is not None:
         return patterns.write(patterns.read(request.attention))
@@ -102,38 +137,18 @@ def _pattern(request: GenerateRequest, spec: Spec) -> str:
 def _check(params: SamplingParams, spec: Spec, given: Collection[str]) -> None:
     _check_gates(params, spec)
     check_lora_samplers(params.lora, spec, named=given)
-    shape = spec.latent_shape(frames=params.num_frames, height=params.height, width=params.width)
-    grid = shape.tokens(spec.compression.patch)
-    _check_positions(params, grid, spec)
     _check_steps(params.num_inference_steps, spec)
-    capacity.check(params, spec)
-    patterns.check_fits(
-        patterns.read(params.attention),
-        grid,
-        num_heads=spec.dit.config.get("num_attention_heads"),
-    )
-
-
-def _check_positions(params: SamplingParams, grid: TokenGrid, spec: Spec) -> None:
-    """Raise `ValueError` for more tokens on an axis than the network's rotary table has."""
-    limit = spec.dit.config.get("rope_max_seq_len", 1024)
-    last = LatentShape(*(limit * p for p in spec.compression.patch)).pixels(spec.compression)
-    for name, asked, found, nearest in (
-        ("num_frames", params.num_frames, grid.frames, last.frames),
-        ("height", params.height, grid.height, last.height),
-        ("width", params.width, grid.width, last.width),
-    ):
-        if found > limit:
-            raise ValueError(
-                f"{name} {asked} makes {found} positions; this model has {limit} on an axis;"
-                f" nearest: {nearest}"
-            )
+    grid = check_clip(PixelShape(params.num_frames, params.height, params.width), spec)
+    heads = spec.dit.config.get("num_attention_heads")
+    patterns.check_fits(patterns.read(params.attention), grid, num_heads=heads)
 
 
 def _check_steps(num_steps: int, spec: Spec) -> None:
     """Raise `ValueError` for another number of steps than a distilled model takes."""
-    sigmas = spec.scheduler.args.get("sigmas") if spec.scheduler.name == "few_step" else None
-    if sigmas and len(sigmas) != num_steps:
+    if spec.scheduler.name != "few_step":
+        return
+    sigmas = spec.scheduler.args.get("sigmas", FASTWAN_SIGMAS)
+    if len(sigmas) != num_steps:
         raise ValueError(
             f"num_inference_steps {num_steps}: this distilled model takes exactly {len(sigmas)}"
             f" steps; nearest: {len(sigmas)}"

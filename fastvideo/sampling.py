@@ -97,7 +97,7 @@ def _read_fps(given: Any) -> int | float:
 
 
 _NOT_HTTP = (CLI, PYTHON, EVAL)
-PROMPT = Setting("what the clip shows", "text")
+PROMPT = Setting("what the clip shows", "text", where=(CLI, PYTHON, HTTP, PAGE))
 NEGATIVE = Setting("what the clip does not show", "negative")
 FRAMES = Setting("number of frames, 4k+1", "frames")
 HEIGHT = Setting("height in pixels")
@@ -125,7 +125,7 @@ Seed = Annotated[Whole, Field(ge=-1, le=MAX_SEED), SEED]
 OwnSeed = Annotated[Seed, Field(ge=0)]
 AttentionText = Annotated[str, ATTENTION]
 Backend = Annotated[str, AfterValidator(_check_backend), BACKEND]
-DropGates = Annotated[bool, DROP_GATES]
+DropGates = Annotated[bool, Field(strict=True), DROP_GATES]
 Loras = Annotated[tuple[LoraUse, ...], BeforeValidator(_read_loras), LORA]
 
 

@@ -79,6 +79,11 @@ class TokenGrid:
         """Length of the flattened sequence."""
         return self.frames * self.height * self.width
 
+    @property
+    def longest(self) -> int:
+        """The most positions on an axis, of which a rotary table has only so many."""
+        return max(self.frames, self.height, self.width)
+
 
 def _check(name: str, value: int, stride: int, rule: str, *, first: int) -> None:
     """Raise `ValueError` unless value is first, first + stride, first + 2 stride, ..."""

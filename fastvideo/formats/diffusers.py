@@ -60,10 +60,9 @@ NEGATIVE_PROMPT = (
 )
 WAN_DEFAULTS = Defaults(negative_prompt=NEGATIVE_PROMPT)
 _FEW_STEPS = {"num_inference_steps": 3, "guidance_scale": 1.0}
-# FastWan was trained at sigmas looked up in a table of 1000 rows, so they are not times / 1000.
 _FASTWAN: dict[str, Any] = {
-    "sigmas": [1.0, 0.756757, 0.521739],
-    "timesteps": [1000.0, 757.0, 522.0],
+    "sigmas": [*foreign.FASTWAN_SIGMAS],
+    "timesteps": [*foreign.FASTWAN_TIMESTEPS],
 }
 # FastWan's scripts train the 1.3B (30 layers) and the 14B (40) at these; their files do not tell.
 _FASTWAN_SPARSITY, _FASTWAN_SPARSITY_14B, _LAYERS_14B = 0.8, 0.9, 40

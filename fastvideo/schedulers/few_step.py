@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvideo import flow
+from fastvideo.foreign import FASTWAN_SIGMAS
 from fastvideo.schedulers import Grid, make_grid
 
 
@@ -29,7 +30,7 @@ class Scheduler:
     `timesteps` are what the network is told; None is 1000 sigma.
     """
 
-    sigmas: Sequence[float] = (1.0, 0.756757, 0.521739)
+    sigmas: Sequence[float] = FASTWAN_SIGMAS
     timesteps: Sequence[float] | None = None
     renoise: bool = True
 

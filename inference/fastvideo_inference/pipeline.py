@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     Frames = npt.NDArray[np.uint8]
 
-_ENDS_BEFORE = {"frames": "", "latents": "decode"}  # output: the stage that is left out
+_LEFT_OUT = {"frames": "", "latents": "decode"}  # output: the stage that is not run
 
 
 class VideoPipeline:
@@ -184,8 +184,8 @@ class VideoPipeline:
             own = diffusers_names.merged(own, foreign, self.model.spec)
             again: Video | list[Video] = self(**own)
             return again
-        if output not in _ENDS_BEFORE:
-            legal = ", ".join(_ENDS_BEFORE)
+        if output not in _LEFT_OUT:
+            legal = ", ".join(_LEFT_OUT)
             raise ValueError(f"output {output!r} is unknown; use one of: {legal}")
         fields = {k: v for k, v in own.items() if k in sampling.settings()}
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
@@ -237,10 +237,7 @@ class VideoPipeline:
         from fastvideo.lora import uses_of
 
         self.model.loras.check(self.model.dit, uses_of(params.lora))
-        row = self.model.spec.stages
-        if _ENDS_BEFORE[output]:
-            row = row[: row.index(_ENDS_BEFORE[output])]
-        stages.check(row)
+        row = [stage for stage in self.model.spec.stages if stage != _LEFT_OUT[output]]
         state = State((params,), noise=latents, previews=previews, notices=notices)
         return stages.run(row, self.model, state)
 

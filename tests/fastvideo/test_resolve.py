@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastvideo import sampler_note, weights
+from fastvideo import capacity, sampler_note, weights
 from fastvideo.resolve import check_lora_samplers, find_lora, resolve
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams
-from fastvideo.shapes import Compression
+from fastvideo.schedulers import few_step
+from fastvideo.shapes import Compression, PixelShape
 from fastvideo.spec import Attention, Defaults, Network, Sampler, Scheduler, Spec
 
 NETWORK = Network(family="x")
@@ -110,6 +111,50 @@ def test_a_network_with_a_table_of_its_own_has_that_many_positions():
             ask(spec, **{**size, name: more})
 
 
+# Memory
+
+
+def test_a_clip_that_this_machine_cannot_hold_is_refused_with_one_that_it_can(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(capacity, "has_no_gpu", lambda: True)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 2 * gib)
+    large = {"num_frames": 81, "height": 4096, "width": 4096}
+    with pytest.raises(
+        ValueError, match=r"needs at least \d+\.\d GiB.* has 2\.0; nearest:"
+    ) as said:
+        ask(**large, origin={"height": "--size"})
+    assert str(said.value).endswith("(from --size)")
+    width, height = map(int, str(said.value).split("nearest: ")[1].split()[0].split("x"))
+    assert ask(**{**large, "height": height, "width": width}).width == width
+    assert width == height >= 512
+    monkeypatch.setattr(capacity, "host_memory", lambda: None)
+    assert ask(**large).width == 4096
+
+
+def test_frames_alone_count_where_a_gpu_computes():
+    clip = PixelShape(81, 1024, 1024)
+    assert capacity.estimate(clip, SPEC, on_cpu=False) == 2 * 3 * 81 * 1024 * 1024
+    assert capacity.estimate(clip, SPEC, on_cpu=True) > 3 * capacity.estimate(
+        clip, SPEC, on_cpu=False
+    )
+
+
+# The row of stages
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (("encode_text", "denoise", "decode"), "'denoise' needs noise, not given before it"),
+        (("encode_text", "prepare_latents", "denoise"), "make no frames"),
+        (("encode_txt", "decode"), "stage 'encode_txt' is unknown; did you mean 'encode_text'"),
+    ],
+)
+def test_a_row_of_stages_that_cannot_make_frames_is_refused(row: tuple[str, ...], text: str):
+    with pytest.raises(ValueError, match=text):
+        ask(SPEC.model_copy(update={"stages": row}))
+
+
 # Distilled models
 
 
@@ -128,6 +173,12 @@ def test_a_distilled_model_takes_its_own_number_of_steps(num_steps: int):
     rule = rf"^num_inference_steps {num_steps}: .* exactly 3 .*nearest: 3 \(from --steps\)$"
     with pytest.raises(ValueError, match=rule):
         ask(spec, num_inference_steps=num_steps, origin={"num_inference_steps": "--steps"})
+
+
+def test_a_distilled_model_that_names_no_points_takes_those_of_its_scheduler():
+    assert ask(few()).num_inference_steps == len(few_step.Scheduler().sigmas)
+    with pytest.raises(ValueError, match="takes exactly 3 steps"):
+        ask(few(), num_inference_steps=4)
 
 
 def test_other_schedulers_take_any_number_of_steps():

@@ -72,6 +72,7 @@ def test_encode_makes_latents_that_a_recipe_can_name(tiny_folder, tmp_path, caps
         (["encode", "-o", "x", "--vae", "nowhere"], "nowhere"),
         (["encode", "-o", "x"], "Missing option '--model' / '--vae'"),
         (["encode", "-o", "x", "--vae", "y", "--size", "16x16"], "must be at least 32"),
+        (["encode", "-o", "x", "--vae", "wan-nano", "--size", "16400x32"], "has 1024 on an axis"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(words, message, tmp_path, monkeypatch, capsys):

@@ -529,6 +529,7 @@ def test_smoke_encodes_a_few_of_the_shortest_clips_beside_the_folder(
         (["stats", ".", "--set", "max_upscale=0.5"], "max_upscale 0.5"),
         (["encode", ".", "-o", "x"], "Missing option '--model'"),
         (["encode", ".", "-o", "x", "--model", "nowhere"], "nowhere"),
+        (["encode", ".", "-o", "x", "--model", "wan-nano", "--frames", "4097"], "nearest: 4093"),
         (["encode", "-o", "x", "--model", "y", "--smoke"], "--smoke is for a folder of videos"),
         (["preview", "-o", "x.png", "--frames", "5,9"], "must be one number"),
     ],

@@ -19,7 +19,7 @@ from tiny_recipes import ROOT, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from fastvideo import hub
+from fastvideo import capacity, hub
 from fastvideo.cli import main
 from fastvideo.config import parse
 from fastvideo.models.dit import wan
@@ -246,7 +246,25 @@ def test_a_model_elsewhere_needs_its_dims_in_the_recipe():
         budget.dims_here(bare, "student")
 
 
-def test_without_a_known_device_nothing_is_refused():
+def test_a_process_on_a_cpu_has_its_share_of_the_machine(monkeypatch):
+    recipe = tiny("flow_matching")
+    monkeypatch.setattr(capacity, "host_memory", lambda: 6 * GIB)
+    assert budget.limit(recipe) == 6 * GIB
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert budget.limit(recipe) == 2 * GIB
+    assert budget.limit(tiny("flow_matching", "run.memory_gib=1.5")) == int(1.5 * GIB)
+
+
+def test_without_a_known_device_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(capacity, "host_memory", lambda: None)
     recipe = tiny("flow_matching")
     assert budget.limit(recipe) is None
     assert budget.limit(tiny("flow_matching", "run.memory_gib=2.5")) == int(2.5 * GIB)
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_more_positions_than_the_denoiser_has_are_refused_before_a_step(words, capsys, tmp_path):
+    sizes = [w for x in ("height=2", "width=2050") for w in ("--set", f"data.{x}")]
+    command = ["train", str(WAN / "vsa.toml"), "--smoke", "--run-dir", str(tmp_path / "r"), *sizes]
+    assert main([*command, *words]) == 2
+    assert "make 1025 positions on an axis; the denoiser of roles." in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastvideo import hub
+from fastvideo import capacity, env, hub, registry
 from fastvideo.config import assignments, merge, parse
 from fastvideo.parallel.degrees import Degrees
 from fastvideo_train import memory, origins
@@ -21,20 +21,40 @@ MOST_PARTS, MOST_ULYSSES = 64, 8
 def limit(recipe: Recipe) -> int | None:
     """Return the bytes that a device has: the least of `run.memory_gib` and what is free of it.
 
-    None if neither is known, as on a CPU.
+    On a CPU a process's share of the machine. None if nothing is known.
     """
     known = [int(recipe.run.memory_gib * GIB)] if recipe.run.memory_gib else []
     if recipe.run.device.startswith("cuda") and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(torch.device(recipe.run.device))
         known.append(free)
+    host = capacity.host_memory()
+    if recipe.run.device == "cpu" and host is not None:
+        known.append(host // env.world_size())
     return min(known, default=None)
 
 
 def check(recipe: Recipe, degrees: Degrees, *, dims: memory.Dims = origins.dims) -> None:
-    """Raise `ValueError` for a run that needs more memory than its devices have."""
+    """Raise `ValueError` for a run that needs more memory, or positions, than there are."""
+    check_positions(recipe, dims)
     bytes_of_device = limit(recipe)
     if bytes_of_device is not None:
         refuse(memory.of(recipe, degrees, dims=dims), bytes_of_device, recipe, degrees, dims)
+
+
+def check_positions(recipe: Recipe, dims: memory.Dims = origins.dims) -> None:
+    """Raise `ValueError` for more tokens on an axis than a denoiser's rotary table has."""
+    clip, told_by = memory.clip_of(recipe)
+    for name, spec in recipe.roles.items():
+        if clip is None or spec.kind != "dit":
+            continue
+        family = registry.load("fastvideo.models.dit", spec.family, "Config")
+        config = family.parse(dims(spec, name))
+        longest = clip.tokens(config.patch_size).longest
+        if longest > config.rope_max_seq_len:
+            raise ValueError(
+                f"clips of {told_by} make {longest} positions on an axis; the denoiser of"
+                f" roles.{name} has {config.rope_max_seq_len}"
+            )
 
 
 def refuse(

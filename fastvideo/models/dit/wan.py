@@ -360,8 +360,7 @@ class WanDiT(nn.Module):
         assert text.shape[2] == c.text_dim, (
             f"text states have {text.shape[2]} channels, not {c.text_dim}"
         )
-        longest = max(grid.frames, grid.height, grid.width)
-        if longest > c.rope_max_seq_len:
+        if grid.longest > c.rope_max_seq_len:
             raise ValueError(
                 f"token grid {grid} exceeds the network's {c.rope_max_seq_len} positions per axis "
                 "(rope_max_seq_len)"

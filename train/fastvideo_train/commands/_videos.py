@@ -13,8 +13,9 @@ from fastvideo import hub, media
 from fastvideo.config import assignments, merge, parse
 from fastvideo.errors import FAILED, OK, refusing
 from fastvideo.footage import UnusableError
-from fastvideo.shapes import Compression, parse_size
-from fastvideo.spec import Defaults
+from fastvideo.resolve import check_clip
+from fastvideo.shapes import Compression, PixelShape, parse_size
+from fastvideo.spec import Defaults, Spec
 from fastvideo_train.commands._progress import progress
 from fastvideo_train.data import folder as folders
 from fastvideo_train.data import plan as plans
@@ -49,10 +50,9 @@ class Asked:
 
     def rules(self) -> Rules:
         """Return the rules: a model's own size, lengths, rate and multiples unless given."""
-        defaults, compression = Defaults(), Compression()
-        if self.model is not None:
-            spec, _ = hub.open_spec(self.model)
-            defaults, compression = spec.defaults, spec.compression
+        spec = self.spec()
+        defaults = spec.defaults if spec else Defaults()
+        compression = spec.compression if spec else Compression()
         width, height = parse_size(self.size) if self.size else (defaults.width, defaults.height)
         values = {
             "width": width,
@@ -62,7 +62,15 @@ class Asked:
             "multiple": compression.pixel_multiple,
             "temporal": compression.temporal,
         }
-        return parse(Rules, merge(values, assignments(self.sets)), source="the rules for videos")
+        rules = parse(Rules, merge(values, assignments(self.sets)), source="the rules for videos")
+        for bucket in rules.buckets:
+            if spec is not None:
+                check_clip(PixelShape(bucket.frames, bucket.height, bucket.width), spec)
+        return rules
+
+    def spec(self) -> Spec | None:
+        """Return what the model says of itself, None without one."""
+        return hub.open_spec(self.model)[0] if self.model is not None else None
 
     def num_workers(self) -> int:
         """Return how many processes look at files."""

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fastvideo import files, media
+from fastvideo import files, hub, media
 from fastvideo.errors import OK, refusing
+from fastvideo.resolve import check_clip
 from fastvideo.shapes import Compression, PixelShape, parse_size
+from fastvideo.spec import FILE_NAME, Spec
 from fastvideo.worlds import World, open_world
 from fastvideo_train.commands import _videos
 from fastvideo_train.commands._progress import progress
@@ -220,9 +222,18 @@ def encode(
         width, height = parse_size(size or WORLD_SIZE)
         chosen: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
         open_world(world, fps=rate, **chosen).clip(seed, 0, split)
-        net = _load_vae(model, PixelShape(num_frames, height, width), device, dtype)
+        clip = PixelShape(num_frames, height, width)
+        if (spec := _spec(model)) is not None:
+            check_clip(clip, spec)
+        net = _load_vae(model, clip, device, dtype)
     chosen |= {"seed": seed, "fps": rate, "split": split, "shard_size": shard, "batch": batch or 4}
     return _encode_world(net, world, output, clips, chosen, workers=workers or 0, threads=threads)
+
+
+def _spec(model: str) -> Spec | None:
+    """Return what a model says of itself; None for a folder with a `vae/` alone."""
+    has_spec = Path(model, FILE_NAME).is_file() or not Path(model).is_dir()
+    return hub.open_spec(model)[0] if has_spec else None
 
 
 def _load_vae(model: str, clip: PixelShape, device: str, dtype: str) -> Any:
