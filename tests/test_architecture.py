@@ -50,11 +50,12 @@ LAYERS = [
         "media",
         "parallel",
         "preview",
+        "scenery",
         "timing",
         "weights",
         "worlds",
     },
-    {"metrics", "models", "schedulers"},
+    {"metrics", "models", "schedulers", "stock_few_step"},
     # a LoRA's note is judged before torch is loaded, so it cannot be in the room of `lora`; so is a
     # request, which is why `resolve` is no part of `stages`
     {
@@ -86,7 +87,7 @@ HOMES = {
     r"|inference/fastvideo_inference/(recipe|comparison)\.py"
     r"|train/fastvideo_train/(recipe|validate|export|(methods|strategies|data)/\w+)\.py",
     "typer": rf"fastvideo/cli\.py|{COMMANDS}",
-    "rich": rf"fastvideo/cli\.py|{COMMANDS}",
+    "rich": COMMANDS,
     "pyarrow": r"train/fastvideo_train/data/listing\.py",  # listings in parquet
     "tensorboard": r"train/fastvideo_train/logs\.py",
     "accelerate": r"train/fastvideo_train/strategies/accelerate\.py",
@@ -94,7 +95,7 @@ HOMES = {
     "flash_attn": r"fastvideo/attention/backends/flash\.py",
     "flash_attn_interface": r"fastvideo/attention/backends/flash\.py",
     # the kernels are Triton's own language, in a file that is imported when a GPU is there
-    "triton": r"fastvideo/attention/backends/(triton|_triton_kernels)\.py",
+    "triton": r"fastvideo/attention/(backends/triton|triton_kernels)\.py",
     "gradio": r"demos/.*\.py",
 }
 PEERS = {"diffusers", "transformers"}  # measured against in bench/ and tests/, never run on

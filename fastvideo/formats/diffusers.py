@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastvideo import files, foreign
+from fastvideo import files, foreign, stock_few_step
 from fastvideo import spec as specs
 from fastvideo.formats import (
     PARTS,
-    _few_step,
     find_unknown_keys,
     read_json,
     refuse_variants,
@@ -322,8 +321,8 @@ def _few_step_config(spec: Spec) -> dict[str, Any]:
     from fastvideo.registry import load
 
     own = load("fastvideo.schedulers", "few_step", "Scheduler")(**spec.scheduler.args)
-    found = _few_step.stock_shift(own.sigmas)
-    if found is None or not _few_step.tells_sigmas(own.sigmas, own.timesteps):
+    found = stock_few_step.stock_shift(own.sigmas)
+    if found is None or not stock_few_step.tells_sigmas(own.sigmas, own.timesteps):
         logger.warning(
             "%s: no config of a stock scheduler takes sigmas %s at timesteps %s; give both to the"
             " set_timesteps of its scheduler in diffusers",

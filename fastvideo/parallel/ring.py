@@ -2,7 +2,7 @@
 
 Every process holds a part of the tokens. In as many steps as there are processes it attends to the
 block of keys and values at hand, while these move on to the next process and the last one's arrive;
-log-sum-exps join the steps into exact attention (`_partial`). Backward, keys and values travel
+log-sum-exps join the steps into exact attention (`partial`). Backward, keys and values travel
 once more, and with each block the sum of its gradients, in float32, until both are home.
 
 Dense attention only: a block is seen whole, by all queries. Each process sends its keys and values
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvideo.parallel import _partial
+from fastvideo.parallel import partial
 from fastvideo.parallel.axis import Axis
 
 
@@ -43,10 +43,10 @@ class _Ring(torch.autograd.Function):
         q_BHLD = q_BLHD.transpose(1, 2)
         kv_2BHLD = torch.stack([k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2)])
         blocks = _travel(kv_2BHLD, axis, sizes)
-        out_BHLD, lse_BHL = _partial.attend(q_BHLD, *next(blocks))
+        out_BHLD, lse_BHL = partial.attend(q_BHLD, *next(blocks))
         for k_BHSD, v_BHSD in blocks:
-            part = _partial.attend(q_BHLD, k_BHSD, v_BHSD)
-            out_BHLD, lse_BHL = _partial.join(out_BHLD, lse_BHL, *part)
+            part = partial.attend(q_BHLD, k_BHSD, v_BHSD)
+            out_BHLD, lse_BHL = partial.join(out_BHLD, lse_BHL, *part)
         out_BHLD = out_BHLD.to(q_BLHD.dtype)
         ctx.save_for_backward(q_BHLD, kv_2BHLD, out_BHLD, lse_BHL)
         ctx.axis, ctx.sizes = axis, sizes
@@ -57,12 +57,12 @@ class _Ring(torch.autograd.Function):
         q_BHLD, kv_2BHLD, out_BHLD, lse_BHL = ctx.saved_tensors
         axis, sizes = ctx.axis, ctx.sizes
         grad_BHLD = grads[0].transpose(1, 2)
-        wide = _partial.wider(q_BHLD)
+        wide = partial.wider(q_BHLD)
         delta_BHL = (out_BHLD.to(wide) * grad_BHLD.to(wide)).sum(-1)
         dq_BHLD = torch.zeros_like(q_BHLD, dtype=wide)
         homeward: _Parcel | None = None
         for step, (k_BHSD, v_BHSD) in enumerate(_travel(kv_2BHLD, axis, sizes)):
-            dq, dk, dv = _partial.gradients(grad_BHLD, q_BHLD, k_BHSD, v_BHSD, lse_BHL, delta_BHL)
+            dq, dk, dv = partial.gradients(grad_BHLD, q_BHLD, k_BHSD, v_BHSD, lse_BHL, delta_BHL)
             dq_BHLD += dq
             dkv_2BHSD = torch.stack([dk, dv])
             if homeward is not None:  # what the block's earlier hosts have found

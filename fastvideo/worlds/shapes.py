@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvideo import rng
-from fastvideo.worlds import _shapes_draw as draw
-from fastvideo.worlds import _shapes_read as reader
-from fastvideo.worlds import _shapes_scenes as scenes
-from fastvideo.worlds import _shapes_text as text
-from fastvideo.worlds._shapes_film import film
-from fastvideo.worlds._shapes_text import truth_of, words
+from fastvideo.scenery import draw, scenes
+from fastvideo.scenery import shapes_read as reader
+from fastvideo.scenery import shapes_text as text
+from fastvideo.scenery.film import film
+from fastvideo.scenery.shapes_text import truth_of, words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

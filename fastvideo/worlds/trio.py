@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvideo import rng
-from fastvideo.worlds import _shapes_draw as draw
-from fastvideo.worlds import _shapes_scenes as scenes
-from fastvideo.worlds import _trio_read as reader
-from fastvideo.worlds import _trio_text as text
+from fastvideo.scenery import draw, scenes
+from fastvideo.scenery import trio_read as reader
+from fastvideo.scenery import trio_text as text
+from fastvideo.scenery.film import film
+from fastvideo.scenery.shapes_read import UNKNOWN
+from fastvideo.scenery.shapes_text import words
 from fastvideo.worlds import shapes
-from fastvideo.worlds._shapes_film import film
-from fastvideo.worlds._shapes_read import UNKNOWN
-from fastvideo.worlds._shapes_text import words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

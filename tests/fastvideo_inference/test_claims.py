@@ -21,7 +21,7 @@ SIGNALLED = """
 import os, sys
 from fastvideo import cli, media
 from fastvideo.stages import Progress
-from fastvideo_inference.commands._report import JsonReport
+from fastvideo_inference.commands.report import JsonReport
 stage, number, *words = sys.argv[1:]
 event, single = JsonReport.event, media._single
 def told(self, now):

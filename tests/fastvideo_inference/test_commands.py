@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 from fastvideo_inference import recipe
-from fastvideo_inference.commands import _report, demo
+from fastvideo_inference.commands import demo, report
 
 from fastvideo import cli, hub, media
 from fastvideo.stages import Progress, encode_text
@@ -328,11 +328,11 @@ def test_ctrl_c_leaves_no_half_file_and_exits_with_130(tiny_folder: Path):
 def test_bars_are_drawn_on_a_terminal_and_end_full(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    with _report.reporting(as_json=False) as report:
-        report.start(index=0, total=2, prompt=PROMPT, seed=1)
+    with report.reporting(as_json=False) as listener:
+        listener.start(index=0, total=2, prompt=PROMPT, seed=1)
         for index in range(3):
-            report.event(Progress("prepare_latents", index, 2))
-        report.saved("a.mp4", seed=1, timings={"load": 1.0})
+            listener.event(Progress("prepare_latents", index, 2))
+        listener.saved("a.mp4", seed=1, timings={"load": 1.0})
     out = capsys.readouterr()
     assert out.out == "a.mp4\n"
     assert "[1/2] prepare latents" in out.err

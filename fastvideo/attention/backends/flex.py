@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvideo.attention import sparse
-from fastvideo.attention.backends._first_calls import FirstCalls
 from fastvideo.attention.choice import Need
+from fastvideo.attention.first_calls import FirstCalls
 from fastvideo.attention.layout import Layout, Lists, Tiles
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fastvideo.attention import sparse
-from fastvideo.attention.backends._first_calls import FirstCalls
 from fastvideo.attention.choice import Need
+from fastvideo.attention.first_calls import FirstCalls
 from fastvideo.attention.layout import Layout, Lists, Tiles
 
 _CHUNK = 16
@@ -251,7 +251,7 @@ def _blocks(tiles: Tiles) -> dict[int, Tensor]:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    return importlib.import_module("fastvideo.attention.backends._triton_kernels")
+    return importlib.import_module("fastvideo.attention.triton_kernels")
 
 
 @functools.cache

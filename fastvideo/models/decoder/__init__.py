@@ -71,7 +71,7 @@ def read_config(place: Path) -> Any:
     if not place.is_dir():
         return registry.module(__name__, PUBLISHED).dims_of(tensors(place), source=place)
     values = _values(place)
-    config = import_module(f"{__name__}._{values.pop('family')}_config").Config
+    config = import_module(f"fastvideo.models.{values.pop('family')}_config").Config
     try:
         return config.parse(values)
     except ValueError as error:

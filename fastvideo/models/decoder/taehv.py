@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastvideo.layers.upsample import doubling_kernel
 from fastvideo.log import logger
-from fastvideo.models.decoder._taehv_config import TaehvConfig
+from fastvideo.models.taehv_config import TaehvConfig
 from fastvideo.models.vae.wan import WAN21_MEAN, WAN21_STD
 
 # Widest activation of a chunk: one that stays in a core's share of the cache, or in spare memory.

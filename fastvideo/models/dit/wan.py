@@ -21,7 +21,7 @@ from fastvideo.attention import Attend, Dense, Layout, Vsa, plain, plan
 from fastvideo.layers.norm import LayerNorm, RMSNorm, modulated_norm
 from fastvideo.layers.rope import rotate, turns
 from fastvideo.layers.timestep import sinusoid
-from fastvideo.models.dit._wan_config import WanConfig
+from fastvideo.models.wan_dit_config import WanConfig
 from fastvideo.shapes import LatentShape, TokenGrid
 
 KEEP_FLOAT32: tuple[str, ...] = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")

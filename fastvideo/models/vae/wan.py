@@ -20,8 +20,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastvideo.models.vae._causal import CausalConv3d, Past, Rows
-from fastvideo.models.vae._nets import Decoder, Encoder
+from fastvideo.models.wan_vae.causal import CausalConv3d, Past, Rows
+from fastvideo.models.wan_vae.nets import Decoder, Encoder
 from fastvideo.registry import did_you_mean
 from fastvideo.shapes import Compression, PixelShape
 

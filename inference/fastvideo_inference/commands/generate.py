@@ -15,7 +15,7 @@ from typer import Argument, Context, Option
 from fastvideo import env, files, hub, sampling
 from fastvideo.errors import FAILED, OK, one_line, refusing
 from fastvideo_inference import naming, sharing
-from fastvideo_inference.commands._report import Report, reporting
+from fastvideo_inference.commands.report import Report, reporting
 from fastvideo_inference.request import Batch, CliArgs, Job, check_place, claimed, read
 
 if TYPE_CHECKING:

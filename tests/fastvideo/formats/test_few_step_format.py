@@ -10,9 +10,9 @@ import pytest
 
 from fastvideo import flow
 from fastvideo.formats import diffusers as layout
-from fastvideo.formats._few_step import stock_shift, stock_sigmas, tells_sigmas
 from fastvideo.model import load
 from fastvideo.spec import Scheduler
+from fastvideo.stock_few_step import stock_shift, stock_sigmas, tells_sigmas
 
 
 def shifted(num_steps: int, k: float) -> list[float]:

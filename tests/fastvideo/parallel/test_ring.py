@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvideo.parallel import _partial, mesh, ring
+from fastvideo.parallel import mesh, partial, ring
 from fastvideo.parallel.collectives import own, shares
 from fastvideo.parallel.degrees import Degrees
 
@@ -53,11 +53,11 @@ def test_a_ring_in_bfloat16_rounds_only_its_results(ranks):
 
 
 def test_parts_of_the_keys_join_exactly_whatever_is_computed_at_a_time(monkeypatch):
-    monkeypatch.setattr(_partial, "_BLOCK_SCORES", 150)  # two or three queries
+    monkeypatch.setattr(partial, "_BLOCK_SCORES", 150)  # two or three queries
     q, k, v, _ = (x.transpose(1, 2) for x in drawn(13, torch.float64))
-    parts = [_partial.attend(q, k[:, :, cut], v[:, :, cut]) for cut in (slice(4), slice(4, 13))]
-    out, lse = _partial.join(*parts[0], *parts[1])
-    whole, whole_lse = _partial.attend(q, k, v)
+    parts = [partial.attend(q, k[:, :, cut], v[:, :, cut]) for cut in (slice(4), slice(4, 13))]
+    out, lse = partial.join(*parts[0], *parts[1])
+    whole, whole_lse = partial.attend(q, k, v)
     expected = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(whole, expected)
@@ -65,16 +65,14 @@ def test_parts_of_the_keys_join_exactly_whatever_is_computed_at_a_time(monkeypat
 
 
 def test_gradients_by_parts_add_up_whatever_is_computed_at_a_time(monkeypatch):
-    monkeypatch.setattr(_partial, "_BLOCK_SCORES", 150)
+    monkeypatch.setattr(partial, "_BLOCK_SCORES", 150)
     q, k, v, grad = (x.transpose(1, 2).requires_grad_() for x in drawn(13, torch.float64))
     out = F.scaled_dot_product_attention(q, k, v)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     with torch.no_grad():
-        lse, delta = _partial.attend(q, k, v)[1], (out * grad).sum(-1)
+        lse, delta = partial.attend(q, k, v)[1], (out * grad).sum(-1)
         cuts = (slice(4), slice(4, 13))
-        parts = [
-            _partial.gradients(grad, q, k[:, :, cut], v[:, :, cut], lse, delta) for cut in cuts
-        ]
+        parts = [partial.gradients(grad, q, k[:, :, cut], v[:, :, cut], lse, delta) for cut in cuts]
     torch.testing.assert_close(parts[0][0] + parts[1][0], dq)
     torch.testing.assert_close(torch.cat([part[1] for part in parts], 2), dk)
     torch.testing.assert_close(torch.cat([part[2] for part in parts], 2), dv)

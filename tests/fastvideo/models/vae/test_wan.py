@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from fastvideo.models.vae._norm import RmsNorm
 from fastvideo.models.vae.wan import Config, Vae, WanVae, WanVaeConfig, init_for_training
+from fastvideo.models.wan_vae.norm import RmsNorm
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 WAN22 = WAN21 | {

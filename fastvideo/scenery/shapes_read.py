@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvideo.worlds import _shapes_draw as draw
-from fastvideo.worlds import _shapes_scenes as scenes
+from fastvideo.scenery import draw, scenes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

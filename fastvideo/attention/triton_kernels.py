@@ -5,7 +5,7 @@ rows. A step takes as many chunks as fill a block, whatever tiles they come from
 tile costs only its own rows. Whole chunks come first: steps through these need no mask.
 """
 # Triton compiles these functions: their pointers, integers and blocks have no Python types.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from typing import Any, NamedTuple

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fastvideo.worlds import _shapes_text as text
+from fastvideo.scenery import shapes_text as text
 
 if TYPE_CHECKING:
     import numpy as np

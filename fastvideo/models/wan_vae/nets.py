@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastvideo.models.vae._blocks import (
+from fastvideo.models.wan_vae.blocks import (
     AvgDown,
     Downsample,
     DupUp,
@@ -21,8 +21,8 @@ from fastvideo.models.vae._blocks import (
     Upsample,
     add,
 )
-from fastvideo.models.vae._causal import CausalConv3d, Past
-from fastvideo.models.vae._norm import RmsNorm
+from fastvideo.models.wan_vae.causal import CausalConv3d, Past
+from fastvideo.models.wan_vae.norm import RmsNorm
 
 
 class DownBlock(nn.Module):

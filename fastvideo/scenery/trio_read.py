@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvideo.worlds import _shapes_draw as draw
-from fastvideo.worlds import _shapes_read as shapes
+from fastvideo.scenery import draw
+from fastvideo.scenery import shapes_read as shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

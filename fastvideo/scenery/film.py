@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvideo.worlds import _shapes_draw as draw
-from fastvideo.worlds import _shapes_scenes as scenes
+from fastvideo.scenery import draw, scenes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

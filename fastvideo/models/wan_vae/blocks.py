@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo.layers.upsample import doubling_kernel
-from fastvideo.models.vae._causal import CausalConv3d, Past, rows_of, starts_clip
-from fastvideo.models.vae._norm import RmsNorm
+from fastvideo.models.wan_vae.causal import CausalConv3d, Past, rows_of, starts_clip
+from fastvideo.models.wan_vae.norm import RmsNorm
 
 
 class ResidualBlock(nn.Module):

@@ -1,0 +1,1 @@
+"""The parts of Wan's VAE: norms, causal convolutions, blocks and the two nets."""

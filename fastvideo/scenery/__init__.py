@@ -1,0 +1,1 @@
+"""What the worlds are made of: scenes, their drawing and filming, their words and their readers."""
