@@ -14,8 +14,9 @@ from fastvideo_train.loop import Job, Validated, train
 from fastvideo_train.recipe import LatentsSpec
 from fastvideo_train.validate import Clips, validator
 from tiny_recipes import finish, tiny
+from torch.nn import functional as F
 
-from fastvideo import hub, weights
+from fastvideo import hub, preview, weights
 from fastvideo import model as models
 from fastvideo.formats import diffusers as layout
 from fastvideo.models.classifier import read
@@ -69,6 +70,12 @@ def test_a_vae_is_exported_with_the_statistics_of_its_latents(vae_run, tmp_path)
     torch.testing.assert_close(
         z.std(1, correction=0), torch.ones(len(z)).double(), atol=1e-3, rtol=0
     )
+    found = preview.find(tmp_path / "out", vae)
+    pixels = torch.stack(frames).permute(0, 4, 1, 2, 3)
+    assert found == preview.fit(vae.normalize(raw), pixels / 127.5 - 1)
+    seen = torch.tensor(preview.to_rgb(vae.normalize(raw), found)[:, 0]).double()
+    small = F.adaptive_avg_pool2d(pixels[:, :, 0].double(), seen.shape[1:3]).permute(0, 2, 3, 1)
+    assert (seen - small).square().mean() < 0.9 * small.var(), "it shows more than a grey image"
 
 
 def test_the_exported_weights_are_the_averaged_ones_in_bfloat16(vae_run, vae_folder):
@@ -86,6 +93,7 @@ def test_an_exported_model_goes_straight_into_load_and_renders(dit_run, model_fo
     spec, _ = hub.open_spec(model_folder)
     recipe = load_run(dit_run).recipe
     assert spec.name == "tiny" and spec.defaults.num_frames == 5
+    assert preview.find(model_folder, models.load(model_folder, parts=("vae",)).vae) is not None
     assert spec.defaults.max_text_tokens == recipe.method.args["max_text_tokens"]
     model = models.load(model_folder, dtype="float32")
     (frames,) = clips.frames(model, ["a red ball"], guidance_scale=1)

@@ -68,12 +68,12 @@ def distilled(recipe: Recipe) -> Sampler | None:
 
 def read_vae(folder: str | Path) -> Network:
     """Return family and dims of the VAE of a model or a folder; `ValueError` if there is none."""
-    return layout.read_network(_place(folder), "vae")
+    return layout.read_network(vae_folder(folder), "vae")
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """Load the VAE of a model, or of a folder that needs no other part."""
-    path, package = _place(folder, weights=True), "fastvideo.models.vae"
+    path, package = vae_folder(folder, weights=True), "fastvideo.models.vae"
     network = read_vae(folder)
     config = components.load(package, network.family, "Config").parse(network.config)
     vae: Any = weights.build(lambda: components.load(package, network.family, "Vae")(config))
@@ -152,7 +152,8 @@ def attention_after(attention: AttentionSpec, step: int) -> Attention:
     return Attention(pattern=attention.pattern, args=args)
 
 
-def _place(folder: str | Path, *, weights: bool = False) -> Path:
+def vae_folder(folder: str | Path, *, weights: bool = False) -> Path:
+    """Return the folder that a name or path of a model means; it may have no part but a VAE."""
     name = str(folder)
     if name in hub.bundled():
         return hub.ZOO / name

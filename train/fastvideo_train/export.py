@@ -8,6 +8,7 @@ ones (rounded to the stored dtype) in one forward.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastvideo import files, model
+from fastvideo import files, model, preview
 from fastvideo import registry as components
 from fastvideo.config import Strict, merge, parse
 from fastvideo.formats import PARTS
@@ -37,9 +38,10 @@ from fastvideo_train.bundle import (
     load_vae,
     of_kind,
     read_vae,
+    vae_folder,
 )
 from fastvideo_train.checkpoints import Checkpoints
-from fastvideo_train.data.latents import statistics
+from fastvideo_train.data.latents import encode_pixels, statistics
 from fastvideo_train.export_lora import LoraExport
 from fastvideo_train.loop import make_method
 from fastvideo_train.methods import Wants
@@ -49,6 +51,7 @@ from fastvideo_train.roles import Role
 from fastvideo_train.validate import Clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PREVIEW_CLIPS = 8
 TOLERANCE = 1e-5  # of the largest value; the same arithmetic on the same weights
 
 Dtype = Literal["float32", "bfloat16"]
@@ -196,20 +199,29 @@ def _parse(
 def export_vae(
     run: Trained, folder: str | Path, spec: VaeExport, *, overwrite: bool = False
 ) -> Exported:
-    """Write `vae/` with fresh statistics of the latents in its config."""
+    """Write `vae/`: fresh statistics of its latents in its config, and their map to previews."""
     role = of_kind(run.roles, "vae")
     vae: Any = role.net
     dtype = DTYPES[spec.dtype]
-    clips, world = spec.clips, spec.clips.open()
-    frames = (world.clip(clips.seed, i, clips.split).frames_THWC for i in range(clips.count))
-    pixels = (torch.tensor(f).permute(3, 0, 1, 2)[None] for f in frames)
-    vae.set_statistics(*statistics(proof.rounded(vae, dtype), pixels))
+    stored, clips = proof.rounded(vae, dtype), spec.clips
+    vae.set_statistics(*statistics(stored, _pixels(clips, clips.count)))
+    few_BCTHW = torch.cat([*_pixels(clips, min(clips.count, PREVIEW_CLIPS))])
+    latents_BCTHW = vae.normalize(encode_pixels(stored, few_BCTHW))
     family = run.recipe.roles[role.name].family
     with _proved(Path(folder), overwrite=overwrite) as aside:
         layout.save_part(vae, aside / "vae", part="vae", family=family, dtype=dtype)
+        preview.write(preview.fit(latents_BCTHW, few_BCTHW / 127.5 - 1), aside)
         error, rounding = proof.errors(proof.vae_forward, vae, load_vae(aside), dtype, ())
         _judge(error, folder, "vae")
     return Exported(Path(folder), error, rounding)
+
+
+def _pixels(clips: TrainClips, count: int) -> Iterator[Tensor]:
+    """Yield a world's first clips, uint8 (1, 3, T, H, W)."""
+    world = clips.open()
+    for index in range(count):
+        frames_THWC = world.clip(clips.seed, index, clips.split).frames_THWC
+        yield torch.tensor(frames_THWC).permute(3, 0, 1, 2)[None]
 
 
 def export_classifier(
@@ -272,6 +284,8 @@ def export_model(
     worst = (0.0, 0.0)
     with _proved(Path(folder), overwrite=overwrite) as aside:
         layout.save(live, aside, dtype=dtype, overwrite=True)
+        if (map_of_vae := vae_folder(spec.vae) / preview.FILE).is_file():
+            shutil.copyfile(map_of_vae, aside / preview.FILE)
         stored = model.load(aside, device="cpu", dtype="float32")
         for part in PARTS:
             kept = keep if part == "dit" else ()
