@@ -33,8 +33,7 @@ class Model:
     folder: where it was loaded from; None for a model put together in memory.
     loras: what is merged into the denoiser's weights now, with the lock of threads that share them.
     decoder: what makes pixels of normalised latents in place of the VAE; None for the VAE itself.
-    meshes: the processes that render together, each with whole networks of its own; `render` alone
-        looks at it.
+    meshes: the processes that make a clip together, each with whole networks of its own.
     """
 
     spec: Spec
