@@ -21,14 +21,14 @@ MOST_PARTS, MOST_ULYSSES = 64, 8
 def limit(recipe: Recipe) -> int | None:
     """Return the bytes that a device has: the least of `run.memory_gib` and what is free of it.
 
-    On a CPU a process's share of the machine. None if nothing is known.
+    On a CPU `run.memory_gib`, else a process's share of the machine. None if nothing is known.
     """
     known = [int(recipe.run.memory_gib * GIB)] if recipe.run.memory_gib else []
     if recipe.run.device.startswith("cuda") and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(torch.device(recipe.run.device))
         known.append(free)
     host = capacity.host_memory()
-    if recipe.run.device == "cpu" and host is not None:
+    if recipe.run.device == "cpu" and host is not None and not known:
         known.append(host // env.world_size())
     return min(known, default=None)
 
