@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fastvideo import __version__, env, files, log, termination
+from fastvideo import __version__, env, log, termination
 from fastvideo.errors import (
     FAILED,
     INTERRUPTED,
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: {one_line(error)}", USAGE if isinstance(error, RefusedError) else FAILED
         )
     finally:
-        files.leave()  # nothing, unless a signal came amid a clean-up
+        termination.clean_up()  # nothing, unless a signal came amid a clean-up
 
 
 def _group() -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import platform
 import resource
 import shutil
 from collections.abc import Iterator
@@ -84,7 +83,7 @@ def claimed(path: Path, kind: str = CLAIM) -> Iterator[bool]:
         lock = path.with_name(f".{path.stem}{kind}")
         descriptor = _locked(lock, make=True)
         if descriptor is not None:
-            os.write(descriptor, platform.node().encode())
+            os.write(descriptor, os.uname().nodename.encode())
     if descriptor is None:
         yield False
         return
@@ -177,7 +176,7 @@ def _sweep(parent: Path) -> None:
     locks = [path for path in parent.glob(f".*{CLAIM}*") if path.suffix in (CLAIM, ASIDE)]
     for lock in locks:
         with suppress(OSError):
-            is_ours = lock.read_bytes() in (b"", platform.node().encode())
+            is_ours = lock.read_bytes() in (b"", os.uname().nodename.encode())
             descriptor = _locked(lock, make=False) if is_ours else None
             if descriptor is not None:
                 _clear(lock)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fastvideo import env, files
+from fastvideo import env
 from fastvideo.errors import TERMINATED, Terminated
 
 PATIENCE_S = 5.0
@@ -39,6 +39,12 @@ def raising() -> Iterator[None]:
         os.close(wakeup)
 
 
+def clean_up() -> None:
+    """Remove the claims and the half-written files of this process, if it wrote any."""
+    if files := sys.modules.get("fastvideo.files"):  # `--help` does without it
+        files.leave()
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Terminated
@@ -50,7 +56,7 @@ def _watch(signals: int, over: threading.Event) -> None:
             # `train` has a handler of its own for a while, which ends after the step
             is_ours = signal.getsignal(signal.SIGTERM) in (_terminate, signal.SIG_DFL)
             if number[0] == signal.SIGTERM and is_ours and not over.wait(PATIENCE_S):
-                files.leave()
+                clean_up()
                 if env.world_size() == 1:  # others hear it from their launcher
                     sys.stderr.write("terminated\n")
                 os._exit(TERMINATED)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # its defaults keep a group that is there on import
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo import env
@@ -108,6 +107,8 @@ def joined(device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[torch
 
 
 def _join(device: torch.device, timeout: timedelta) -> torch.device:
+    import torch.distributed.nn.functional  # its defaults keep a group that is there on import
+
     own = _own(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
