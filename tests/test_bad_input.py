@@ -312,14 +312,19 @@ def test_a_wrong_recipe_is_refused_in_one_line(fail, case: str):
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("part", "size", "frames", "text"),
     [
-        (["--size", "70x64"], "width 70 must be a multiple of 8 for this model; nearest: 64, 72"),
-        (["--frames", "6"], "num_frames 6 must be 4k+1 for this model; nearest: 5, 9"),
+        ("vae", "70x64", "5", "width 70 must be a multiple of 8 for this model; nearest: 64, 72"),
+        (".", "72x64", "5", "width 72 must be a multiple of 16 for this model; nearest: 64, 80"),
+        (".", "64x64", "6", "num_frames 6 must be 4k+1 for this model; nearest: 5, 9"),
     ],
 )
-def test_sizes_that_a_vae_cannot_encode_are_refused(fail, tiny_folder: Path, words, text: str):
-    given = ["--vae", str(tiny_folder), "--size", "64x64", "--frames", "5", *words]
+def test_sizes_that_a_vae_or_its_model_cannot_have_are_refused(
+    fail, tiny_folder: Path, tmp_path: Path, part: str, size: str, frames: str, text: str
+):
+    model = tmp_path.with_name(f"{tmp_path.name}-model")
+    shutil.copytree(tiny_folder / part, model / part)
+    given = ["--vae", str(model), "--size", size, "--frames", frames]
     assert fail("data", "encode", "-o", "latents", *given) == (2, text)
     assert list(Path().iterdir()) == []
 

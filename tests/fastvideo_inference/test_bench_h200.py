@@ -347,6 +347,7 @@ def test_work_of_one_block_times_layers_and_of_the_rest_is_that_of_the_whole(
 def test_peer_is_timed_in_turn_with_us_on_the_same_weights(
     bench: SimpleNamespace, case: Any, args: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
+    pytest.importorskip("diffusers")
     monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", False)  # it sets this
     args.compiler, args.repeats = "aot_eager", 2
     peer = bench.script.run_case(replace(case, mode="compile"), args)
@@ -383,6 +384,7 @@ def test_a_wrong_weight_of_the_peer_is_noticed(
     part: str,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    pytest.importorskip("diffusers")
     peer, shared = bench.peer, bench.peer.sharing
     two = {
         "transformer": ("blocks.1.attn1.to_q.weight", "blocks.1.attn1.to_k.weight"),

@@ -26,6 +26,7 @@ def words(recipe: Path, *more: str) -> list[str]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, recipe: Path, *more: str) -> dict[str, Any]:
+    pytest.importorskip("diffusers")
     out = folder / "results.jsonl"
     monkeypatch.setattr(sys, "argv", words(recipe, "--out", str(out), *more))
     one_step.main()
