@@ -3,7 +3,7 @@
 It counts what cannot be avoided: all frames twice on the host, as bytes and as the stack of them,
 and on a machine without a GPU the largest tensors of the denoiser and of the VAE's last stage.
 Measured at 1024x1024 on a CPU with the bundled model: 660 bytes a pixel in the decoder, of which it
-counts 384.
+counts 384. A clip that is suggested instead takes half of the memory by the same estimate.
 """
 
 from __future__ import annotations
@@ -12,33 +12,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvideo.shapes import PixelShape
+from fastvideo.shapes import Compression, PixelShape
 from fastvideo.spec import Spec
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
 _BYTES = 2  # of bfloat16, the smallest type that anything computes in
 _LIVE_IN_DECODER = 6  # tensors of the last stage that are live at once
+_SPARE = 2  # of memory, for what is suggested
 _GIB = 2**30
 
 
-def check(clip: PixelShape, spec: Spec, *, memory: int | None = None) -> None:
-    """Raise `ValueError` for a clip that needs more than the machine's memory (bytes)."""
-    memory = host_memory() if memory is None else memory
-    needed = estimate(clip, spec)
+def check(clip: PixelShape, spec: Spec | None) -> None:
+    """Raise `ValueError` for a clip that needs more than the machine's memory.
+
+    Without a spec its frames alone count.
+    """
+    memory, needed = host_memory(), estimate(clip, spec)
     if memory is None or needed <= memory:
         return
-    nearest = _nearest(clip, spec, memory)
+    nearest = _nearest(clip, spec, memory // _SPARE)
     raise ValueError(
         f"height {clip.height} x width {clip.width} x num_frames {clip.frames} needs at"
         f" least {needed / _GIB:.1f} GiB; this machine has {memory / _GIB:.1f}; nearest: {nearest}"
     )
 
 
-def estimate(clip: PixelShape, spec: Spec, *, on_cpu: bool | None = None) -> int:
+def estimate(clip: PixelShape, spec: Spec | None, *, on_cpu: bool | None = None) -> int:
     """Return bytes of host memory that a clip takes at least."""
     pixels = clip.height * clip.width
     frames = 2 * 3 * pixels * clip.frames
-    if not (has_no_gpu() if on_cpu is None else on_cpu):
+    if spec is None or not (has_no_gpu() if on_cpu is None else on_cpu):
         return frames
     tokens = clip.latent(spec.compression).tokens(spec.compression.patch).num_tokens
     return frames + max(tokens * _token(spec.dit.config), pixels * _pixel(spec))
@@ -74,14 +77,18 @@ def _pixel(spec: Spec) -> int:
     return int(_LIVE_IN_DECODER * _BYTES * spec.compression.temporal * width / area)
 
 
-def _nearest(clip: PixelShape, spec: Spec, memory: int) -> str:
-    """Return the largest size of about the same shape that fits."""
-    step_h, step_w = spec.compression.pixel_multiple
-    for percent in range(99, 0, -1):
-        height, width = (
-            max(step, int(side * percent / 100) // step * step)
-            for side, step in ((clip.height, step_h), (clip.width, step_w))
-        )
-        if estimate(PixelShape(clip.frames, height, width), spec) <= memory:
-            return f"{width}x{height}"
-    return "fewer frames"
+def _nearest(clip: PixelShape, spec: Spec | None, memory: int) -> str:
+    """Return the largest clip of about the same shape that fits, then of fewer frames."""
+    c = Compression() if spec is None else spec.compression
+    frames = clip.frames
+    while True:
+        for percent in range(100, 9, -1):
+            height, width = (
+                max(step, int(side * percent / 100) // step * step)
+                for side, step in zip((clip.height, clip.width), c.pixel_multiple, strict=True)
+            )
+            if estimate(PixelShape(frames, height, width), spec) <= memory:
+                return f"{width}x{height}x{frames}"
+        if frames == 1:
+            return "none"
+        frames = (frames - 1) // 2 // c.temporal * c.temporal + 1

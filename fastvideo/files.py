@@ -47,16 +47,19 @@ def folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises `ValueError` if the name is taken (unless `overwrite`) or cannot be written.
     """
-    if os.path.lexists(path) and not overwrite:
-        raise ValueError(f"{path} exists; choose another folder or remove it")
+    _check_new(path, overwrite=overwrite)
     try:
-        with _aside(path) as new:
-            new.mkdir()
-            yield new
-            if overwrite and path.exists():
-                (new.parent / OLD).mkdir()
-                path.rename(new.parent / OLD / path.name)
-            new.rename(path)
+        with claimed(path) as is_ours:
+            if not is_ours:
+                raise ValueError(f"{path} is being written by another process")
+            _check_new(path, overwrite=overwrite)
+            with _aside(path) as new:
+                new.mkdir()
+                yield new
+                if overwrite and path.exists():
+                    (new.parent / OLD).mkdir()
+                    path.rename(new.parent / OLD / path.name)
+                new.rename(path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error}") from None
 
@@ -74,6 +77,7 @@ def claimed(path: Path, kind: str = CLAIM) -> Iterator[bool]:
     On a disk without locks nothing is held, and `atomic` alone refuses a name that is taken.
     """
     with _naming(path):
+        is_new = not path.parent.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -93,6 +97,9 @@ def claimed(path: Path, kind: str = CLAIM) -> Iterator[bool]:
     finally:
         _clear(lock)
         os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # something is in it
+                path.parent.rmdir()
 
 
 def allow_many_claims() -> None:
@@ -106,6 +113,11 @@ def leave() -> None:
     """Remove what this process holds or has half written: its clean-ups were interrupted."""
     for lock in tuple(_HELD):
         _clear(lock)
+
+
+def _check_new(path: Path, *, overwrite: bool) -> None:
+    if os.path.lexists(path) and not overwrite:
+        raise ValueError(f"{path} exists; choose another folder or remove it")
 
 
 @contextmanager

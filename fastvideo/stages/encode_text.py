@@ -26,17 +26,22 @@ def run(model: Model, state: State) -> Iterator[Event]:
     total = 1 + guided
     yield Progress(NAME, 0, total)
     prompts = [request.prompt for request in state.requests]
-    for text in model.tokenizer.cuts(prompts, model.spec.defaults.max_text_tokens):
-        yield Notice(NAME, text)
+    yield from _cuts(model, prompts, what="prompt")
     cond = encode(model, prompts)
     uncond = None
     if guided:
         yield Progress(NAME, 1, total)
         negatives = [request.negative_prompt for request in state.requests]
+        yield from _cuts(model, [*dict.fromkeys(negatives)], what="negative prompt")
         known = {text: encode(model, [text]) for text in dict.fromkeys(negatives)}
         uncond = cond.cat([known[text] for text in negatives])
     yield Progress(NAME, total, total)
     yield Done(NAME, dataclasses.replace(state, cond=cond, uncond=uncond))
+
+
+def _cuts(model: Model, prompts: Sequence[str], *, what: str) -> Iterator[Notice]:
+    limit = model.spec.defaults.max_text_tokens
+    yield from (Notice(NAME, text) for text in model.tokenizer.cuts(prompts, limit, what=what))
 
 
 @torch.no_grad()

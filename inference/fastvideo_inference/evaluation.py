@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fastvideo import files, hub, media, rng
 from fastvideo.config import Source
 from fastvideo.hub import OpenModel
-from fastvideo.resolve import resolve
+from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams, origins, read_layers
 from fastvideo.spec import Scheduler, Spec
 from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
@@ -134,6 +134,7 @@ class Evaluation:
             decoder=decoder_id(decoder, spec, found.folder),
         )
         made._open_world()
+        notices(asked, how, spec)
         return made
 
     @property
@@ -167,8 +168,16 @@ class Evaluation:
         return self.output / hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Make what is missing; yield (clips done, clips in all) after every batch."""
-        results = self.results
+        """Make what is missing; yield (clips done, clips in all) after every batch.
+
+        Raises `ValueError` while another process makes the same.
+        """
+        with files.claimed(self.results / "made.jsonl") as is_ours:
+            if not is_ours:
+                raise ValueError(f"another process writes into {self.results}; wait for it")
+            yield from self._run(self.results)
+
+    def _run(self, results: Path) -> Iterator[tuple[int, int]]:
         files.write_text(
             results / "recipe.json", json.dumps(self.recipe, indent=2) + "\n", overwrite=True
         )

@@ -29,6 +29,8 @@ def check_template(template: str, *, num_clips: int, count: int = 1) -> str:
 
     `count` clips of each prompt differ in their seeds, so that a prompt does not tell them apart.
     """
+    if "\0" in template or template.encode(errors="ignore").decode() != template:
+        raise ValueError(f"output {template!r} is not valid Unicode text")
     if not template:
         raise ValueError("output '' is empty; give a file, a folder/ or a template")
     with suppress(OSError):  # a name that is too long to be one
@@ -61,10 +63,11 @@ def fill(template: str, *, prompt: str, seed: int, index: int) -> Path:
         sizes = [len(os.fsencode(part)) for part in (*path.parts[:-1], path.stem)]
         if sizes[-1] <= most and max(sizes) <= files.NAME_BYTES:
             return path
-    raise ValueError(
-        f"output name {path.name[:24]}... is too long: a name has at most"
-        f" {most + len(path.suffix)} bytes, a folder {files.NAME_BYTES}"
-    )
+    is_name = sizes[-1] > most
+    part = path.name if is_name else max(path.parts[:-1], key=len)
+    limit = most + len(path.suffix) if is_name else files.NAME_BYTES
+    what = "name" if is_name else "folder"
+    raise ValueError(f"output {what} {part[:24]}... is too long: it has at most {limit} bytes")
 
 
 def claim(path: Path, held: ExitStack, *, numbered: bool, overwrite: bool) -> Path:
@@ -128,8 +131,12 @@ def _used(template: str) -> list[str]:
         for _, name, spec, conversion in parsed:
             if conversion:
                 raise ValueError(f"{{{name}!{conversion}}} must be {{{name}}}")
-            if name == "prompt" and spec and not re.fullmatch("[0-9]+", spec):
+            if name == "prompt" and spec and not re.fullmatch("[0-9]{1,4}", spec):
                 raise ValueError(f"{{prompt:{spec}}} must have a length, as in {{prompt:40}}")
+            if name in ("index", "seed") and spec and not re.fullmatch("0?[0-9]{1,2}", spec):
+                raise ValueError(f"{{{name}:{spec}}} must have a width, as in {{{name}:03}}")
+            if name == "date" and spec:
+                raise ValueError(f"{{date:{spec}}} must be {{date}}")
     except ValueError as error:
         raise ValueError(f"output {template!r} is not a template: {error}") from None
     return [name for _, name, _, _ in parsed if name is not None]

@@ -22,12 +22,12 @@ def read_prompts(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"prompt file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompt file {path} cannot be read: {error}") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield f"{path}:{number}", line.strip()
 
@@ -39,7 +39,7 @@ def _text_row(line: str, where: str) -> dict[str, Any]:
 def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f'{where} must be an object such as {{"prompt": "a red ball"}}')

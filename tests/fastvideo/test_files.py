@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import resource
 import subprocess
 import sys
@@ -98,6 +99,24 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path):
         assert (path / "weights").read_text() == "old"
     assert (path / "weights").read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path):
+    path = tmp_path / "model"
+    with files.folder(path, overwrite=False) as new:
+        (new / "a").touch()
+        for overwrite in (False, True):
+            held = pytest.raises(ValueError, match="model is being written by another process")
+            with held, files.folder(path, overwrite=overwrite):
+                raise AssertionError("it is held")
+    assert [file.name for file in path.iterdir()] == ["a"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_claim_names_its_machine_and_leaves_no_folder_that_it_made(tmp_path: Path):
+    with files.claimed(tmp_path / "new" / "a.mp4"):
+        (lock,) = (tmp_path / "new").iterdir()
+        assert lock.read_text() == os.uname().nodename
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_comes_back_that_a_kill_left_between_its_two_renames(tmp_path: Path):

@@ -117,16 +117,21 @@ def test_a_network_with_a_table_of_its_own_has_that_many_positions():
 def test_a_clip_that_this_machine_cannot_hold_is_refused_with_one_that_it_can(monkeypatch):
     gib = 2**30
     monkeypatch.setattr(capacity, "has_no_gpu", lambda: True)
-    monkeypatch.setattr(capacity, "host_memory", lambda: 2 * gib)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 4 * gib)
     large = {"num_frames": 81, "height": 4096, "width": 4096}
     with pytest.raises(
-        ValueError, match=r"needs at least \d+\.\d GiB.* has 2\.0; nearest:"
+        ValueError, match=r"needs at least \d+\.\d GiB.* has 4\.0; nearest:"
     ) as said:
         ask(**large, origin={"height": "--size"})
     assert str(said.value).endswith("(from --size)")
-    width, height = map(int, str(said.value).split("nearest: ")[1].split()[0].split("x"))
-    assert ask(**{**large, "height": height, "width": width}).width == width
-    assert width == height >= 512
+    width, height, frames = map(int, str(said.value).split("nearest: ")[1].split()[0].split("x"))
+    assert ask(num_frames=frames, height=height, width=width).num_frames == 81
+    taken = capacity.estimate(PixelShape(frames, height, width), SPEC)
+    assert width == height and 1.7 * gib < taken <= 2 * gib, "half of the memory is to spare"
+    with pytest.raises(ValueError, match="needs at least") as said:
+        ask(**{**large, "num_frames": 4093})
+    width, height, frames = map(int, str(said.value).split("nearest: ")[1].split()[0].split("x"))
+    assert 81 < ask(num_frames=frames, height=height, width=width).num_frames < 4093
     monkeypatch.setattr(capacity, "host_memory", lambda: None)
     assert ask(**large).width == 4096
 

@@ -43,6 +43,14 @@ IN_A_KERNEL = """
         print("ready", flush=True)
         a @ a
 """
+SWALLOWED = """
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except BaseException:
+        pass
+    {then}
+"""
 OWN_HANDLER = """
     termination.PATIENCE_S = 0.01
     before = signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
@@ -79,6 +87,14 @@ def test_clean_ups_run_and_the_command_ends_with_one_line_and_143(tmp_path, vari
     process.terminate()
     out, err = process.communicate()
     assert (process.returncode, out, err) == (143, "cleaning\n", words)
+
+
+@pytest.mark.parametrize("then", ["return 0", "raise AttributeError('module has no void')"])
+def test_a_signal_that_somebody_swallows_ends_the_command_all_the_same(tmp_path: Path, then: str):
+    process = start(SWALLOWED.format(then=then), tmp_path)
+    process.terminate()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (143, "terminated\n")
 
 
 def test_a_second_signal_during_the_clean_up_ends_at_once(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -99,6 +100,24 @@ def blocks(frames: np.ndarray) -> np.ndarray:
     """Grey means of 8x8 pixels, which survive the video codec even in noise."""
     t, h, w, _ = frames.shape
     return frames.mean(3).reshape(t, h // 8, 8, w // 8, 8).mean((2, 4))
+
+
+def test_one_process_at_a_time_makes_an_evaluation(done):
+    first, second = done[0].run(), done[0].run()
+    assert next(first) == (ALL, ALL)
+    with pytest.raises(ValueError, match="another process writes into"):
+        next(second)
+    first.close()
+    assert list(done[0].run()) == [(ALL, ALL)]
+
+
+def test_what_is_asked_of_an_evaluation_and_not_done_is_told(tiny_folder, tmp_path, caplog):
+    logger = logging.getLogger("fastvideo")
+    logger.addHandler(caplog.handler)
+    asked = {"guidance": 1.0, "negative": "blue", "output": tmp_path, "prompts": 5}
+    Evaluation.plan(str(tiny_folder), **asked)
+    logger.removeHandler(caplog.handler)
+    assert "negative_prompt is not used" in caplog.text
 
 
 def test_a_finished_evaluation_gives_its_table_again_and_makes_nothing(done):

@@ -105,9 +105,14 @@ def test_clips_of_several_prompts_and_seeds_need_names_that_tell_them_apart(
         ("", r"output '' is empty"),
         ("{prompt!s}.mp4", r"\{prompt!s\} must be \{prompt\}"),
         ("{prompt:²}.mp4", "must have a length"),
-        ("ä" * 123 + ".mp4", r"output name ä{24}\.\.\. is too long: a name has at most 248 bytes"),
+        ("ä" * 123 + ".mp4", r"output name ä{24}\.\.\. is too long: it has at most 248 bytes"),
         ("x" * 240 + "{prompt}.mp4", "at most 242 bytes"),
-        ("x" * 256 + "/a.mp4", "a folder 255"),
+        ("x" * 256 + "/a.mp4", r"output folder x{24}\.\.\. .* 255 bytes"),
+        ("\udcff.mp4", "is not valid Unicode text"),
+        ("a\0b.mp4", "is not valid Unicode text"),
+        ("{seed:q}.mp4", r"output .* \{seed:q\} must have a width"),
+        ("{seed:99999999999}.mp4", "must have a width"),
+        ("{date:%Y}.mp4", r"must be \{date\}"),
     ],
 )
 def test_what_is_no_name_is_refused_in_one_line(template: str, text: str):

@@ -15,6 +15,16 @@ def test_text_files_hold_a_prompt_a_line(tmp_path: Path):
     assert prompts.read_prompts(path) == rows
 
 
+def test_only_line_feeds_end_a_line_and_a_mark_of_byte_order_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("\ufeffa red\u2028ball\r\na cube", encoding="utf-8")
+    assert [row["prompt"] for _, row in prompts.read_prompts(tmp_path / "a.txt")] == [
+        "a red\u2028ball",
+        "a cube",
+    ]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028b"}', encoding="utf-8")
+    assert prompts.read_prompts(tmp_path / "a.jsonl")[0][1] == {"prompt": "a\u2028b"}
+
+
 def test_json_lines_hold_a_request_a_line(tmp_path: Path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "x", "seed": 4}\n')

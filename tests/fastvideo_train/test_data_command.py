@@ -71,8 +71,9 @@ def test_encode_makes_latents_that_a_recipe_can_name(tiny_folder, tmp_path, caps
         (["render", "-o", "x", "--world", "shape"], "did you mean 'shapes'"),
         (["encode", "-o", "x", "--vae", "nowhere"], "nowhere"),
         (["encode", "-o", "x"], "Missing option '--model' / '--vae'"),
-        (["encode", "-o", "x", "--vae", "y", "--size", "16x16"], "must be at least 32"),
+        (["encode", "-o", "x", "--vae", "wan-nano", "--size", "16x16"], "must be at least 32"),
         (["encode", "-o", "x", "--vae", "wan-nano", "--size", "16400x32"], "has 1024 on an axis"),
+        (["encode", "-o", "x", "--vae", "wan-nano", "--size", "99200x99200"], "this machine has"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(words, message, tmp_path, monkeypatch, capsys):

@@ -255,6 +255,15 @@ def test_a_process_on_a_cpu_has_its_share_of_the_machine(monkeypatch):
     assert budget.limit(tiny("flow_matching", "run.memory_gib=80")) == 80 * GIB, "a plan for others"
 
 
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_clips_of_a_world_that_no_memory_holds_are_refused(words, capsys, tmp_path):
+    sizes = [w for x in ("height=99200", "width=99200") for w in ("--set", f"data.{x}")]
+    recipe = ROOT / "configs/train/nano/vae-image.toml"
+    command = ["train", str(recipe), "--smoke", "--run-dir", str(tmp_path / "r"), *sizes]
+    assert main([*command, *words]) == 2
+    assert "need at least" in capsys.readouterr().err
+
+
 def test_without_a_known_device_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(capacity, "host_memory", lambda: None)
     recipe = tiny("flow_matching")

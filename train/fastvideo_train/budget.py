@@ -13,7 +13,7 @@ from fastvideo.config import assignments, merge, parse
 from fastvideo.parallel.degrees import Degrees
 from fastvideo_train import memory, origins
 from fastvideo_train.memory import GIB, Estimate
-from fastvideo_train.recipe import Recipe, RoleSpec, dump
+from fastvideo_train.recipe import ClipsSpec, Recipe, RoleSpec, dump
 
 MOST_PARTS, MOST_ULYSSES = 64, 8
 
@@ -36,6 +36,7 @@ def limit(recipe: Recipe) -> int | None:
 def check(recipe: Recipe, degrees: Degrees, *, dims: memory.Dims = origins.dims) -> None:
     """Raise `ValueError` for a run that needs more memory, or positions, than there are."""
     check_positions(recipe, dims)
+    check_pixels(recipe)
     bytes_of_device = limit(recipe)
     if bytes_of_device is not None:
         refuse(memory.of(recipe, degrees, dims=dims), bytes_of_device, recipe, degrees, dims)
@@ -55,6 +56,26 @@ def check_positions(recipe: Recipe, dims: memory.Dims = origins.dims) -> None:
                 f"clips of {told_by} make {longest} positions on an axis; the denoiser of"
                 f" roles.{name} has {config.rope_max_seq_len}"
             )
+
+
+def check_pixels(recipe: Recipe) -> None:
+    """Raise `ValueError` for clips of a world that alone need more memory than there is.
+
+    Counted are a whole clip as it is rendered, and a batch in float32 beside what is made of it.
+    """
+    data, memory_bytes = recipe.data, limit(recipe)
+    if not isinstance(data, ClipsSpec) or memory_bytes is None:
+        return
+    height, width = data.crop or (data.height, data.width)
+    frames = max(data.num_frames, data.render_frames) if data.window else data.num_frames
+    rendered = 3 * data.height * data.width * frames
+    needed = max(rendered, 2 * 4 * 3 * recipe.run.batch * data.num_frames * height * width)
+    if needed > memory_bytes:
+        raise ValueError(
+            f"[data] of {recipe.run.name}: {recipe.run.batch} clips of {width}x{height}"
+            f"x{data.num_frames} need at least {needed / GIB:.1f} GiB, of"
+            f" {memory_bytes / GIB:.1f}; use a smaller size, crop or run.batch"
+        )
 
 
 def refuse(

@@ -86,11 +86,11 @@ class Tokenizer:
             mask_BL[i, : len(row)] = 1
         return ids_BL, mask_BL
 
-    def cuts(self, prompts: Sequence[str], max_length: int) -> list[str]:
+    def cuts(self, prompts: Sequence[str], max_length: int, *, what: str = "prompt") -> list[str]:
         """Return a line for each prompt that is cut to `max_length` ids."""
         sizes = [len(e.ids) for e in self._backend.encode_batch([clean(p) for p in prompts])]
         return [
-            f"prompt of {size} tokens is cut to {max_length}: {prompt[:60]!r}..."
+            f"{what} of {size} tokens is cut to {max_length}: {prompt[:60]!r}..."
             for prompt, size in zip(prompts, sizes, strict=True)
             if size > max_length
         ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastvideo import schedulers
+from fastvideo import preview, schedulers
 from fastvideo.model import Model
 from fastvideo.sample import guide, sample
-from fastvideo.stages import Done, Progress, State, denoise, encode_text, prepare_latents
+from fastvideo.stages import Done, Preview, Progress, State, denoise, encode_text, prepare_latents
 from tests import clips
 
 
@@ -41,6 +42,24 @@ def test_denoising_resumes_from_any_step_bitwise(model: Model, start: State):
         *rest, again = run(model, state)
         assert len(rest) == 4 - state.step
         assert torch.equal(again.latents, last.latents)
+
+
+@pytest.mark.parametrize("side", [2, 300])
+def test_previews_show_the_clean_estimate_after_each_step_if_asked(
+    model: Model, start: State, tmp_path: Path, side: int
+):
+    preview.write(preview.PreviewMap(((0.05, 0.0, 0.0),) * 4, (0.0, 0.5, -2.0)), tmp_path)
+    asked = dataclasses.replace(start, previews=True)
+    assert not [e for e in denoise.run(model, asked) if isinstance(e, Preview)], "it has no map"
+    mapped = dataclasses.replace(model, folder=tmp_path)
+    assert not [e for e in denoise.run(mapped, start) if isinstance(e, Preview)], "unasked"
+    shown = [e for e in denoise.run(mapped, asked) if isinstance(e, Preview)]
+    assert [e.index for e in shown] == [1, 2, 3, 4]
+    assert shown[0].frames.shape == (1, 3, *start.noise.shape[3:], 3)
+    assert set(shown[0].frames[..., 1].flat) == {191} and not shown[0].frames[..., 2].any()
+    assert len(set(shown[0].frames[..., 0].flat)) > 9
+    wide = preview.to_rgb(torch.zeros(1, 4, 1, 4, side), preview.find(tmp_path, model.vae))
+    assert wide.shape == (1, 1, *((3, 256) if side > 256 else (4, side)), 3)
 
 
 def test_guidance_batched_or_apart_makes_the_same_latents(model: Model, start: State):

@@ -29,6 +29,7 @@ def plan(recipe: Recipe, folder: Path) -> None:
         degrees = recipe.degrees(processes if processes > 1 else recipe.parallel.world_size)
         _check(recipe, folder, degrees)
         budget.check_positions(recipe, budget.dims_here)
+        budget.check_pixels(recipe)
         estimate = memory.of(recipe, degrees, dims=budget.dims_here)
         device = budget.limit(recipe)
     if env.rank():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastvideo import files, hub, media
+from fastvideo import capacity, files, hub, media
 from fastvideo.errors import OK, refusing
 from fastvideo.resolve import check_clip
 from fastvideo.shapes import Compression, PixelShape, parse_size
@@ -221,10 +221,11 @@ def encode(
         num_frames, rate = _length_and_rate(frames, fps)
         width, height = parse_size(size or WORLD_SIZE)
         chosen: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
-        open_world(world, fps=rate, **chosen).clip(seed, 0, split)
-        clip = PixelShape(num_frames, height, width)
-        if (spec := _spec(model)) is not None:
+        clip, spec = PixelShape(num_frames, height, width), _spec(model)
+        capacity.check(clip, spec)
+        if spec is not None:
             check_clip(clip, spec)
+        open_world(world, fps=rate, **chosen).clip(seed, 0, split)
         net = _load_vae(model, clip, device, dtype)
     chosen |= {"seed": seed, "fps": rate, "split": split, "shard_size": shard, "batch": batch or 4}
     return _encode_world(net, world, output, clips, chosen, workers=workers or 0, threads=threads)
