@@ -203,6 +203,7 @@ def test_checking_an_output_makes_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_anywhere_in_the_encoder_is_raised_and_leaves_nothing(tmp_path: Path):
     script = (
         "import os, signal, sys, threading, numpy as np\nfrom fastvideo import files, media\n"

@@ -99,6 +99,7 @@ def test_a_name_that_another_command_makes_is_refused_before_the_work(start: Sta
     assert names() == ["a.json", "a.mp4"]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("stage", "how", "code", "words"),
     [

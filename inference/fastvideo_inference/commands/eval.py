@@ -12,6 +12,7 @@ from typer import Argument, Option
 from fastvideo import hub, sampling
 from fastvideo.config import assignments
 from fastvideo.errors import OK, refusing
+from fastvideo_inference.commands.generate import Attention, Backend, DropGates
 from fastvideo_inference.comparison import Comparison, read
 from fastvideo_inference.contrast import Contrast, markdown
 from fastvideo_inference.evaluation import Evaluation
@@ -19,13 +20,6 @@ from fastvideo_inference.request import check_place, flag
 
 if TYPE_CHECKING:
     from fastvideo_inference.scores import Distance, Features, Table
-
-
-Attention = Annotated[str | None, Option(help=f"{sampling.ATTENTION.help}. [the model's]")]
-Backend = Annotated[str | None, Option(help=f"{sampling.BACKEND.help}. [auto, the fastest]")]
-DropGates = Annotated[
-    bool | None, Option("--drop-gates/--no-drop-gates", help=f"{sampling.DROP_GATES.help}. [no]")
-]
 
 
 def evaluate(
