@@ -70,7 +70,7 @@ def open_model(name_or_path: str | Path, *, weights: bool = False) -> OpenModel:
     """Find a model and read (or derive) its spec, with the dims of its networks filled in.
 
     weights: fetch the weights too, if the model is on the hub, once its small files are all right.
-    Raises a one-line `ValueError` for an unknown name, a folder that is no model, a wrong spec.
+    Raises a one-line `ValueError` for an unknown name, a folder without a model, a wrong spec.
     """
     name = str(name_or_path)
     folder = _local(name)

@@ -49,7 +49,7 @@ class Model:
     meshes: Meshes = field(default_factory=alone)
 
 
-class Absent:
+class MissingPart:
     """The place of a part that was not loaded: any use of it is refused."""
 
     def __init__(self, part: str) -> None:
@@ -95,10 +95,10 @@ def load(
     loaded: dict[str, Any] = {
         part: _load_part(spec, layout, folder, part, device=place, dtype=kind)
         if part in parts
-        else Absent(part)
+        else MissingPart(part)
         for part in PARTS
     }
-    words: Any = Absent("tokenizer")
+    words: Any = MissingPart("tokenizer")
     if "text" in parts:
         words = Tokenizer.load(layout.tokenizer_folder(folder))
         _check_vocabulary(words, spec, folder)

@@ -1,4 +1,4 @@
-"""The explicit few steps of a distilled model, with fresh noise between them or without."""
+"""Fixed-sigma (distilled) flow-match scheduler, with fresh noise between steps or without."""
 
 from __future__ import annotations
 

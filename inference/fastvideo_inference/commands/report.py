@@ -84,7 +84,7 @@ class TextReport:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class NoReport:
+class NullReport:
     """Nothing: another process tells what this one does too."""
 
     def start(self, *, index: int, total: int, prompt: str, seed: int) -> None:
@@ -104,7 +104,7 @@ class NoReport:
 def reporting(*, as_json: bool, is_silent: bool = False) -> Iterator[Report]:
     """Open the listener that the user asked for; a silent one for a process that only follows."""
     if is_silent:
-        yield NoReport()
+        yield NullReport()
         return
     if as_json:
         yield JsonReport()
