@@ -383,10 +383,10 @@ sys.exit(code)
 @pytest.mark.parametrize(
     ("strategy", "rank", "recipe"),
     [
-        ("accelerate", 0, IMAGE),
+        pytest.param("accelerate", 0, IMAGE, marks=pytest.mark.full),
         ("accelerate", 1, IMAGE),
         ("fsdp2", 1, IMAGE),  # its Muon fills other caches of DTensor
-        ("fsdp2", 0, VSA),
+        pytest.param("fsdp2", 0, VSA, marks=pytest.mark.full),
         pytest.param("deepspeed", 0, VSA, marks=deepspeed_runs),
     ],
     ids=lambda value: Path(str(value)).stem,
