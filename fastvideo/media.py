@@ -121,6 +121,17 @@ def read_facts(path: str | Path) -> VideoFacts:
     )
 
 
+def thumbnail(path: str | Path) -> bytes:
+    """Return the first frame of a file as a WebP image."""
+    from PIL import Image
+
+    with _opened(path) as file:
+        frames = [next(file.iter(filter_sequence=TO_RGB))]
+    image = io.BytesIO()
+    Image.fromarray(frames[0]).save(image, "WEBP", quality=90)
+    return image.getvalue()
+
+
 def contact_sheet(
     clips: Sequence[Frames],
     *,
@@ -148,15 +159,23 @@ def contact_sheet(
     )
 
 
-def write_png(path: str | Path, image: Frames, *, overwrite: bool = False) -> Path:
-    """Write one image (H W 3 uint8) as a PNG that appears whole or not at all."""
+def png(image: Frames) -> bytes:
+    """Encode one image (H W 3 uint8) as a PNG."""
     from PIL import Image
 
+    data = io.BytesIO()
+    Image.fromarray(_checked(image)).save(data, format="PNG")
+    return data.getvalue()
+
+
+def write_png(path: str | Path, image: Frames, *, overwrite: bool = False) -> Path:
+    """Write one image (H W 3 uint8) as a PNG that appears whole or not at all."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"image {path} must end in .png")
+    data = png(image)
     with files.atomic(path, overwrite=overwrite) as partial:
-        Image.fromarray(_checked(image)).save(partial, format="PNG")
+        partial.write_bytes(data)
     return path
 
 

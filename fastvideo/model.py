@@ -50,10 +50,12 @@ class Model:
 
 
 class MissingPart:
-    """The place of a part that was not loaded: any use of it is refused."""
+    """The place of a part that was not loaded: its config is known, any other use is refused."""
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, config: Any = None) -> None:
         self._part = part
+        if config is not None:
+            self.config = config
 
     def __getattr__(self, name: str) -> Any:
         """Refuse attributes and methods."""
@@ -95,7 +97,7 @@ def load(
     loaded: dict[str, Any] = {
         part: _load_part(spec, layout, folder, part, device=place, dtype=kind)
         if part in parts
-        else MissingPart(part)
+        else MissingPart(part, _config(spec, part))
         for part in PARTS
     }
     words: Any = MissingPart("tokenizer")
@@ -110,10 +112,8 @@ def load(
 
 def build_part(spec: Spec, part: str) -> nn.Module:
     """Build one network of a spec on the meta device."""
-    network = getattr(spec, part)
-    package = f"fastvideo.models.{part}"
-    config = registry.load(package, network.family, "Config").parse(network.config)
-    make = registry.load(package, network.family, _CLASSES[part])
+    config = _config(spec, part)
+    make = registry.load(f"fastvideo.models.{part}", getattr(spec, part).family, _CLASSES[part])
     module: nn.Module = weights.build(lambda: make(config))
     return module
 
@@ -152,6 +152,11 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def _config(spec: Spec, part: str) -> Any:
+    network = getattr(spec, part)
+    return registry.load(f"fastvideo.models.{part}", network.family, "Config").parse(network.config)
+
+
 def _check_vocabulary(tokenizer: Tokenizer, spec: Spec, folder: Path) -> None:
     known = int(spec.text.config.get("vocab_size", tokenizer.vocab_size))
     if tokenizer.vocab_size > known:
@@ -171,9 +176,9 @@ def _load_decoder(
     if name is None or str(name) == decoders.OWN:
         return None
     found = decoders.locate(name, folder)
-    vae = registry.load("fastvideo.models.vae", spec.vae.family, "Config").parse(spec.vae.config)
+    vae = asdict(_config(spec, "vae"))
     decoders.check_fits(
-        decoders.read_config(found), source=found, compression=spec.compression, vae=asdict(vae)
+        decoders.read_config(found), source=found, compression=spec.compression, vae=vae
     )
     net: nn.Module = decoders.read(found, **place)
     num_params = sum(p.numel() for p in net.parameters())

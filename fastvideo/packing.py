@@ -2,12 +2,18 @@
 
 tensors, text = pack(state)  # a dict of plain CPU tensors (safetensors takes it) and JSON
 state = unpack(tensors, text, device="cuda")
+
+num_bytes = write(state, descriptor)  # both in one file, such as shared memory
+state = read(descriptor)              # maps it: nothing is copied on a CPU
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import mmap
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -19,6 +25,7 @@ from torch import Tensor
 from fastvideo.sampling import SamplingParams
 from fastvideo.stages import State
 
+_ALIGNMENT, _SIZE_BYTES = 64, 8  # of tensors in a file; of the size of its JSON
 # Types are named in the JSON; these packages hold nothing but what a model is made of.
 _TRUSTED = ("fastvideo.models.", "fastvideo.schedulers", "fastvideo.stages")
 
@@ -36,6 +43,39 @@ def unpack(tensors: Mapping[str, Tensor], text: str, *, device: Any = "cpu") -> 
     if not isinstance(state, State):
         raise ValueError(f"packed value is a {type(state).__name__}, not a State")
     return state
+
+
+def write(state: State, descriptor: int) -> int:
+    """Write a state to a file that is empty, and return its number of bytes."""
+    tensors, text = pack(state)
+    offset, index = 0, {}
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        index[name] = (dtype, tuple(tensor.shape), offset)
+        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    head = json.dumps({"text": text, "tensors": index}).encode()
+    start = -(-(_SIZE_BYTES + len(head)) // _ALIGNMENT) * _ALIGNMENT
+    with os.fdopen(os.dup(descriptor), "r+b", buffering=0) as file:
+        file.truncate(start + offset)
+        file.write(len(head).to_bytes(_SIZE_BYTES, "little") + head)
+        for name, tensor in tensors.items():
+            file.seek(start + index[name][2])
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return start + offset
+
+
+def read(descriptor: int, *, device: Any = "cpu") -> State:
+    """Read what `write` wrote; the file may be closed while its tensors live on."""
+    data = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    size = int.from_bytes(data[:_SIZE_BYTES], "little")
+    head = json.loads(data[_SIZE_BYTES : _SIZE_BYTES + size])
+    start = -(-(_SIZE_BYTES + size) // _ALIGNMENT) * _ALIGNMENT
+    flat, tensors = torch.frombuffer(data, dtype=torch.uint8), {}
+    for name, (kind, shape, offset) in head["tensors"].items():
+        dtype = getattr(torch, kind)
+        end = start + offset + dtype.itemsize * math.prod(shape)
+        tensors[name] = flat[start + offset : end].view(dtype).reshape(shape)
+    return unpack(tensors, head["text"], device=device)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

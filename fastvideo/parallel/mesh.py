@@ -106,6 +106,18 @@ def joined(device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[torch
             dist.destroy_process_group()
 
 
+def join(device: torch.device, *, rank: int, size: int, file: str) -> torch.device:
+    """Join `size` processes that meet at a new file, for as long as this process lives.
+
+    No launcher started them; each has a device of its own.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=size)
+    return device
+
+
 def _join(device: torch.device, timeout: timedelta) -> torch.device:
     import torch.distributed.nn.functional  # its defaults keep a group that is there on import
 

@@ -3,8 +3,9 @@
 state = State((params,))
 for event in run(spec.stages, model, state): ...   # Progress, Notice, Preview, Chunk, Done
 
-A stage is a module with `NEEDS`, `GIVES` and `run(model, state)`, an iterator of events that ends
-in `Done`; its name is its file's. Stages know each other only through the fields of `State`, so any
+A stage is a module with `NEEDS`, `GIVES`, the `PARTS` of the model that it runs (a small decoder
+runs in place of the VAE) and `run(model, state)`, an iterator of events that ends in `Done`; its
+name is its file's. Stages know each other only through the fields of `State`, so any
 of them may run in another process. Progress bars, streaming and cancellation are what the consumer
 does with the iterator.
 """
@@ -148,11 +149,13 @@ def check(stages: Sequence[str], *, initial: Sequence[str] = ("requests",)) -> t
 def run(stages: Sequence[str], model: Model, state: State) -> Generator[Event, None, None]:
     """Run stages in a row; each `Done` carries the state so far, and the seconds it took.
 
-    From its first event to its end its LoRAs stay in the weights; others wait (`Loras.claim`).
+    From its first event to its end its LoRAs stay in the weights, if a stage runs the denoiser;
+    others wait (`Loras.claim`).
     """
     from fastvideo.lora import uses_of  # late: this module is read before a request is legal
 
-    claim = model.loras.claim(model.dit, uses_of(state.params.lora))
+    denoises = any("dit" in registry.module(__name__, name).PARTS for name in stages)
+    claim = model.loras.claim(model.dit, uses_of(state.params.lora if denoises else ()))
     try:
         yield from (Notice("request", text) for text in state.notices)
         for name in stages:

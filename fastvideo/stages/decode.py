@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAME = "decode"
 NEEDS = ("requests", "latents")
 GIVES = ("frames",)
+PARTS = ("vae",)
 
 Frames = npt.NDArray[np.uint8]
 

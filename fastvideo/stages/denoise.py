@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "denoise"
 NEEDS = ("requests", "cond", "uncond", "noise")
 GIVES = ("latents",)
+PARTS = ("dit",)
 
 
 def run(model: Model, state: State) -> Iterator[Event]:

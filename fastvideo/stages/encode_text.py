@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NAME = "encode_text"
 NEEDS = ("requests",)
 GIVES = ("cond", "uncond")
+PARTS = ("text",)
 
 
 def run(model: Model, state: State) -> Iterator[Event]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NAME = "prepare_latents"
 NEEDS = ("requests",)
 GIVES = ("noise",)
+PARTS: tuple[str, ...] = ()
 
 
 def run(model: Model, state: State) -> Iterator[Event]:

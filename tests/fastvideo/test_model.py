@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from fastvideo import model as models
-from fastvideo import weights
+from fastvideo import registry, stages, weights
 from fastvideo.model import load, pick_device, pick_dtype
 from fastvideo.models.dit.wan import KEEP_FLOAT32
 from fastvideo.models.text.tokenizer import build_word_tokenizer
+from fastvideo.stages import State
+from tests import clips
 
 
 def test_a_loaded_model_is_real_in_evaluation_mode_and_without_gradients(tiny_folder: Path):
@@ -137,3 +139,15 @@ print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_each_part_alone_runs_its_stages_for_the_frames_of_the_whole_model(tiny_folder: Path):
+    whole = load(tiny_folder, device="cpu", dtype="float32")
+    state = State((clips.params(whole),), previews=True)
+    *_, expected = stages.run(whole.spec.stages, whole, state)
+    for name in whole.spec.stages:
+        parts = registry.module("fastvideo.stages", name).PARTS
+        alone = load(tiny_folder, device="cpu", dtype="float32", parts=parts)
+        *_, last = stages.run((name,), alone, state)
+        state = last.state
+    assert (state.frames == expected.state.frames).all()

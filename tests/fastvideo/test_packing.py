@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from fastvideo import stages
+from fastvideo import packing, stages
 from fastvideo.model import Model, load
 from fastvideo.packing import pack, unpack
 from fastvideo.stages import Progress, State
@@ -74,3 +77,16 @@ def test_packed_text_cannot_name_foreign_types(kind: str):
 def test_a_packed_value_that_is_no_state_is_refused():
     with pytest.raises(ValueError, match="packed value is a dict, not a State"):
         unpack({}, '{"dict": {}}')
+
+
+def test_a_state_in_one_file_is_the_state_after_the_file_is_closed(model: Model):
+    with tempfile.TemporaryFile() as file:
+        *_, last = stages.run(("encode_text", "prepare_latents"), model, asked(model))
+        state = dataclasses.replace(last.state, latents=last.state.noise.to(torch.bfloat16))
+        num_bytes = packing.write(state, file.fileno())
+        assert num_bytes == os.fstat(file.fileno()).st_size
+        copy = packing.read(file.fileno())
+    assert copy.requests == state.requests
+    assert torch.equal(copy.cond.text_BLC, state.cond.text_BLC)
+    assert torch.equal(copy.noise, state.noise)
+    assert copy.latents.dtype == torch.bfloat16 and torch.equal(copy.latents, state.latents)
