@@ -1,0 +1,71 @@
+"""How long things usually take: limits for a step that hangs, and estimates for those who wait."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastvideo.sampling import SamplingParams
+from fastvideo.spec import Spec
+
+STEP_LIMIT_S, TIMES_USUAL = 30.0, 5.0
+_ALIKE = 4.0  # sizes of clips, of which one tells how long the other takes
+_FORGET = 0.3  # how fast a slow interval is forgotten
+_Key = tuple[object, ...]
+
+
+def work(params: SamplingParams, spec: Spec) -> float:
+    """Return about the FLOP of a layer in a step of a clip; guidance runs two forwards."""
+    shape = spec.latent_shape(frames=params.num_frames, height=params.height, width=params.width)
+    tokens = shape.tokens(spec.compression.patch).num_tokens
+    dit = spec.dit.config
+    width = dit.get("num_attention_heads", 40) * dit.get("attention_head_dim", 128)
+    each = 8 * width * width + 4 * width * dit.get("ffn_dim", 13824) + 4 * tokens * width
+    return float(tokens * each * (1 if params.guidance_scale == 1 else 2))
+
+
+class Book:
+    """Seconds between two signs of progress, by pool, model and stage; seconds of whole clips."""
+
+    def __init__(self) -> None:
+        self._intervals: dict[_Key, dict[float, float]] = {}
+        self._clips: dict[str, dict[float, float]] = {}
+        self._shares: dict[str, dict[str, float]] = {}
+
+    def note(self, key: _Key, work: float, seconds: float) -> None:
+        """Keep an interval; a longer one counts at once, a shorter one slowly."""
+        known = self._intervals.setdefault(key, {})
+        old = known.get(work, seconds)
+        known[work] = max(seconds, old + _FORGET * (seconds - old))
+
+    def limit_s(self, key: _Key, work: float) -> float | None:
+        """Return after how long a step of this size is given up; None if none was ever seen."""
+        known = self._intervals.get(key)
+        if not known:
+            return None
+        nearest = _nearest(known, work)
+        return max(STEP_LIMIT_S, TIMES_USUAL * known[nearest] * work / nearest)
+
+    def note_clip(self, model: str, work: float, stage_seconds: dict[str, float]) -> None:
+        """Keep the seconds of a finished clip."""
+        self._clips.setdefault(model, {})[work] = sum(stage_seconds.values())
+        self._shares[model] = dict(stage_seconds)
+
+    def clip_s(self, model: str, work: float) -> float | None:
+        """Return about how many seconds of work a clip is; None before one of about its size."""
+        known = self._clips.get(model)
+        nearest = _nearest(known, work) if known else 0.0
+        is_alike = known and max(nearest / work, work / nearest) <= _ALIKE
+        return known[nearest] * work / nearest if known and is_alike else None
+
+    def progress(self, model: str, row: Sequence[str], index: int, fraction: float) -> float:
+        """Return how much of a clip is done, 0 to 1, by what stages took of the one before."""
+        shares = [self._shares.get(model, {}).get(stage, 0.0) for stage in row]
+        if not sum(shares):
+            shares = [1.0] * len(row)
+        done = sum(shares[:index]) + (shares[index] * fraction if index < len(row) else 0.0)
+        return done / sum(shares)
+
+
+def _nearest(known: dict[float, float], work: float) -> float:
+    return min(known, key=lambda other: abs(math.log(other / work)))

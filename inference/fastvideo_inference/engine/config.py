@@ -1,0 +1,77 @@
+"""The config of `fastvideo serve`: workers, SLO classes, keys, limits; torch-free, from TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fastvideo.config import Strict
+
+
+class WorkerConfig(Strict):
+    """`count` equal workers, each one process, or a group of ranks if there are several devices.
+
+    `stages` of the model's row that it runs (several: a monolith). `devices`, one a rank, are such
+    as "cuda:0"; "cpu:0" is one pinned core. `parallel` shares a clip among the ranks. `memory`
+    (GiB; None: no limit): parts that do not fit together are loaded for their stage and freed.
+    `model` "" serves every bundled model, each loaded on first use, in half of the device's memory
+    unless `memory` says otherwise.
+    """
+
+    stages: tuple[str, ...] = ("encode_text", "prepare_latents", "denoise", "decode")
+    model: str = ""
+    devices: tuple[str, ...] = ("auto",)
+    parallel: str = ""
+    count: int = Field(default=1, ge=1)
+    memory: float | None = Field(default=None, gt=0)
+
+
+class ClassConfig(Strict):
+    """An SLO class: how many jobs may wait, and the deadline that orders them; None: unpromised."""
+
+    name: str = "default"
+    deadline_s: float | None = Field(default=None, gt=0)
+    queue: int = Field(default=64, ge=1)
+
+
+class KeyConfig(Strict):
+    """An API key by the SHA-256 of it; `rate` is requests a minute, `running` jobs at once."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    slo_class: str = Field(default="", alias="class")
+    rate: float | None = Field(default=None, gt=0)
+    running: int | None = Field(default=None, ge=1)
+
+
+class Limits(Strict):
+    """The most that a request over HTTP may ask for, and what the server keeps."""
+
+    width: int = 1920
+    height: int = 1920
+    num_frames: int = 257
+    num_inference_steps: int = 100
+    prompt_chars: int = 8000
+    body_bytes: int = 1 << 20
+    output_bytes: int = 20 << 30
+    output_ttl_s: float = 24 * 3600.0
+
+
+class ServeConfig(Strict):
+    """All that `fastvideo serve` is told; without a file these defaults."""
+
+    worker: tuple[WorkerConfig, ...] = (WorkerConfig(),)
+    class_: tuple[ClassConfig, ...] = Field(default=(ClassConfig(),), alias="class")
+    key: tuple[KeyConfig, ...] = ()
+    lora: dict[str, str] = Field(default_factory=dict, description="name: path")
+    decoder: dict[str, str] = Field(default_factory=dict, description="name: path")
+    limits: Limits = Limits()
+    policy: str = "fifo"
+    executor: Literal["local", "process"] = "process"
+    checkpoint_every: int = Field(default=1, ge=1, description="denoising steps")
+    in_flight: int = Field(default=2, ge=1, description="states that wait between two stages")
+    interrupted: Literal["requeue", "fail"] = "requeue"
+    heartbeat_s: float = Field(default=10.0, gt=0)
+    folder: Path = Path("outputs/serve")

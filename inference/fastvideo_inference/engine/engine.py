@@ -1,0 +1,500 @@
+"""The engine: jobs in, files out, whatever happens to workers.
+
+engine = Engine(config)
+await engine.start()
+job = await engine.submit(Submission(model="fastwan-nano", params=params))    # committed
+async for event in engine.events(job.id): ...
+
+A job is a row of stages. It waits, is dispatched to a worker that has its next stages, and comes
+back with a state from which the row goes on: on another worker, after a stop at a step boundary, or
+after its worker's death. Every dispatch has a number, by which what an earlier one still says is
+known and dropped. The engine alone publishes a clip, and tells its end once it is in the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from fastvideo import hub, registry
+from fastvideo.spec import Spec
+from fastvideo_inference.engine import pools
+from fastvideo_inference.engine.book import Book
+from fastvideo_inference.engine.config import ServeConfig
+from fastvideo_inference.engine.fleet import Fleet, Slot
+from fastvideo_inference.engine.job import (
+    TERMINAL,
+    EngineStoppingError,
+    Failure,
+    Job,
+    JobEvent,
+    QueueFullError,
+    Submission,
+)
+from fastvideo_inference.engine.ledger import Ledger, log_error
+from fastvideo_inference.engine.messages import LAST, Report, Task
+from fastvideo_inference.engine.record import ENCODE, Counts, PromptCache, Record, add
+
+MOST_DEATHS, _MOST_STARTS = 2, 3  # of a job's workers; of one that never gets to work
+_GUESS_S = 10.0  # of a clip, before any was made
+_PACKAGE = "fastvideo_inference.engine"
+
+
+class Engine:
+    """Owns the jobs, their last states, the queues and the workers, all on one event loop."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self._classes = {one.name: one for one in config.class_}
+        self._deadlines_s = {one.name: one.deadline_s for one in config.class_ if one.deadline_s}
+        self._policy: Any = registry.module(f"{_PACKAGE}.policies", config.policy)
+        executor = registry.load(f"{_PACKAGE}.executors", config.executor, "Executor")()
+        self._book = Book()
+        self._fleet = Fleet(config, executor, self._book, hear=self._hear, lost=self._lost)
+        self._ledger = Ledger(config.folder)
+        self._records = self._ledger.records
+        self._cache, self._counts = PromptCache(), Counts()
+        self._num_lines = min(pool.count for pool in config.worker)  # clips that are made at once
+        self._waiting: list[Record] = []  # for a worker, in the order in which they began to
+        self._positions: dict[str, int] | None = None  # in the queue, until it changes
+        self._specs: dict[str, Spec] = {}
+        self._accepting = asyncio.Lock()
+        self._ready: asyncio.Task[None] | None = None
+        self._is_draining = False
+
+    # What a server calls
+
+    async def start(self) -> None:
+        """Claim the folder's journal, restore its jobs, start the workers; return at once."""
+        try:
+            for job, is_deleted in await self._ledger.open():
+                await self._restore(job, is_deleted=is_deleted)
+            self._fleet.start(self._ledger.work)
+        except BaseException:
+            await self.stop()
+            raise
+        self._ready = asyncio.create_task(self._warm_up())
+        self._ready.add_done_callback(log_error)
+
+    async def ready(self) -> None:
+        """Return when the default model has made a clip; raise `ValueError` if it cannot."""
+        assert self._ready is not None, "start() comes first"
+        await asyncio.shield(self._ready)
+
+    def is_ready(self) -> bool:
+        """Tell whether `ready` would return now."""
+        done = self._ready
+        return done is not None and done.done() and not done.cancelled() and not done.exception()
+
+    async def submit(self, submission: Submission) -> Job:
+        """Commit a job and return it; the first one, if its idempotency key was used before.
+
+        Raises `QueueFullError`, `EngineStoppingError`, `ConflictError`, and `ValueError` for what
+        no worker can make. Like `cancel` and `delete`, it is done even if its caller is cancelled.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._accept(submission)))
+
+    async def _accept(self, submission: Submission) -> Job:
+        async with self._accepting:
+            known = self._ledger.known(submission)
+            if known:
+                return known
+            record = await self._new(submission)
+            self._check_room(record)
+            await self._ledger.commit(record.job)
+            self._ledger.add(record)
+        self._counts.admitted += 1
+        self._waiting.append(record)
+        self._pump()
+        return record.job
+
+    def job(self, job_id: str) -> Job | None:
+        """Return a job from memory; None if there is none (or it was deleted)."""
+        record = self._records.get(job_id)
+        return record.job if record and not record.is_deleted else None
+
+    def jobs(self, *, owner: str | None = None) -> list[Job]:
+        """Return jobs that are kept, newest first, of one owner or all."""
+        kept = (r.job for r in self._records.values() if not (r.is_deleted or r.is_warmup))
+        return [job for job in kept if owner in (None, job.submission.owner)][::-1]
+
+    def queue_position(self, job_id: str) -> int | None:
+        """Return how many jobs will be dispatched before it; None once it was dispatched."""
+        if self._positions is None:
+            ordered = self._order(self._queued())
+            self._positions = {record.id: place for place, record in enumerate(ordered)}
+        return self._positions.get(job_id)
+
+    def eta_s(self, job_id: str) -> float | None:
+        """Return about how many seconds until the end; None if nothing is known of its shape."""
+        record = self._records[job_id]
+        clip_s = None if record.is_over else self._book.clip_s(record.model, record.total)
+        ahead = (self.queue_position(job_id) or 0) / self._num_lines
+        return None if clip_s is None else clip_s * (ahead + 1 - record.job.progress)
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a job as cancelled, and its work at the next step boundary of its worker."""
+        record = self._records[job_id]
+        await asyncio.shield(self._ledger.later(self._end(record, status="cancelled")))
+        return record.job
+
+    async def delete(self, job_id: str) -> None:
+        """Cancel a job and forget it and its file; the journal keeps that it was cancelled."""
+        await self.cancel(job_id)
+        await asyncio.shield(self._ledger.later(self._ledger.delete(self._records[job_id])))
+
+    async def events(self, job_id: str) -> AsyncIterator[JobEvent]:
+        """Yield what happens to a job, its status first, until it has ended or the engine stops."""
+        record = self._records[job_id]
+        queue = record.read()
+        if self._ledger.is_closing:  # nothing will happen any more
+            record.close()
+        try:
+            while event := await queue.get():
+                yield event
+                if event.values.get("status") in TERMINAL:
+                    return
+        finally:
+            record.readers.remove(queue)
+
+    def stats(self) -> dict[str, Any]:
+        """Return queue depths by class, running jobs, workers and counters, for metrics."""
+        queued = dict.fromkeys(self._classes, 0)
+        for record in self._queued():
+            queued[record.job.slo_class] += 1
+        running = sum(r.job.status == "in_progress" for r in self._records.values())
+        workers = self._fleet.stats()
+        return {"queued": queued, "running": running, "workers": workers, **asdict(self._counts)}
+
+    async def drain(self) -> None:
+        """Accept nothing more, finish what was begun; what waits is for the next start."""
+        self._is_draining = True
+        for record in [*self._records.values()]:
+            if record.job.status == "in_progress":
+                await record.ended.wait()
+
+    async def stop(self) -> None:
+        """End all workers, close the journal."""
+        self._is_draining = True
+        if self._ready:
+            self._ready.cancel()
+        await self._fleet.stop()
+        await self._ledger.close()
+        for record in self._records.values():
+            record.close()
+
+    # Jobs come in
+
+    async def _new(self, submission: Submission) -> Record:
+        if self._is_draining:
+            raise EngineStoppingError("the server is shutting down")
+        own = {key.name: key.slo_class for key in self.config.key}
+        default = own.get(submission.owner) or self.config.class_[0].name
+        name = submission.slo_class or default
+        if name not in self._classes:
+            hint, known = registry.did_you_mean(name, self._classes), ", ".join(self._classes)
+            raise ValueError(f"slo_class {name!r} is unknown{hint} (known: {known})")
+        spec = await self._spec(submission.model)
+        pools.check(self.config.worker, submission, spec)
+        job = Job(f"video_{secrets.token_hex(16)}", submission, slo_class=name)
+        job = replace(job, accepted_at_s=time.time(), notices=submission.notices)
+        return Record(job, spec)
+
+    async def _spec(self, model: str) -> Spec:
+        if model not in self._specs:
+            self._specs[model] = (await asyncio.to_thread(hub.open_model, model)).spec
+        return self._specs[model]
+
+    def _check_room(self, record: Record) -> None:
+        name = record.job.slo_class
+        limit = self._classes[name].queue
+        if sum(other.job.slo_class == name for other in self._queued()) < limit:
+            return
+        clip_s = self._book.clip_s(record.model, record.total) or _GUESS_S
+        text = f"the queue of class {name} is full: {limit} jobs wait"
+        raise QueueFullError(text, retry_after_s=max(1.0, clip_s / self._num_lines))
+
+    async def _restore(self, job: Job, *, is_deleted: bool) -> None:
+        """Take a job from the journal; one that had not ended waits again, or has failed."""
+        is_over = job.status in TERMINAL
+        if job.slo_class not in self._classes:  # the config has changed
+            job = replace(job, slo_class=self.config.class_[0].name)
+        record = Record(job, is_over=is_over, is_deleted=is_deleted)
+        self._ledger.add(record)
+        if is_over:
+            record.ended.set()
+            return
+        try:
+            record.known_spec = await self._spec(job.submission.model)
+            pools.check(self.config.worker, job.submission, record.spec)
+        except ValueError as error:
+            self._fail(record, "invalid_request", str(error))
+            return
+        self._ledger.path(record).unlink(missing_ok=True)  # published, and not committed
+        if job.status == "in_progress" and self.config.interrupted == "fail":
+            self._fail(record, "interrupted", "the server ended while the clip was made")
+            return
+        record.job = replace(job, status="queued", started_at_s=None, stage="", stage_seconds={})
+        self._waiting.append(record)
+
+    async def _warm_up(self) -> None:
+        """Make tiny clips, as many at once as the largest pool has workers.
+
+        They come last: a whole clip of the same model that is done before will do as well.
+        """
+        model = self.config.worker[0].model or hub.DEFAULT_MODEL
+        spec, made = await self._spec(model), []
+        workers = self.config.worker
+        for number in range(max(pool.count for pool in workers)):
+            params = pools.tiny(model, spec, workers, seed=number)
+            pools.check(workers, submission := Submission(model, params), spec)
+            job = Job(f"warmup_{number}", submission, accepted_at_s=math.inf)
+            made.append(Record(job, spec, is_warmup=True))
+            self._records[made[-1].id] = made[-1]
+        self._waiting += made
+        self._pump()
+        for record in made:
+            await record.ended.wait()
+            del self._records[record.id]
+            self._ledger.path(record).unlink(missing_ok=True)
+            if record.job.failure:
+                raise ValueError(f"{model} made no clip: {record.job.failure.message}")
+
+    def _skip_warm_up(self, model: str) -> None:
+        """End tiny clips that wait, since a whole one is made."""
+        for record in [r for r in self._waiting if r.is_warmup and r.model == model]:
+            self._waiting.remove(record)
+            self._ledger.later(self._end(record, status="completed"))
+
+    # Jobs go to workers
+
+    def _pump(self) -> None:
+        """Give idle workers what waits for them, those of late stages first."""
+        self._positions = None
+        for record in self._waiting:
+            found = self._cache.get(record.prompt_key) if record.index == 0 else None
+            if found:
+                record.index, (record.state, notices, _) = 1, found
+                told = (*record.job.notices, *notices)
+                record.job = replace(record.job, notices=told, stage_seconds={ENCODE: 0.0})
+        for slot in self._fleet.idle():
+            ordered = self._order(self._fitting(slot))
+            first = next((record for record in ordered if self._room(record, slot)), None)
+            if first:
+                self._dispatch(first, slot)
+        self._preempt()
+
+    def _fitting(self, slot: Slot) -> list[Record]:
+        """Return the jobs whose next stage a worker can run."""
+        return [
+            record
+            for record in self._waiting
+            if not (self._is_draining and record.is_queued) and self._fits(record, slot)
+        ]
+
+    def _fits(self, record: Record, slot: Slot) -> bool:
+        stage, submission = record.row[record.index], record.job.submission
+        return pools.unfit(slot.config, stage, submission, record.spec) is None
+
+    def _order(self, records: list[Record]) -> list[Record]:
+        running = [record.job for slot in self._fleet.slots if (record := self._at(slot))]
+        by_id = {record.id: record for record in records}
+        jobs = self._policy.order([r.job for r in records], running, self._deadlines_s)
+        return [by_id[job.id] for job in jobs]
+
+    def _room(self, record: Record, slot: Slot) -> bool:
+        """Tell whether few enough states wait, or will, for the stage after those of a worker.
+
+        That is one for each worker of its pool at least, or some of them could never work.
+        """
+        end = record.index + len(pools.run_on(slot.config, record.row, record.index))
+        if end == len(record.row):
+            return True
+        follows = record.row[end]
+        wait = [r for r in self._waiting if r.is_handed and r.row[r.index] == follows]
+        ahead = self._order([*wait, record]).index(record)
+        tasks = (other.task for other in self._fleet.slots)
+        come = sum(task is not None and task.later[:1] == (follows,) for task in tasks)
+        return ahead + come < max(self.config.in_flight, slot.config.count)
+
+    def _dispatch(self, record: Record, slot: Slot) -> None:
+        job, now = record.job, time.time()
+        stages = pools.run_on(slot.config, record.row, record.index)
+        attempt, was_queued = job.attempt + 1, record.is_queued
+        record.job = replace(job, status="in_progress", attempt=attempt, stage=stages[0])
+        record.slot, record.is_handed = slot, False
+        self._waiting.remove(record)
+        self._counts.attempts += 1
+        task = Task(
+            job_id=job.id,
+            attempt=attempt,
+            model=record.model,
+            decoder=job.submission.decoder,
+            params=job.submission.params,
+            notices=job.notices,
+            stages=stages,
+            later=record.row[record.index + len(stages) :],
+            output=self._ledger.part(job.id, attempt),
+            previews=job.submission.previews,
+            checkpoint_every=self.config.checkpoint_every,
+            is_quiet=record.is_warmup,
+            state=record.state,
+        )
+        self._fleet.assign(slot, task, work=record.work)
+        if was_queued:
+            record.job = replace(record.job, started_at_s=now)
+            record.tell()
+        if was_queued and not record.is_warmup:
+            add(self._counts.queue_s, now - job.accepted_at_s)
+            # so that a restart knows that it was interrupted
+            self._ledger.later(self._ledger.commit(record.job))
+
+    def _preempt(self) -> None:
+        """Ask for a worker back whose job the policy puts behind one that waits."""
+        for record in self._waiting:
+            for slot in self._fleet.slots:
+                running = self._at(slot)
+                if running and running.job.stage == "denoise" and self._fits(record, slot):
+                    is_later = self._policy.preempts(record.job, running.job, self._deadlines_s)
+                    if is_later and self._room(record, slot) and not self._is_draining:
+                        self._fleet.stop_task(slot)
+                        return
+
+    def _at(self, slot: Slot) -> Record | None:
+        """Return the job that a worker runs, if it is still to be run."""
+        record = self._records.get(slot.task.job_id) if slot.task else None
+        return record if record and record.slot is slot and not record.is_over else None
+
+    # Workers report
+
+    def _hear(self, slot: Slot, report: Report) -> None:
+        record = self._records.get(report.job_id)
+        is_at_it = record is not None and record.slot is slot and not record.is_over
+        if record and is_at_it and report.attempt == record.job.attempt:
+            self._take(record, report)
+        elif report.kind == "finished":  # of a job that was cancelled
+            self._ledger.discard(report.job_id, report.attempt)
+        if report.kind in ("ready", *LAST):
+            self._pump()
+
+    def _take(self, record: Record, report: Report) -> None:
+        values = dict(report.values)
+        record.state = report.state or record.state
+        if "transfer_s" in values:
+            add(self._counts.transfer_s, values.pop("transfer_s"))
+            self._counts.transfer_bytes += values["num_bytes"]
+        if report.kind in LAST:
+            record.slot = None
+        match report.kind:
+            case "progress" if values["stage"] in record.row:
+                self._take_progress(record, values["stage"], values["index"], values["total"])
+            case "notice":
+                notices = dict.fromkeys([*record.job.notices, values["text"]])  # once, of a retry
+                record.job = replace(record.job, notices=tuple(notices))
+                record.tell("notice", **values)
+            case "preview":
+                record.tell("preview", **values)
+            case "stage":
+                self._take_stage(record, values)
+            case "handed" | "stopped":
+                record.is_handed = report.kind == "handed"
+                self._waiting.append(record)
+            case "finished":
+                if not record.is_warmup:  # those are one for each worker
+                    self._skip_warm_up(record.model)
+                self._ledger.later(self._complete(record, values))
+            case "failed":
+                self._fail(record, values["code"], values["message"])
+
+    def _take_progress(self, record: Record, stage: str, index: int, total: int) -> None:
+        done = self._book.progress(record.model, record.row, record.index, index / total)
+        progress = max(record.job.progress, done)
+        record.job = replace(record.job, stage=stage, progress=progress)
+        record.tell("progress", stage=stage, index=index, total=total, progress=progress)
+
+    def _take_stage(self, record: Record, values: Mapping[str, Any]) -> None:
+        stage, seconds, job = values["stage"], values["seconds"], record.job
+        add(self._counts.stage_s.setdefault(stage, [0, 0.0]), seconds)
+        record.job = replace(job, stage_seconds={**job.stage_seconds, stage: seconds})
+        record.index += 1
+        if stage == ENCODE and record.index == 1 and record.index < len(record.row):
+            told = job.notices[len(job.submission.notices) :]
+            self._cache.put(record.prompt_key, record.state, told, values.get("num_bytes", 0))
+
+    def _lost(self, slot: Slot, task: Task | None, reason: str) -> None:
+        """Let the job of a dead worker go on from its last state, unless it was its second one."""
+        self._counts.worker_deaths += 1
+        if slot.crashes >= _MOST_STARTS:
+            for warmup in [record for record in self._records.values() if record.is_warmup]:
+                self._fail(warmup, "worker_died", f"worker {slot.name} does not start: {reason}")
+        record = self._records.get(task.job_id) if task else None
+        if record is None or record.slot is not slot or record.is_over:
+            return
+        stage = record.job.stage
+        deaths = record.job.deaths + slot.has_begun  # else it was dead before it had the task
+        record.job = replace(record.job, deaths=deaths)
+        if deaths >= MOST_DEATHS:
+            text = f"{deaths} workers died of it, the last one in {stage}: {reason}"
+            self._fail(record, "worker_died", text)
+            return
+        record.slot = None
+        self._waiting.append(record)
+        self._pump()
+
+    # Jobs end, once
+
+    async def _complete(self, record: Record, values: Mapping[str, Any]) -> None:
+        """Publish a clip under the job's name, then commit its end."""
+        if record.is_over:  # cancelled meanwhile
+            self._ledger.discard(record.id, record.job.attempt)
+            return
+        record.is_over = True
+        seconds = {**record.job.stage_seconds, "save": values["save_s"]}
+        try:
+            path = await self._ledger.publish(record)
+        except OSError as error:
+            failure = Failure("io_error", f"the clip cannot be published: {error.strerror}")
+            await self._commit_end(record, status="failed", failure=failure)
+            return
+        if not record.is_warmup:
+            self._book.note_clip(record.model, record.total, seconds)
+        made = {name: values[name] for name in ("frames_sha256", "recipe")}
+        made |= {"path": path, "progress": 1.0, "stage_seconds": seconds}
+        await self._commit_end(record, status="completed", **made)
+
+    def _fail(self, record: Record, code: str, message: str) -> None:
+        self._ledger.later(self._end(record, status="failed", failure=Failure(code, message)))
+
+    async def _end(self, record: Record, **fields: Any) -> None:
+        """End a job, unless its end is decided: then wait until that is committed."""
+        if record.is_over:
+            await record.ended.wait()
+            return
+        record.is_over = True
+        if record in self._waiting:
+            self._waiting.remove(record)
+        if record.slot and fields["status"] == "cancelled":
+            self._fleet.stop_task(record.slot)
+        await self._commit_end(record, **fields)
+
+    async def _commit_end(self, record: Record, **fields: Any) -> None:
+        record.state = record.slot = None
+        ended: Job = replace(record.job, finished_at_s=time.time(), **fields)
+        if record.is_warmup:
+            record.job = ended
+        elif await self._ledger.commit_end(ended):
+            record.job = ended
+            self._counts.end(ended)
+        record.ended.set()
+        record.tell()
+        self._pump()
+
+    # Helpers
+
+    def _queued(self) -> list[Record]:
+        return [record for record in self._waiting if record.is_queued and not record.is_warmup]

@@ -1,0 +1,99 @@
+"""What the engine knows of a job, and what it says while it works; torch-free.
+
+A job is one clip. It reaches exactly one terminal status and publishes exactly one file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from fastvideo.sampling import SamplingParams
+
+Status: TypeAlias = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+EventKind: TypeAlias = Literal["status", "progress", "preview", "notice"]
+TERMINAL: tuple[Status, ...] = ("completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A complete request for one clip. `owner` is the API key's name, "" without keys; `decoder`
+    is the path of a small decoder, "" for the VAE's own.
+
+    `slo_class` "" is the owner's class, else the first of the config. `idempotency_key` counts for
+    its owner and 24 hours; `body_sha256` tells a repeated request from another one with that key.
+    """
+
+    model: str
+    params: SamplingParams
+    notices: tuple[str, ...] = ()
+    slo_class: str = ""
+    owner: str = ""
+    idempotency_key: str = ""
+    body_sha256: str = ""
+    previews: bool = False
+    decoder: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed: a code for programs (such as "worker_died") and a line for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A snapshot of a job; times are seconds since the epoch, None if not reached.
+
+    `progress` is 0 to 1, `attempt` counts dispatches, `deaths` counts workers that died of it.
+    `path` is the published mp4, with `frames_sha256`, `recipe` and seconds by stage.
+    """
+
+    id: str
+    submission: Submission
+    status: Status = "queued"
+    slo_class: str = ""
+    accepted_at_s: float = 0.0
+    started_at_s: float | None = None
+    finished_at_s: float | None = None
+    stage: str = ""
+    progress: float = 0.0
+    attempt: int = 0
+    deaths: int = 0
+    failure: Failure | None = None
+    path: Path | None = None
+    frames_sha256: str = ""
+    recipe: dict[str, Any] | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """`kind` is "status", "progress", "preview" or "notice"; `values` are JSON, but of a preview.
+
+    A preview's values hold `png`: bytes of a contact sheet of its frames.
+    """
+
+    job_id: str
+    kind: EventKind
+    values: dict[str, Any]
+
+
+class QueueFullError(ValueError):
+    """The queue of a class is full; `retry_after_s` estimates when a place will be free."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStoppingError(ValueError):
+    """The engine drains and takes no new jobs."""
+
+
+class ConflictError(ValueError):
+    """An idempotency key was used for another request."""

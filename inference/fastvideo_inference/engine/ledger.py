@@ -1,0 +1,136 @@
+"""The jobs of a folder, in memory and in its journal, and their files; a thread writes to disk."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastvideo.log import logger
+from fastvideo_inference.engine.job import ConflictError, Job, Submission
+from fastvideo_inference.engine.journal import Journal
+from fastvideo_inference.engine.record import Record
+
+KEY_TTL_S = 24 * 3600.0
+WORK = ".work"  # of what is not published yet; emptied by every start and stop
+_RETRY_S = 1.0
+
+
+class Ledger:
+    """Records by id and by idempotency key; what it awaits is done once it is on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.records: dict[str, Record] = {}
+        self.folder = folder.absolute()
+        self.work = self.folder / WORK
+        self._keys: dict[tuple[str, str], Record] = {}
+        self._journal: Journal | None = None
+        self._disk = ThreadPoolExecutor(1, "journal")
+        self._pending: set[asyncio.Future[Any]] = set()
+        self.is_closing = False
+
+    async def open(self) -> list[tuple[Job, bool]]:
+        """Claim the folder, and return the jobs of its journal, and whether each is deleted."""
+        self._journal = await self._on_disk(Journal, self.folder)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        return list(await self._on_disk(self._journal.jobs))
+
+    async def close(self) -> None:
+        """Finish what is begun, and let another engine own the folder."""
+        self.is_closing = True
+        if self._pending:
+            await asyncio.wait(self._pending)
+        if self._journal:
+            await self._on_disk(self._journal.close)
+            shutil.rmtree(self.work, ignore_errors=True)
+        self._disk.shutdown()
+
+    def known(self, submission: Submission) -> Job | None:
+        """Return the job that its owner asked for under the same idempotency key before.
+
+        Raises `ConflictError` if that was another request.
+        """
+        record = self._keys.get((submission.owner, submission.idempotency_key))
+        if record is None or _is_old(record.job):
+            return None
+        if record.job.submission.body_sha256 != submission.body_sha256:
+            raise ConflictError("this idempotency key was used for another request")
+        return record.job
+
+    def add(self, record: Record) -> None:
+        """Keep a record; of one that was deleted only the idempotency key counts, for its time."""
+        submission = record.job.submission
+        has_key = bool(submission.idempotency_key) and not _is_old(record.job)
+        if has_key:
+            self._keys[submission.owner, submission.idempotency_key] = record
+        if has_key or not record.is_deleted:
+            self.records[record.id] = record
+
+    async def commit(self, job: Job) -> None:
+        """Write a job as it is; `OSError` if the disk refuses."""
+        assert self._journal is not None, "open() comes first"
+        await self._on_disk(self._journal.put, job)
+
+    async def commit_end(self, job: Job) -> bool:
+        """Write how a job ended, again and again while the disk refuses; False if that was vain."""
+        while not self.is_closing:
+            try:
+                await self.commit(job)
+                return True
+            except OSError as error:
+                logger.error("the end of %s waits for the journal: %s", job.id, error)
+                await asyncio.sleep(_RETRY_S)
+        return False
+
+    async def delete(self, record: Record) -> None:
+        """Forget a job that has ended, and its file; the journal keeps a row."""
+        assert self._journal is not None, "open() comes first"
+        record.is_deleted = True
+        await self._on_disk(self._journal.delete, record.id)
+        await self._on_disk(self.path(record).unlink, True)
+        if not record.job.submission.idempotency_key:
+            self.records.pop(record.id, None)
+
+    async def publish(self, record: Record) -> Path:
+        """Give the file of the current attempt the job's name."""
+        path = self.path(record)
+        await self._on_disk(self.part(record.id, record.job.attempt).rename, path)
+        return path
+
+    def later(self, work: Awaitable[Any]) -> asyncio.Future[Any]:
+        """Do work beside what goes on; `close` waits for it."""
+        future = asyncio.ensure_future(work)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        future.add_done_callback(log_error)
+        return future
+
+    def part(self, job_id: str, attempt: int) -> Path:
+        """Return where an attempt writes its file."""
+        return self.work / f"{job_id}-{attempt}.mp4"
+
+    def discard(self, job_id: str, attempt: int) -> None:
+        """Remove the file of an attempt whose result is not wanted."""
+        self.later(self._on_disk(self.part(job_id, attempt).unlink, True))
+
+    def path(self, record: Record) -> Path:
+        """Return the published file's place."""
+        return self.folder / f"{record.id}.mp4"
+
+    def _on_disk(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+
+def log_error(future: asyncio.Future[Any]) -> None:
+    """Log what a future raised, since nobody waits for it."""
+    if not future.cancelled() and (error := future.exception()):
+        logger.error("engine: %s", error, exc_info=error)
+
+
+def _is_old(job: Job) -> bool:
+    return time.time() - job.accepted_at_s > KEY_TTL_S

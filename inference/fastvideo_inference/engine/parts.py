@@ -1,0 +1,104 @@
+"""Parts of models that a worker holds: loaded for their stage, freed for others' memory."""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastvideo import hub
+from fastvideo.hub import OpenModel
+from fastvideo.log import logger
+from fastvideo.model import Model, build_part, load
+from fastvideo.parallel.mesh import Meshes
+from fastvideo_inference import recipe
+from fastvideo_inference.recipe import DecoderId, ModelId
+
+_GIB = 2**30
+_FIELDS = {"text": ("text", "tokenizer"), "dit": ("dit", "loras"), "vae": ("vae", "decoder")}
+_Key = tuple[str, str, str]  # model, part, path of a small decoder in place of the VAE's
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A model without weights."""
+
+    found: OpenModel
+    model: Model
+
+
+class Parts:
+    """Loaded parts of any number of models, the least recently used freed first."""
+
+    def __init__(
+        self, meshes: Meshes, *, memory: float | None, loading: Callable[[Sequence[str]], None]
+    ) -> None:
+        self._meshes = meshes
+        self._limit = None if memory is None else memory * _GIB
+        self._loading = loading
+        self._bases: dict[str, _Base] = {}
+        self._parts: OrderedDict[_Key, Model] = OrderedDict()
+        self._ids: dict[str, ModelId] = {}
+
+    def model(self, name: str, parts: Sequence[str], *, decoder: str = "") -> Model:
+        """Return a model whose `parts` are loaded; with a `decoder`, it is in the VAE's place."""
+        base = self._base(name)
+        keys: list[_Key] = [(name, part, decoder if part == "vae" else "") for part in parts]
+        missing = [key for key in keys if key not in self._parts]
+        if missing:
+            self._loading([part for _, part, _ in missing])
+        for key in missing:
+            self._make_room(_size(base.model, key), keep=keys)
+            self._parts[key] = _load(base.found, key, self._meshes.device)
+        fields: dict[str, Any] = {}
+        for key in keys:
+            self._parts.move_to_end(key)
+            fields |= {name: getattr(self._parts[key], name) for name in _FIELDS[key[1]]}
+        return replace(base.model, meshes=self._meshes, **fields)
+
+    def ids(self, name: str, *, decoder: str = "") -> tuple[ModelId, DecoderId | None]:
+        """Return what a recipe says of a model and its decoder."""
+        found = self._base(name).found
+        if name not in self._ids:
+            digest = recipe.fingerprint(found.folder)
+            self._ids[name] = ModelId(
+                name_or_path=found.name, spec=found.spec.name, fingerprint=digest
+            )
+        return self._ids[name], recipe.decoder_id(decoder or None, found.spec, found.folder)
+
+    def _base(self, name: str) -> _Base:
+        if name not in self._bases:
+            found = hub.open_model(name, weights=True)
+            self._bases[name] = _Base(found, load(found, device=self._meshes.device, parts=()))
+        return self._bases[name]
+
+    def _make_room(self, size: int, *, keep: Sequence[_Key]) -> None:
+        if self._limit is None:
+            return
+        held = {key: _size(model, key) for key, model in self._parts.items()}
+        for key in [key for key in self._parts if key not in keep]:
+            if sum(held.values()) + size <= self._limit:
+                return
+            logger.info("%s of %s is freed", key[1], key[0])
+            del self._parts[key], held[key]
+            gc.unfreeze()
+            gc.collect()
+            if self._meshes.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _load(found: OpenModel, key: _Key, device: torch.device) -> Model:
+    _, part, decoder = key
+    return load(found, device=device, parts=() if decoder else (part,), decoder=decoder or None)
+
+
+def _size(model: Model, key: _Key) -> int:
+    """Return the bytes of a part's weights, as its type is when it is loaded."""
+    if key[2]:
+        return 0  # a small decoder
+    network = build_part(model.spec, key[1])
+    return sum(p.numel() for p in network.parameters()) * model.dtype.itemsize

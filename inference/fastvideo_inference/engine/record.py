@@ -1,0 +1,159 @@
+"""A job as the engine holds it, the cache of encoded prompts, and what is counted of jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvideo.spec import Spec
+from fastvideo_inference.engine import book
+from fastvideo_inference.engine.fleet import Slot
+from fastvideo_inference.engine.job import EventKind, Job, JobEvent
+
+ENCODE = "encode_text"
+_READER_EVENTS = 256  # that wait for a slow reader: the newest
+_CACHE_BYTES, _CACHE_ENTRIES = 256 << 20, 256  # shared memory, and the descriptors of it
+_Key = tuple[object, ...]
+
+
+@dataclass(eq=False)
+class Record:
+    """A job, and what the engine alone knows: how far its row is, and the state to go on from.
+
+    `is_handed`: it waits for the stage after the one it comes from. `is_over`: its end is decided;
+    `ended`, and all who ask, know it once the journal does.
+    """
+
+    job: Job
+    known_spec: Spec | None = None
+    index: int = 0
+    state: Any = None
+    slot: Slot | None = None
+    is_handed: bool = False
+    is_over: bool = False
+    is_deleted: bool = False
+    is_warmup: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    readers: list[asyncio.Queue[JobEvent | None]] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.job.id
+
+    @property
+    def spec(self) -> Spec:
+        """The model's spec, which a job that is over needs no more."""
+        assert self.known_spec is not None, "it is over"
+        return self.known_spec
+
+    @property
+    def model(self) -> str:
+        """The model's name, folder or hub id."""
+        return self.job.submission.model
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The stages of the model."""
+        return self.spec.stages
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether no worker has had it."""
+        return self.job.status == "queued"
+
+    @property
+    def work(self) -> float:
+        """What one step costs."""
+        return book.work(self.job.submission.params, self.spec)
+
+    @property
+    def total(self) -> float:
+        """What all steps cost."""
+        return self.work * self.job.submission.params.num_inference_steps
+
+    @property
+    def prompt_key(self) -> _Key:
+        """What decides the conditioning."""
+        params = self.job.submission.params
+        negative = None if params.guidance_scale == 1 else params.negative_prompt
+        return self.model, params.prompt, negative, self.spec.defaults.max_text_tokens
+
+    def read(self) -> asyncio.Queue[JobEvent | None]:
+        """Return a queue of all events from now on, the status first; None is the end."""
+        queue: asyncio.Queue[JobEvent | None] = asyncio.Queue(_READER_EVENTS)
+        queue.put_nowait(self._status())
+        self.readers.append(queue)
+        return queue
+
+    def tell(self, kind: EventKind = "status", **values: Any) -> None:
+        """Tell readers of an event, or of the status; a slow one loses its oldest."""
+        self._put(self._status() if kind == "status" else JobEvent(self.id, kind, values))
+
+    def close(self) -> None:
+        """End what reads."""
+        self._put(None)
+
+    def _put(self, event: JobEvent | None) -> None:
+        for queue in self.readers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(event)
+
+    def _status(self) -> JobEvent:
+        return JobEvent(self.id, "status", {"status": self.job.status})
+
+
+class PromptCache:
+    """States after `encode_text`, notices about their prompts, bytes; the last used are kept."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[_Key, tuple[Any, tuple[str, ...], int]] = OrderedDict()
+
+    def get(self, key: _Key) -> tuple[Any, tuple[str, ...], int] | None:
+        """Return what was kept under a key."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: _Key, state: Any, notices: tuple[str, ...], num_bytes: int) -> None:
+        """Keep a state, and let the oldest go that are too much."""
+        self._entries[key] = state, notices, num_bytes
+        while len(self._entries) > _CACHE_ENTRIES or self._num_bytes() > _CACHE_BYTES:
+            self._entries.popitem(last=False)
+
+    def _num_bytes(self) -> int:
+        return sum(size for _, _, size in self._entries.values())
+
+
+@dataclass
+class Counts:
+    """Counters since the start; pairs are [count, sum]."""
+
+    admitted: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    attempts: int = 0
+    worker_deaths: int = 0
+    transfer_bytes: int = 0
+    queue_s: list[float] = field(default_factory=lambda: [0, 0.0])
+    transfer_s: list[float] = field(default_factory=lambda: [0, 0.0])
+    stage_s: dict[str, list[float]] = field(default_factory=dict)
+
+    def end(self, job: Job) -> None:
+        """Count a job that ended."""
+        if job.failure:
+            self.failed[job.failure.code] = self.failed.get(job.failure.code, 0) + 1
+        elif job.status == "completed":
+            self.completed += 1
+        else:
+            self.cancelled += 1
+
+
+def add(pair: list[float], seconds: float) -> None:
+    """Count one more."""
+    pair[0] += 1
+    pair[1] += seconds

@@ -1,0 +1,205 @@
+"""A worker: runs stages of one clip at a time, says how far it is, and writes the finished file.
+
+worker = Worker(setup, send)     # send(report), from this thread
+worker.run(task)                 # from here on reports; the last of them is one of `LAST`
+worker.stop(Stop(...))           # from any thread
+
+A group of ranks runs the same tasks together; the first of them speaks.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastvideo import capacity, media, registry, stages
+from fastvideo.errors import NotFiniteError, one_line
+from fastvideo.log import logger
+from fastvideo.model import Model, pick_device
+from fastvideo.packing import pack, unpack
+from fastvideo.parallel import agree, degrees, mesh
+from fastvideo.parallel.mesh import Meshes
+from fastvideo.stages import Done, Notice, Preview, Progress, State
+from fastvideo_inference.engine.messages import Kind, Report, Setup, Stop, Task
+from fastvideo_inference.engine.parts import Parts
+from fastvideo_inference.pipeline import VideoPipeline
+
+SAVE = "save"
+_GIVEN = ("cond", "uncond", "noise", "latents", "frames")  # large fields of a state
+_SHEET_COLUMNS = 6
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Stopped(Exception):  # noqa: N818 - no error
+    pass
+
+
+class Worker:
+    """Runs tasks, one after the other, all in one thread."""
+
+    def __init__(self, setup: Setup, send: Callable[[Report], None]) -> None:
+        self._send = send
+        self._meshes = _join(setup)
+        memory = _half(self._meshes.device) if setup.memory == "half" else setup.memory
+        self._parts = Parts(self._meshes, memory=memory, loading=self._tell_loading)
+        self._task: Task | None = None
+        self._stop: Stop | None = None
+        self._lock = threading.Lock()
+
+    def stop(self, stop: Stop) -> None:
+        """Give the task back at its next step boundary, if it is that one or is still to come."""
+        with self._lock:
+            self._stop = stop
+
+    def run(self, task: Task) -> None:
+        """Run a task to its end, its failure or a stop.
+
+        An error that says nothing of the request, such as one of a GPU, is raised: this process is
+        not to be trusted with other clips. So is lack of memory in a group, whose other ranks wait.
+        """
+        self._task = task
+        logger.disabled = task.is_quiet
+        state = task.state or State((task.params,))
+        if self._meshes.device.type != "cpu":
+            state = unpack(*pack(state), device=self._meshes.device)
+        own = {"requests": (task.params,), "previews": task.previews, "notices": task.notices}
+        self._say("started")
+        try:
+            self._run(task, replace(state, **own))
+        except _Stopped:
+            pass
+        except Exception as error:
+            code = _code(error)
+            is_alone = self._meshes.axis("sample").size == 1
+            if code is None or (code == "out_of_memory" and not is_alone):
+                raise
+            logger.warning("%s: %s", task.job_id, one_line(error))
+            self._say("failed", code=code, message=one_line(error))
+        finally:
+            logger.disabled = False
+
+    @property
+    def job_id(self) -> str:
+        """The job of the task that it runs, or ran last."""
+        return self._task.job_id if self._task else "-"
+
+    def _run(self, task: Task, state: State) -> None:
+        for index, name in enumerate(task.stages):
+            later = (*task.stages[index + 1 :], *task.later)
+            needs = registry.module("fastvideo.stages", name).PARTS
+            model = self._parts.model(task.model, needs, decoder=task.decoder)
+            state = self._stage(task, model, name, state)
+            seconds = state.timings[name]
+            if later:
+                state = _slim(state, later)
+                self._say("stage", state, stage=name, seconds=seconds)
+            else:
+                self._say("stage", stage=name, seconds=seconds)
+                self._finish(task, model, state)
+                return
+        self._say("handed")
+
+    def _stage(self, task: Task, model: Model, name: str, state: State) -> State:
+        with closing(stages.run((name,), model, state)) as events:
+            for event in events:
+                if isinstance(event, Progress):
+                    state = state if event.state is None else replace(event.state, noise=None)
+                    self._step(task, event, state)
+                elif isinstance(event, Notice) and event.stage == name:
+                    self._say("notice", stage=name, text=event.text)
+                elif isinstance(event, Preview):
+                    self._say("preview", stage=name, index=event.index, png=_sheet(event))
+                elif isinstance(event, Done):
+                    return event.state
+        raise AssertionError("stages end in Done")
+
+    def _step(self, task: Task, event: Progress, state: State) -> None:
+        """Report progress, with the state at checkpoints; the boundary at which a task stops."""
+        is_over = event.index == event.total
+        is_due = event.state is not None and event.index % task.checkpoint_every == 0
+        kept = state if is_due and not is_over else None
+        self._say("progress", kept, stage=event.stage, index=event.index, total=event.total)
+        if not is_over and self._must_stop(task):
+            self._say("stopped", state)
+            raise _Stopped
+
+    def _must_stop(self, task: Task) -> bool:
+        with self._lock:
+            is_asked = self._stop == Stop(task.job_id, task.attempt)
+        return agree.with_first(is_asked, self._meshes.axis("sample"), self._meshes.device)
+
+    def _finish(self, task: Task, model: Model, state: State) -> None:
+        self._say("progress", stage=SAVE, index=0, total=1)
+        model_id, decoder_id = self._parts.ids(task.model, decoder=task.decoder)
+        video = VideoPipeline(model, model_id, decoder_id).video(state)
+        if video.writes:
+            started = time.perf_counter()
+            video.save(task.output)
+            self._say(
+                "finished",
+                frames_sha256=video.frames_sha256,
+                recipe=video.recipe,
+                save_s=time.perf_counter() - started,
+            )
+
+    def _tell_loading(self, parts: Sequence[str]) -> None:
+        self._say("loading", parts=tuple(parts))
+
+    def _say(self, kind: Kind, state: State | None = None, **values: Any) -> None:
+        if self._meshes.is_first:
+            assert self._task is not None, "reports are about a task"
+            self._send(Report(kind, self.job_id, self._task.attempt, values, state))
+
+
+def _join(setup: Setup) -> Meshes:
+    if setup.size == 1:
+        return mesh.alone(pick_device(setup.device))
+    device = mesh.join(
+        pick_device(setup.device), rank=setup.rank, size=setup.size, file=setup.rendezvous
+    )
+    split = degrees.parse(setup.parallel)
+    if split.of("batch") > 1:
+        raise ValueError(f"parallel {setup.parallel}: a worker makes one clip; use count for data")
+    return mesh.build(split, device)
+
+
+def _half(device: torch.device) -> float | None:
+    """Return half of a device's memory in GiB; None if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 2 / 2**30
+    total = capacity.host_memory()
+    return total and total / 2 / 2**30
+
+
+def _slim(state: State, later: Sequence[str]) -> State:
+    """Drop what no later stage needs, so that it is neither sent nor kept."""
+    needs = {field for name in later for field in _needs(name)}
+    unneeded: dict[str, Any] = {field: None for field in _GIVEN if field not in needs}
+    return replace(state, **unneeded)
+
+
+def _needs(stage: str) -> Iterator[str]:
+    yield from registry.module("fastvideo.stages", stage).NEEDS
+
+
+def _sheet(preview: Preview) -> bytes:
+    frames = preview.frames[0]
+    return media.png(media.contact_sheet([frames], num_columns=min(_SHEET_COLUMNS, len(frames))))
+
+
+def _code(error: Exception) -> str | None:
+    """Return the code of an error that is the request's or the disk's; None for all others."""
+    if isinstance(error, NotFiniteError):
+        return "not_finite"
+    if isinstance(error, OSError):
+        return "disk_full" if error.errno in _FULL else "io_error"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "out_of_memory"
+    return "invalid_request" if isinstance(error, ValueError) else None

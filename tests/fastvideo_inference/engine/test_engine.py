@@ -1,0 +1,338 @@
+"""Jobs in, files out: the frames of the pipeline, whoever makes them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fastvideo_inference.engine.job import ConflictError, EngineStoppingError, QueueFullError
+from fastvideo_inference.recipe import read_recipe
+from tiny_loras import pairs, write_as
+
+from fastvideo import VideoPipeline, hub
+from fastvideo.model import load
+from fastvideo.stages import decode
+from tests.fastvideo_inference.engine.conftest import (
+    MONOLITH,
+    PAIR,
+    SPLIT,
+    ended,
+    running,
+    settled,
+    submission,
+    until,
+)
+from tests.fastvideo_inference.test_decoder import random_decoder, write
+
+
+@pytest.mark.parametrize(
+    ("executor", "worker"),
+    [
+        ("local", MONOLITH),
+        ("local", SPLIT),
+        ("process", PAIR),
+        pytest.param("process", SPLIT, marks=pytest.mark.full),
+        pytest.param("process", MONOLITH, marks=pytest.mark.full),
+    ],
+)
+def test_workers_make_the_pipeline_s_clip_with_its_recipe(
+    tiny_folder: Path, tmp_path: Path, expected, worker, executor
+):
+    async def main():
+        async with running(tiny_folder, tmp_path, worker, executor=executor) as engine:
+            jobs = [await engine.submit(submission(tiny_folder, seed=seed)) for seed in (3, 4)]
+            return [await ended(engine, job) for job in jobs]
+
+    num_attempts = {len(MONOLITH): 1, len(PAIR): 3, len(SPLIT): 3}[len(worker)]
+    for seed, job in zip((3, 4), asyncio.run(main()), strict=True):
+        assert job.failure is None and job.status == "completed"
+        assert job.frames_sha256 == expected(seed)
+        assert job.path == tmp_path / f"{job.id}.mp4"
+        recipe = read_recipe(job.path)
+        assert recipe.model_dump(mode="json") == job.recipe
+        assert [*job.stage_seconds] == [*hub.open_model(tiny_folder).spec.stages, "save"]
+        assert job.attempt == num_attempts or job.stage_seconds["encode_text"] == 0
+
+
+def test_a_restart_keeps_finished_jobs_and_makes_those_that_waited(
+    tiny_folder: Path, tmp_path: Path, expected
+):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            first = await ended(engine, await engine.submit(submission(tiny_folder, seed=1)))
+            waits = [await engine.submit(submission(tiny_folder, seed=s)) for s in (2, 3)]
+            reader = asyncio.create_task(ended(engine, waits[1]))
+            await asyncio.sleep(0)
+        assert (await reader).status != "completed"  # streams end with the engine
+        assert len([event async for event in engine.events(waits[1].id)]) == 1
+        async with running(tiny_folder, tmp_path) as engine:
+            assert engine.job(first.id) == first
+            assert [job.id for job in engine.jobs()] == [waits[1].id, waits[0].id, first.id]
+            return [await ended(engine, job) for job in waits]
+
+    jobs = asyncio.run(main())
+    assert [job.frames_sha256 for job in jobs] == [expected(2), expected(3)]
+
+
+def test_a_restart_fails_interrupted_jobs_if_so_configured(tiny_folder: Path, tmp_path: Path):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            long = submission(tiny_folder, num_inference_steps=300)
+            jobs = [await engine.submit(long), await engine.submit(submission(tiny_folder))]
+            await until(engine, jobs[0], step=2)
+        async with running(tiny_folder, tmp_path, interrupted="fail") as engine:
+            return [await ended(engine, job) for job in jobs]
+
+    interrupted, waited = asyncio.run(main())
+    assert (interrupted.status, interrupted.failure.code) == ("failed", "interrupted")
+    assert waited.status == "completed"
+
+
+def test_a_folder_has_one_engine(tiny_folder: Path, tmp_path: Path):
+    async def main():
+        async with running(tiny_folder, tmp_path):
+            with pytest.raises(ValueError, match="belongs to an engine"):
+                async with running(tiny_folder, tmp_path):
+                    pass
+        async with running(tiny_folder, tmp_path):
+            pass
+
+    asyncio.run(main())
+
+
+def test_an_idempotency_key_gives_its_first_job_again_also_after_a_restart(
+    tiny_folder: Path, tmp_path: Path
+):
+    def asked(seed: int, key: str = "k", owner: str = "me"):
+        beside = {"idempotency_key": key, "body_sha256": str(seed), "owner": owner}
+        return submission(tiny_folder, seed=seed, beside=beside)
+
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            both = await asyncio.gather(engine.submit(asked(1)), engine.submit(asked(1)))
+            others = [
+                await engine.submit(asked(2, "l")),
+                await engine.submit(asked(2, owner="you")),
+            ]
+            await engine.delete(others[0].id)
+        async with running(tiny_folder, tmp_path) as engine:
+            assert len({both[0].id, both[1].id, *(job.id for job in others)}) == 3
+            assert (await engine.submit(asked(1))).id == both[0].id
+            with pytest.raises(ConflictError):
+                await engine.submit(asked(2))
+            again = await engine.submit(asked(2, "l"))
+            assert (again.id, again.status) == (others[0].id, "cancelled")
+            assert engine.job(again.id) is None
+            assert others[0].id not in [job.id for job in engine.jobs()]
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_says_when_to_come_again_and_a_cancelled_job_makes_room(
+    tiny_folder: Path, tmp_path: Path
+):
+    classes = [{"name": "default", "queue": 2}, {"name": "other", "queue": 1}]
+
+    async def main():
+        async with running(tiny_folder, tmp_path, **{"class": classes}) as engine:
+            await engine.ready()
+            running_ = await engine.submit(submission(tiny_folder, num_inference_steps=300))
+            waiting = [await engine.submit(submission(tiny_folder)) for _ in range(2)]
+            assert [engine.queue_position(job.id) for job in (running_, *waiting)] == [None, 0, 1]
+            with pytest.raises(QueueFullError) as full:
+                await engine.submit(submission(tiny_folder))
+            assert full.value.retry_after_s >= 1
+            await engine.submit(submission(tiny_folder, beside={"slo_class": "other"}))
+            with pytest.raises(ValueError, match="slo_class 'othr' is unknown"):
+                await engine.submit(submission(tiny_folder, beside={"slo_class": "othr"}))
+            assert engine.stats()["queued"] == {"default": 2, "other": 1}
+            cancelled = await asyncio.gather(*(engine.cancel(j.id) for j in (waiting[0], running_)))
+            assert [job.status for job in cancelled] == ["cancelled"] * 2
+            last = await ended(engine, await engine.submit(submission(tiny_folder)))
+            assert last.status == "completed"
+            assert engine.stats()["cancelled"] == 2
+            assert not list(tmp_path.glob(f"*{running_.id}*"))
+            assert engine.stats()["stage_s"]["denoise"][0] == engine.stats()["completed"] + 1
+
+    asyncio.run(main())
+
+
+def test_events_tell_the_way_of_a_job_with_previews_if_asked(preview_folder: Path, tmp_path: Path):
+    async def main():
+        async with running(preview_folder, tmp_path, SPLIT) as engine:
+            beside = {"previews": True}
+            job = await engine.submit(submission(preview_folder, seed=2, beside=beside))
+            return [event async for event in engine.events(job.id)]
+
+    events = asyncio.run(main())
+    statuses = [e.values["status"] for e in events if e.kind == "status"]
+    assert statuses[-2:] == ["in_progress", "completed"]
+    assert statuses[:-2] in ([], ["queued"])
+    steps = [e.values for e in events if e.kind == "progress"]
+    assert [s["index"] for s in steps if s["stage"] == "denoise"] == [0, 1, 2]
+    assert [s["progress"] for s in steps] == sorted(s["progress"] for s in steps)
+    sheets = [e.values["png"] for e in events if e.kind == "preview"]
+    assert len(sheets) == 2 and all(sheet.startswith(b"\x89PNG") for sheet in sheets)
+
+
+def test_few_states_wait_between_two_stages(tiny_folder: Path, tmp_path: Path, monkeypatch):
+    held = threading.Event()
+    run = decode.run
+
+    def slow(model, state):
+        if state.params.seed:
+            held.wait(30)
+        yield from run(model, state)
+
+    monkeypatch.setattr(decode, "run", slow)
+
+    async def main():
+        async with running(tiny_folder, tmp_path, SPLIT, in_flight=2) as engine:
+            await engine.ready()
+            jobs = [await engine.submit(submission(tiny_folder, seed=s)) for s in range(1, 9)]
+            await settled(engine)
+            begun = [job for job in engine.jobs() if job.status == "in_progress"]
+            held.set()
+            made = [await ended(engine, job) for job in jobs]
+            return len(begun), made
+
+    num_begun, made = asyncio.run(main())
+    assert num_begun == 1 + 2 + 2  # in decode, and before it and before denoise
+    assert {job.status for job in made} == {"completed"}
+
+
+@pytest.mark.parametrize("worker", [MONOLITH, SPLIT])
+def test_an_urgent_job_stops_another_at_a_step_which_goes_on_to_the_same_frames(
+    tiny_folder: Path, tmp_path: Path, expected, worker
+):
+    classes = [{"name": "batch"}, {"name": "clip", "deadline_s": 5}]
+
+    async def main():
+        config = {"class": classes, "policy": "deadline"}
+        async with running(tiny_folder, tmp_path, worker, **config) as engine:
+            await engine.ready()
+            slow = submission(tiny_folder, num_inference_steps=60)
+            long, *more = [await engine.submit(slow) for _ in range(4)]
+            await until(engine, long, step=2)
+            own = {"beside": {"slo_class": "clip"}, "prompt": "a blue ball"}
+            urgent = await ended(engine, await engine.submit(submission(tiny_folder, **own)))
+            assert {engine.job(job.id).finished_at_s for job in (long, *more)} == {None}
+            for job in more:
+                await engine.cancel(job.id)
+            return await ended(engine, long), urgent
+
+    long, urgent = asyncio.run(main())
+    assert long.attempt == urgent.attempt + 1
+    assert (urgent.status, long.deaths) == ("completed", 0)
+    assert long.frames_sha256 == expected(num_inference_steps=60)
+
+
+def test_a_drain_ends_what_was_begun_and_leaves_the_rest_to_the_next_start(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            asked = [submission(tiny_folder, num_inference_steps=steps) for steps in (60, 2, 2)]
+            jobs = [await engine.submit(one) for one in asked]
+            await until(engine, jobs[0], step=0)
+            await engine.drain()
+            with pytest.raises(EngineStoppingError):
+                await engine.submit(submission(tiny_folder))
+            assert [engine.job(job.id).status for job in jobs] == ["completed", "queued", "queued"]
+        async with running(tiny_folder, tmp_path) as engine:
+            assert [(await ended(engine, job)).status for job in jobs] == ["completed"] * 3
+
+    asyncio.run(main())
+
+
+def test_a_cached_prompt_is_not_encoded_again_and_its_notices_stay(
+    tiny_folder: Path, tmp_path: Path, expected
+):
+    prompt = "a red ball " * 20
+
+    async def main():
+        async with running(tiny_folder, tmp_path, SPLIT) as engine:
+            await engine.ready()
+            jobs = []
+            for seed in (1, 2):
+                asked = submission(tiny_folder, seed=seed, prompt=prompt)
+                jobs.append(await ended(engine, await engine.submit(asked)))
+            assert engine.stats()["stage_s"]["encode_text"][0] == 2  # with the warm-up
+            return jobs
+
+    first, second = asyncio.run(main())
+    assert first.notices == second.notices and len(first.notices) == 1
+    assert (second.attempt, second.stage_seconds["encode_text"]) == (3, 0)
+    assert second.frames_sha256 == expected(seed=2, prompt=prompt)
+
+
+def test_parts_that_do_not_fit_together_are_freed_for_each_other(
+    tiny_folder: Path, tmp_path: Path, expected, caplog
+):
+    async def main():
+        async with running(tiny_folder, tmp_path, [{"memory": 1e-9}]) as engine:
+            return await ended(engine, await engine.submit(submission(tiny_folder, seed=5)))
+
+    with caplog.at_level("INFO", logger="fastvideo"):
+        assert asyncio.run(main()).frames_sha256 == expected(5)
+    assert "dit of" in caplog.text and "is freed" in caplog.text
+
+
+def test_a_request_that_no_worker_can_make_is_refused(tiny_folder: Path, tmp_path: Path):
+    async def main():
+        async with running(tiny_folder, tmp_path, SPLIT) as engine:
+            with pytest.raises(ValueError, match="no worker has stage encode_text of model"):
+                await engine.submit(replace(submission(tiny_folder), model="fastwan-nano"))
+
+    asyncio.run(main())
+
+
+def test_loras_and_small_decoders_are_the_pipeline_s_also_in_split_stages(
+    tiny_copy: Path, tmp_path: Path
+):
+    small = write(random_decoder(), tmp_path / "small")
+    net = load(tiny_copy, device="cpu", parts=("dit",)).dit
+    lora = [f"{write_as('comfy', tmp_path, pairs(net))}:0.5"]
+
+    async def main():
+        async with running(tiny_copy, tmp_path / "out", SPLIT) as engine:
+            asked = [
+                submission(tiny_copy, seed=1),
+                submission(tiny_copy, seed=1, lora=lora, beside={"decoder": str(small)}),
+                submission(tiny_copy, seed=1),
+            ]
+            return [await ended(engine, await engine.submit(one)) for one in asked]
+
+    plain, other, again = asyncio.run(main())
+    pipe = VideoPipeline.from_pretrained(tiny_copy, device="cpu", decoder=str(small))
+    video = pipe("a red ball", seed=1, lora=lora)
+    assert other.frames_sha256 == video.frames_sha256 != plain.frames_sha256
+    assert other.recipe == video.recipe
+    assert again.frames_sha256 == plain.frames_sha256
+
+
+def test_what_was_asked_is_done_though_nobody_waits_for_the_answer(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def abandon(call):
+        task = asyncio.create_task(call)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            await abandon(engine.submit(submission(tiny_folder, num_inference_steps=500)))
+            while not engine.jobs():
+                await asyncio.sleep(0.01)
+            (job,) = engine.jobs()
+            await abandon(engine.cancel(job.id))
+            assert (await ended(engine, job)).status == "cancelled"
+
+    asyncio.run(main())

@@ -1,0 +1,333 @@
+"""Workers and engines that die, stop or hang: no job is lost, none is published twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastvideo_inference.engine import book
+from fastvideo_inference.engine.engine import Engine
+from fastvideo_inference.engine.executors import local
+from fastvideo_inference.engine.job import Job
+
+from fastvideo.stages import decode
+from tests.fastvideo_inference.engine.conftest import PAIR, SPLIT, ended, running, submission, until
+from tests.processes import has_ended
+
+BIG = {"num_frames": 33, "height": 64, "width": 64}  # long enough to be hit in the middle
+STAGES = ("encode_text", "denoise", "decode")
+GROUP = [
+    {"stages": ["encode_text", "prepare_latents"]},
+    {"stages": ["denoise", "decode"], "devices": ["cpu:0", "cpu:1"], "parallel": "ulysses=2"},
+]
+
+
+def pids(engine: Engine, stage: str) -> tuple[int, ...]:
+    (found,) = (w["pids"] for w in engine.stats()["workers"] if stage in w["stages"])
+    return tuple(found)
+
+
+async def at(engine: Engine, job: Job, stage: str) -> None:
+    """Wait until a worker says that it has begun a stage of a job."""
+    async for event in engine.events(job.id):
+        if event.kind == "progress" and event.values["stage"] == stage:
+            return
+    raise AssertionError(f"{job.id} ended before {stage}")
+
+
+async def replaced(engine: Engine, stage: str, old: tuple[int, ...]) -> None:
+    while pids(engine, stage) == old:
+        await asyncio.sleep(0.05)
+    assert all(has_ended(pid) for pid in old), "all ranks live and die together"
+
+
+async def fault(engine: Engine, model: Path, stage: str, number: int, rank: int = 0) -> list[Job]:
+    """Send a signal to a worker that is idle, and one that is at a job; return two jobs."""
+    idle = pids(engine, stage)
+    os.kill(idle[rank], number)
+    after_idle = await engine.submit(submission(model, seed=1, prompt=f"a red ball {stage}"))
+    await replaced(engine, stage, idle)
+    await ended(engine, after_idle)
+    prompt = f"a big red ball {stage} {number}"  # not in the cache of prompts
+    job = await engine.submit(submission(model, seed=2, prompt=prompt, **BIG))
+    await at(engine, job, stage)
+    busy = pids(engine, stage)
+    os.kill(busy[rank], number)
+    await replaced(engine, stage, busy)
+    return [await ended(engine, after_idle), await ended(engine, job)]
+
+
+def check(jobs: list[Job], folder: Path, expected: Any) -> None:
+    for job in jobs:
+        assert job.failure is None and job.status == "completed"
+        params = job.submission.params
+        fields = {name: getattr(params, name) for name in ("seed", "prompt", *BIG)}
+        assert job.frames_sha256 == expected(**fields)
+    published = sorted(path.name for path in folder.glob("*.mp4"))
+    assert published == sorted(f"{job.id}.mp4" for job in jobs)
+
+
+def test_a_worker_that_is_killed_or_stopped_is_replaced_and_its_job_goes_on(
+    tiny_folder: Path, tmp_path: Path, expected
+):
+    async def main():
+        config = {"executor": "process", "heartbeat_s": 3}
+        async with running(tiny_folder, tmp_path, PAIR, **config) as engine:
+            await engine.ready()
+            idle = pids(engine, "denoise")
+            os.kill(idle[0], signal.SIGSTOP)
+            job = await engine.submit(submission(tiny_folder, seed=2, **BIG))
+            await replaced(engine, "denoise", idle)
+            await at(engine, job, "decode")
+            busy = pids(engine, "decode")
+            os.kill(busy[0], signal.SIGKILL)
+            await replaced(engine, "decode", busy)
+            return [await ended(engine, job)]
+
+    check(asyncio.run(main()), tmp_path, expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_workers_of_every_stage_are_replaced(
+    tiny_folder: Path, tmp_path: Path, expected, number: signal.Signals
+):
+    async def main():
+        config = {"executor": "process", "heartbeat_s": 2}
+        async with running(tiny_folder, tmp_path, SPLIT, **config) as engine:
+            await engine.ready()
+            made = [await fault(engine, tiny_folder, stage, number) for stage in STAGES]
+            return [job for jobs in made for job in jobs]
+
+    check(asyncio.run(main()), tmp_path, expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_group_is_replaced_whole_when_one_of_its_ranks_is_lost(
+    tiny_folder: Path, tmp_path: Path, number: signal.Signals, rank: int
+):
+    async def main():
+        config = {"executor": "process", "heartbeat_s": 2}
+        async with running(tiny_folder, tmp_path, GROUP, **config) as engine:
+            await engine.ready()
+            stage = ("denoise", "decode")[rank]
+            one, two = await fault(engine, tiny_folder, stage, number, rank)
+            for job in (one, two):  # what it makes undisturbed
+                same = engine.job((await engine.submit(job.submission)).id)
+                assert (await ended(engine, same)).frames_sha256 == job.frames_sha256
+
+    asyncio.run(main())
+
+
+def test_a_request_that_kills_its_workers_fails_with_the_reason_and_others_are_made(
+    tiny_folder: Path, tmp_path: Path, expected
+):
+    async def poison(engine: Engine, job: Job) -> None:
+        async for event in engine.events(job.id):
+            if event.kind == "progress" and event.values["stage"] == "denoise":
+                os.kill(pids(engine, "denoise")[0], signal.SIGKILL)
+
+    async def main():
+        async with running(tiny_folder, tmp_path, executor="process") as engine:
+            await engine.ready()
+            bad = await engine.submit(submission(tiny_folder, num_inference_steps=999))
+            good = await engine.submit(submission(tiny_folder, seed=1))
+            await poison(engine, bad)
+            return engine.job(bad.id), await ended(engine, good)
+
+    bad, good = asyncio.run(main())
+    assert (bad.status, bad.deaths, bad.failure.code) == ("failed", 2, "worker_died")
+    assert "denoise: killed by SIGKILL" in bad.failure.message
+    check([good], tmp_path, expected)
+
+
+def test_a_worker_that_hangs_is_given_up_and_publishes_nothing_when_it_goes_on(
+    tiny_folder: Path, tmp_path: Path, expected, monkeypatch
+):
+    monkeypatch.setattr(book, "STEP_LIMIT_S", 1.0)
+    monkeypatch.setattr(local._Thread, "kill", lambda self: None)  # one that no kill reaches
+    hangs, run, threads = threading.Event(), decode.run, []
+
+    def hang_once(model, state):
+        events = run(model, state)
+        yield next(events)
+        if state.params.seed == 7 and not threads:
+            threads.append(threading.current_thread())
+            hangs.wait(30)
+        yield from events
+
+    monkeypatch.setattr(decode, "run", hang_once)
+
+    async def main():
+        async with running(tiny_folder, tmp_path, SPLIT) as engine:
+            await engine.ready()
+            await ended(engine, await engine.submit(submission(tiny_folder)))
+            job = await ended(engine, await engine.submit(submission(tiny_folder, seed=7)))
+            written = job.path.stat()
+            hangs.set()
+            await asyncio.sleep(0.5)
+            others = [await ended(engine, await engine.submit(submission(tiny_folder, seed=8)))]
+            assert engine.job(job.id) == job
+            assert job.path.stat() == written
+            return [job, *others]
+
+    job, other = asyncio.run(main())
+    assert (job.attempt, job.deaths) == (4, 1)
+    assert {job.frames_sha256, other.frames_sha256} == {expected(7), expected(8)}
+
+
+def test_a_worker_s_states_are_dropped_if_they_are_of_an_older_attempt(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            job = await engine.submit(submission(tiny_folder, num_inference_steps=100))
+            await until(engine, job, step=1)
+            (record,), (slot,) = engine._records.values(), engine._fleet.slots
+            report = local.Report("finished", job.id, record.job.attempt - 1)
+            engine._hear(slot, report)
+            slot.handle._report(report)
+            assert not record.is_over
+            assert engine.job(job.id).status == "in_progress"
+
+    asyncio.run(main())
+
+
+SCRIPT = """
+import asyncio, json, sys
+from pathlib import Path
+from tests.fastvideo_inference.engine.conftest import running, submission, until
+async def main(model, folder):
+    async with running(model, folder, executor="process") as engine:
+        await engine.ready()
+        jobs = [await engine.submit(submission(model, seed=1, num_inference_steps=200))]
+        jobs += [await engine.submit(submission(model, seed=seed)) for seed in (2, 3)]
+        await until(engine, jobs[0], step=3)
+        pids = [pid for worker in engine.stats()["workers"] for pid in worker["pids"]]
+        print(json.dumps([pids, [job.id for job in jobs]]), flush=True)
+        await asyncio.sleep(60)
+asyncio.run(main(*map(Path, sys.argv[1:])))
+"""
+
+
+def test_an_engine_that_is_killed_takes_its_workers_along_and_loses_no_job(
+    tiny_folder: Path, tmp_path: Path, expected
+):
+    script = f"import sys; sys.path[:] = {sys.path!r}\n{SCRIPT}"
+    command = [sys.executable, "-c", script, str(tiny_folder), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine:
+        workers, ids = json.loads(engine.stdout.readline())
+        os.kill(workers[0], signal.SIGSTOP)  # one that cannot hear that its engine is gone
+        engine.kill()
+    assert all(has_ended(pid) for pid in workers)
+
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            return [await ended(engine, engine.job(job_id)) for job_id in ids]
+
+    jobs = asyncio.run(main())
+    assert jobs[0].frames_sha256 == expected(1, num_inference_steps=200)
+    assert [job.frames_sha256 for job in jobs[1:]] == [expected(2), expected(3)]
+    assert len([*tmp_path.glob("*.mp4")]) == 3
+
+
+def test_a_full_disk_fails_clips_and_refuses_jobs_without_losing_the_accepted(
+    tiny_folder: Path, tmp_path: Path
+):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            job = await engine.submit(submission(tiny_folder, num_inference_steps=20))
+            await until(engine, job, step=1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            with pytest.raises(OSError, match="disk"):
+                while True:  # as long as the journal's pages have room
+                    await engine.submit(submission(tiny_folder))
+            await asyncio.sleep(2)
+            assert engine.job(job.id).status == "in_progress"
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            job = await ended(engine, job)
+            assert (job.status, job.failure.code) == ("failed", "io_error")
+            good = await ended(engine, await engine.submit(submission(tiny_folder)))
+            assert good.status == "completed"
+
+    try:
+        asyncio.run(main())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_worker_that_cannot_start_is_the_reason_why_the_engine_is_not_ready(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def main():
+        worker = [{"devices": ["cpu:999"]}]
+        async with running(tiny_folder, tmp_path, worker, executor="process") as engine:
+            with pytest.raises(ValueError, match="device cpu:999: this machine has"):
+                await engine.ready()
+            assert not engine.is_ready()
+
+    asyncio.run(main())
+
+
+def test_many_cancels_at_once_leave_workers_free_and_no_file(tiny_folder: Path, tmp_path: Path):
+    async def main():
+        config = {"class": [{"queue": 200}]}
+        async with running(tiny_folder, tmp_path, **config) as engine:
+            await engine.ready()
+            long = submission(tiny_folder, num_inference_steps=500)
+            jobs = [await engine.submit(long) for _ in range(200)]
+            await until(engine, jobs[0], step=1)
+            ends = await asyncio.gather(*(engine.cancel(job.id) for job in jobs))
+            assert {job.status for job in ends} == {"cancelled"}
+            last = await ended(engine, await engine.submit(submission(tiny_folder)))
+            assert [path.name for path in tmp_path.glob("*.mp4")] == [f"{last.id}.mp4"]
+            assert engine.stats()["attempts"] == 3  # the warm-up, the first and the last
+
+    asyncio.run(main())
+
+
+@pytest.mark.full
+def test_after_300_clips_workers_and_engine_hold_what_they_held_after_20(
+    tiny_folder: Path, tmp_path: Path
+):
+    def held(engine: Engine) -> list[tuple[float, int]]:
+        found = []
+        for pid in (os.getpid(), *(pid for w in engine.stats()["workers"] for pid in w["pids"])):
+            rss = Path(f"/proc/{pid}/statm").read_text().split()[1]
+            num_open = len([*Path(f"/proc/{pid}/fd").iterdir()])
+            found.append((int(rss) * resource.getpagesize() / 2**20, num_open))
+        return found
+
+    async def main():
+        async with running(tiny_folder, tmp_path, SPLIT, executor="process") as engine:
+            await engine.ready()
+            for number in range(1, 301):
+                asked = submission(tiny_folder, seed=number, prompt=f"a red ball {number % 40}")
+                await ended(engine, await engine.submit(asked))
+                if number in (60, 300):
+                    yield held(engine)
+
+    async def collect():
+        return [found async for found in main()]
+
+    early, late = asyncio.run(collect())
+    for (rss_before, open_before), (rss, num_open) in zip(early, late, strict=True):
+        assert rss < rss_before + 20, "MiB"
+        assert num_open <= open_before + 2
