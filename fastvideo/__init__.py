@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvideo_inference.pipeline import VideoPipeline
+    from fastvideo_inference.remote import Job
     from fastvideo_inference.video import Video
 
     from fastvideo.hub import bundled as bundled_models
@@ -20,6 +21,7 @@ __all__ = [
     "Chunk",
     "Done",
     "GenerateRequest",
+    "Job",
     "Progress",
     "Video",
     "VideoPipeline",
@@ -33,6 +35,7 @@ _PUBLIC = {
     "Chunk": "fastvideo.stages:Chunk",
     "Done": "fastvideo.stages:Done",
     "GenerateRequest": "fastvideo.sampling:GenerateRequest",
+    "Job": "fastvideo_inference.remote:Job",
     "Progress": "fastvideo.stages:Progress",
     "Video": "fastvideo_inference.video:Video",
     "VideoPipeline": "fastvideo_inference.pipeline:VideoPipeline",

@@ -47,6 +47,10 @@ VERBS = {
         "fastvideo_inference.commands.eval:evaluate",
         "Measure how faithfully a model follows its prompts.",
     ),
+    "serve": (
+        "fastvideo_inference.commands.serve:serve",
+        "Serve models over HTTP: OpenAI's Videos API.",
+    ),
     "demo": ("fastvideo_inference.commands.demo:demo", "Open the demo page in a browser."),
 }
 IN_MANY = ("generate", "train")

@@ -5,7 +5,6 @@ params = resolve(request, spec)   # raises before any weight is read
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Collection, Iterable, Mapping
 
 from fastvideo import attention as patterns
@@ -13,12 +12,10 @@ from fastvideo import capacity, hub, sampler_note
 from fastvideo.config import parse
 from fastvideo.foreign import FASTWAN_SIGMAS
 from fastvideo.log import logger
-from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams
+from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, draw_seed
 from fastvideo.shapes import LatentShape, PixelShape, TokenGrid
 from fastvideo.spec import TEXT_TO_VIDEO, Spec
 
-# Larger seeds are legal; drawn ones stay short, since people read and type them.
-_DRAWN_SEEDS = 2**31
 _FAR = 2  # times as many pixels or frames, or half as many pixels
 
 
@@ -34,7 +31,7 @@ def resolve(
     given = {k: v for k, v in request.model_dump().items() if v is not None}
     values = {**spec.defaults.model_dump(exclude={"max_text_tokens"}), **given}
     if values.get("seed", -1) == -1:
-        values["seed"] = secrets.randbelow(_DRAWN_SEEDS)
+        values["seed"] = draw_seed()
     if values["guidance_scale"] == 1:  # no forward looks at it
         values["negative_prompt"] = spec.defaults.negative_prompt
     try:

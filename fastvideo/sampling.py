@@ -9,10 +9,12 @@ their fields from here; a test holds them equal.
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -23,6 +25,7 @@ from fastvideo.shapes import parse_size
 MAX_SEED = 2**63 - 1
 _NEWER = ("backend", "drop_gates", "lora")  # fields that older evaluations do not name
 _FPS_SLACK = Fraction(1, 10**6)  # 23.976024 means 24000/1001
+_FPS_TEXT = re.compile(r"\s*\d{1,12}(\.\d{0,12}|/\d{1,12})?\s*")
 CLI, PYTHON, EVAL, HTTP, PAGE = "cli", "python", "eval", "http", "page"
 
 
@@ -86,8 +89,9 @@ def _read_loras(given: Any) -> Any:
 
 def _read_fps(given: Any) -> int | float:
     """Read 16, 23.976, "24000/1001" or a `Fraction`: an int if it is whole, else a float."""
-    try:
-        asked = Fraction("" if isinstance(given, bool) else given)
+    is_text = isinstance(given, str) and not _FPS_TEXT.fullmatch(given)
+    try:  # a text such as "1e999999999" would take all memory
+        asked = Fraction("" if isinstance(given, bool) or is_text else given)
     except (ValueError, TypeError, ArithmeticError):
         raise ValueError("must be a number such as 16, 23.976 or 24000/1001") from None
     rate = asked.limit_denominator(1001)
@@ -185,6 +189,7 @@ def settings(where: str | None = None) -> Mapping[str, Setting]:
     return found
 
 
+Asked = TypeVar("Asked", GenerateRequest, SamplingParams)
 Layer = tuple[Source, Mapping[str, Any]]
 """Where fields come from, and the fields, under full or short names."""
 
@@ -237,12 +242,16 @@ def origins(*layers: Layer, beside: Collection[str] = ()) -> dict[str, str]:
     }
 
 
-def clips(params: SamplingParams, count: int) -> list[SamplingParams]:
-    """Return the parameters of several clips of a prompt: seed, seed + 1, and so on."""
+def draw_seed() -> int:
+    """Return a random seed. Larger ones are legal; this is short, since people read and type it."""
+    return secrets.randbelow(2**31)
+
+
+def clips(params: Asked, count: int) -> list[Asked]:
+    """Return several clips of a prompt: seed, seed + 1, and so on; an open seed is drawn."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"count {count!r} must be a whole number of at least 1")
-    if params.seed > MAX_SEED - (count - 1):
-        raise ValueError(
-            f"seed {params.seed} of {count} clips must be at most {MAX_SEED - count + 1}"
-        )
-    return [params.model_copy(update={"seed": params.seed + i}) for i in range(count)]
+    first = draw_seed() if params.seed is None or params.seed == -1 else params.seed
+    if first > MAX_SEED - (count - 1):
+        raise ValueError(f"seed {first} of {count} clips must be at most {MAX_SEED - count + 1}")
+    return [params.model_copy(update={"seed": first + i}) for i in range(count)]

@@ -84,7 +84,7 @@ HOMES = {
     "tokenizers": r"fastvideo/models/text/tokenizer\.py",
     "huggingface_hub": r"fastvideo/hub\.py",
     "pydantic": r"fastvideo/(config|sampling|spec|parallel/degrees)\.py"
-    r"|inference/fastvideo_inference/(recipe|comparison)\.py"
+    r"|inference/fastvideo_inference/(recipe|comparison|engine/(config|journal))\.py"
     r"|train/fastvideo_train/(recipe|validate|export|(methods|strategies|data)/\w+)\.py",
     "typer": rf"fastvideo/cli\.py|{COMMANDS}",
     "rich": COMMANDS,
@@ -97,6 +97,10 @@ HOMES = {
     # the kernels are Triton's own language, in a file that is imported when a GPU is there
     "triton": r"fastvideo/attention/(backends/triton|triton_kernels)\.py",
     "gradio": r"demos/.*\.py",
+    # the server's own language, in a folder that only `serve` imports
+    "fastapi": r"inference/fastvideo_inference/serve/\w+\.py",
+    "starlette": r"inference/fastvideo_inference/serve/\w+\.py",
+    "uvicorn": r"inference/fastvideo_inference/serve/app\.py",
 }
 PEERS = {"diffusers", "transformers"}  # measured against in bench/ and tests/, never run on
 
@@ -138,6 +142,9 @@ TORCH_FREE = [
     "fastvideo.stages",
     "fastvideo_inference",
     "fastvideo_inference.commands",
+    "fastvideo_inference.engine.engine",
+    "fastvideo_inference.engine.executors.local",
+    "fastvideo_inference.engine.executors.process",
     "fastvideo_inference.request",
     "fastvideo_inference.sharing",
     "fastvideo_train",

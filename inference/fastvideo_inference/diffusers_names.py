@@ -60,11 +60,13 @@ def refuse(given: Collection[str], table: Mapping[str, str], *, own: Collection[
         raise ValueError(f"{key} in the call is unknown{did_you_mean(key, [*own, *table])}")
 
 
-def merged(own: Mapping[str, Any], foreign: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+def merged(own: Mapping[str, Any], foreign: Mapping[str, Any], spec: Spec | None) -> dict[str, Any]:
     """Return the keywords of a call with those of diffusers, and our short ones, under our names.
 
-    Raises `ValueError` for what is unknown, means another thing here, or is given twice.
+    Raises `ValueError` for what is unknown, means another thing here, or is given twice. Without a
+    spec the model is a server's.
     """
+    limit = spec.defaults.max_text_tokens if spec else None
     ours: dict[str, Any] = {}
     for key, value in foreign.items():
         if value is None:
@@ -76,9 +78,9 @@ def merged(own: Mapping[str, Any], foreign: Mapping[str, Any], spec: Spec) -> di
         elif key == "output_type":
             ours["output"] = _output(value)
         elif key == "max_sequence_length":
-            if value != spec.defaults.max_text_tokens:
-                limit = spec.defaults.max_text_tokens
-                raise ValueError(f"{key} {value} must be {limit} for this model; leave it out")
+            if value != limit:
+                known = f"must be {limit} for this model" if limit else "is known to the server"
+                raise ValueError(f"{key} {value} {known}; leave it out")
         elif key in OF_A_CALL:
             refuse([key], OF_A_CALL)
         else:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from fastvideo.model import Model
     from fastvideo.parallel.mesh import Meshes
+    from fastvideo_inference.remote import RemotePipeline
 
     Frames = npt.NDArray[np.uint8]
 
@@ -121,6 +122,25 @@ class VideoPipeline:
             fingerprint=recipe.fingerprint(model.folder),
         )
         return cls(model, model_id, decoder)
+
+    @staticmethod
+    def connect(
+        url: str,
+        *,
+        model: str | None = None,
+        decoder: str | None = None,
+        slo_class: str | None = None,
+        api_key: str | None = None,
+    ) -> RemotePipeline:
+        """Return a pipeline whose clips a server of `fastvideo serve` makes; nothing is sent yet.
+
+        `model`, `decoder` and `slo_class` are names of the server; None is its default.
+        """
+        from fastvideo_inference.remote import RemotePipeline
+
+        return RemotePipeline(
+            url, model=model, decoder=decoder, slo_class=slo_class, api_key=api_key
+        )
 
     @overload
     def __call__(self, prompt: str, *, count: int, **fields: Any) -> list[Video]: ...

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvideo import env, files, hub, sampling
 from fastvideo.config import Keys, Source, assignments, read_toml, toml_line, where
@@ -21,13 +21,14 @@ from fastvideo.hub import OpenModel
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
-from fastvideo.sampling import Layer, SamplingParams, read_layers
+from fastvideo.sampling import GenerateRequest, Layer, SamplingParams, read_layers
 from fastvideo_inference import naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FLAGS = {"prompt": "the prompt", "height": "--size", "width": "--size"}
+_SERVER_DECIDES = ("attention", "backend", "drop_gates", "device", "dtype", "parallel")
 _BESIDE = ("model", "decoder")  # keys of a config that are no sampling fields
 
 Resolved = tuple[SamplingParams, tuple[str, ...]]
@@ -80,6 +81,29 @@ class Batch:
     overwrite: bool
 
 
+@dataclass(frozen=True)
+class RemoteJob:
+    """One clip to have a server make, and where to put it; what is open the server decides."""
+
+    request: GenerateRequest
+    path: Path
+
+
+@dataclass(frozen=True)
+class RemoteBatch:
+    """All that a run of `generate --server` asks; `repeated` is the recipe of `--from`."""
+
+    model: str | None
+    decoder: str | None
+    repeated: Recipe | None
+    jobs: tuple[RemoteJob, ...]
+    numbered: bool
+    overwrite: bool
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, RemoteBatch)
+
+
 def flag_of(name: str) -> str:
     """Return the flag that sets a sampling field, of its full or its short name."""
     setting = sampling.settings().get(name)
@@ -95,13 +119,11 @@ def flag(keys: Keys) -> str:
 def read(args: CliArgs) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
     check_place(args.device, args.dtype, num_processes=env.world_size())
-    repeated = read_recipe(args.repeat) if args.repeat else None
-    if repeated and repeated.latents != "seed":
-        text = "was made from noise that its caller brought; it cannot be repeated"
-        raise ValueError(f"{args.repeat} {text}")
+    repeated = _repeated(args.repeat)
     layers, beside = _layers(args, repeated)
     check = partial(_checked, args, repeated, layers, beside["decoder"])
-    model = _open(beside["model"], args, repeated)
+    name = hub.DEFAULT_MODEL if beside["model"] is None else beside["model"]
+    model = _open(name, args, repeated)
     batch = check(model)
     if not model.has_weights:  # the small files allow the request: the rest is worth fetching
         whole = hub.fetched(model)
@@ -110,6 +132,41 @@ def read(args: CliArgs) -> Batch:
         _check_repeatable(args.repeat, repeated, batch.model)
         _check_same_decoder(args.repeat, repeated, batch.decoder)
     return batch
+
+
+def read_remote(args: CliArgs) -> RemoteBatch:
+    """Check what can be checked without the model, which a server has."""
+    for name in _SERVER_DECIDES:
+        if {**args.fields, **vars(args)}[name] is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for the server to decide")
+    repeated = _repeated(args.repeat)
+    layers, beside = _layers(args, repeated)
+    http = sampling.settings(sampling.HTTP)
+    requests = []
+    for row in _rows(args):
+        request, _ = _merged(row, layers)
+        idle = {name: None for name in GenerateRequest.model_fields if name not in http}
+        requests += sampling.clips(request.model_copy(update=idle), args.count)
+    template = _template(args, num_clips=len(requests))
+    return RemoteBatch(
+        model=beside["model"],
+        decoder=beside["decoder"],
+        repeated=repeated,
+        jobs=tuple(
+            RemoteJob(one, naming.fill(template, prompt=one.prompt, seed=one.seed or 0, index=i))
+            for i, one in enumerate(requests)
+        ),
+        numbered=template.endswith(naming.DEFAULT_NAME),
+        overwrite=args.overwrite,
+    )
+
+
+def _repeated(path: Path | None) -> Recipe | None:
+    repeated = read_recipe(path) if path else None
+    if repeated and repeated.latents != "seed":
+        text = "was made from noise that its caller brought; it cannot be repeated"
+        raise ValueError(f"{path} {text}")
+    return repeated
 
 
 def _checked(
@@ -127,8 +184,7 @@ def _checked(
         for one in sampling.clips(first, args.count)
     ]
     params = [one for one, _ in resolved]
-    asked = naming.DEFAULT_TEMPLATE if args.output is None else args.output
-    template = naming.check_template(asked, num_clips=len(params), count=args.count)
+    template = _template(args, num_clips=len(params))
     return Batch(
         model=model,
         decoder=decoder,
@@ -141,13 +197,18 @@ def _checked(
     )
 
 
+def _template(args: CliArgs, *, num_clips: int) -> str:
+    asked = naming.DEFAULT_TEMPLATE if args.output is None else args.output
+    return naming.check_template(asked, num_clips=num_clips, count=args.count)
+
+
 @contextmanager
-def claimed(batch: Batch) -> Iterator[Batch]:
+def claimed(batch: AnyBatch) -> Iterator[AnyBatch]:
     """Hold the names of all clips of a batch; `RefusedError` if a name is not to be had.
 
     A name gets a number if it is the default one, or that of an earlier clip of the batch.
     """
-    own: dict[Path, Job] = {}
+    own: dict[Path, Any] = {}
     with ExitStack() as held:
         with refusing():
             files.allow_many_claims()
@@ -188,7 +249,7 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
         layers.append((lambda keys: f"--set {keys[0]}", assignments(args.settings)))
     flags = {**args.fields, "model": args.model, "decoder": args.decoder}
     layers.append((flag, {k: v for k, v in flags.items() if v is not None}))
-    beside: dict[str, Any] = {"model": hub.DEFAULT_MODEL, "decoder": None}
+    beside: dict[str, Any] = {"model": None, "decoder": None}
     for source, values in layers:
         for key in beside.keys() & values:
             beside[key] = values[key]
@@ -217,14 +278,19 @@ def _rows(args: CliArgs) -> Sequence[Layer]:
     return prompts.read_prompts(args.prompts)
 
 
-def _resolved(row: Layer, layers: list[Layer], model: OpenModel) -> Resolved:
+def _merged(row: Layer, layers: list[Layer]) -> tuple[GenerateRequest, dict[str, str]]:
+    """Return a request, and where each field of it comes from."""
     # A row of a prompt file is more particular than a config, less than a flag typed now.
     *configs, typed = layers
     ordered = [*configs, row, typed]
     origin = sampling.origins(*ordered, beside=_BESIDE)
     if "prompt" not in origin:
         raise ValueError('there is no prompt; try: fastvideo generate "a big red ball moving left"')
-    request = read_layers(*ordered)
+    return read_layers(*ordered), origin
+
+
+def _resolved(row: Layer, layers: list[Layer], model: OpenModel) -> Resolved:
+    request, origin = _merged(row, layers)
     params = resolve(request, model.spec, origin=origin)
     return params, notices(request, params, model.spec)
 

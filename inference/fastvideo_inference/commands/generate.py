@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ from fastvideo_inference.request import Batch, CliArgs, Job, check_place, claime
 
 if TYPE_CHECKING:
     from fastvideo_inference.pipeline import VideoPipeline
+    from fastvideo_inference.video import Video
 
 Model = Annotated[
     str | None,
@@ -51,10 +53,20 @@ Overwrite = Annotated[
 Repeat = Annotated[
     Path | None, Option("--from", help="A clip whose recipe to repeat; flags change it.")
 ]
+Server = Annotated[
+    str | None, Option(help="URL of a `fastvideo serve` that makes the clips in place of this.")
+]
+ApiKey = Annotated[str | None, Option(help="The server's key, or @FILE that holds it.")]
 Output = Annotated[
     str | None,
     Option("--output", "-o", help=f"File, folder/ or template. [{naming.DEFAULT_TEMPLATE}]"),
 ]
+
+
+_FIELDS = (
+    *("prompt", "seed", "steps", "size", "frames", "fps", "guidance", "negative"),
+    *("attention", "backend", "drop_gates", "lora"),
+)
 
 
 def generate(
@@ -84,23 +96,13 @@ def generate(
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1. [auto]")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16. [auto]")] = None,
     parallel: Parallel = None,
+    server: Server = None,
+    api_key: ApiKey = None,
 ) -> int:
     """Make clips from prompts. What is not given is the model's default."""
+    typed = {**locals(), "lora": lora or None}
     args = CliArgs(
-        fields={
-            "prompt": prompt,
-            "seed": seed,
-            "steps": steps,
-            "size": size,
-            "frames": frames,
-            "fps": fps,
-            "guidance": guidance,
-            "negative": negative,
-            "attention": attention,
-            "backend": backend,
-            "drop_gates": drop_gates,
-            "lora": lora or None,
-        },
+        fields={name: typed[name] for name in _FIELDS},
         prompts=prompts,
         model=model,
         decoder=decoder,
@@ -115,6 +117,10 @@ def generate(
         count=count,
         notices=ctx.meta["given_twice"],
     )
+    if server is not None:
+        from fastvideo_inference.commands import remote
+
+        return remote.generate(args, server=server, api_key=api_key, as_json=as_json)
     start = _run_alone if env.world_size() == 1 else _run_in_many
     return start(args, as_json=as_json)
 
@@ -199,14 +205,34 @@ def _make(
     timings = {**load, **video.timings, "save": time.perf_counter() - started}
     timings = {name: round(seconds, 4) for name, seconds in timings.items()}
     degrees = sharing.write(pipe.model.meshes.degrees)
+    write_sidecar(
+        job.path,
+        video,
+        timings=timings,
+        notices=last.state.notices,
+        parallel=degrees,
+        overwrite=overwrite,
+    )
+    return timings
+
+
+def write_sidecar(
+    path: Path,
+    video: Video,
+    *,
+    timings: dict[str, float],
+    notices: Sequence[str],
+    parallel: str = "",
+    overwrite: bool,
+) -> None:
+    """Write the JSON beside a clip."""
     beside = {
         "recipe": video.recipe,
-        **({"parallel": degrees} if degrees else {}),  # beside it: it decides nothing
+        **({"parallel": parallel} if parallel else {}),  # beside it: it decides nothing
         "frames_sha256": video.frames_sha256,
         "timings_s": timings,
-        **({"notices": list(last.state.notices)} if last.state.notices else {}),
-        "output": job.path.name,
+        **({"notices": list(notices)} if notices else {}),
+        "output": path.name,
     }
     text = json.dumps(beside, indent=2) + "\n"
-    files.write_text(naming.sidecar(job.path), text, overwrite=overwrite)
-    return timings
+    files.write_text(naming.sidecar(path), text, overwrite=overwrite)

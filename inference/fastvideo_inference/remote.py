@@ -1,0 +1,336 @@
+"""A server of `fastvideo serve` as a pipeline: the same call, and jobs that one may follow.
+
+pipe = VideoPipeline.connect("http://127.0.0.1:8000")
+pipe("a big red ball moving left at night", seed=1).save("ball.mp4")
+job = pipe.submit("a big red ball moving left at night")
+for event in job.events(): ...
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import tempfile
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import urlsplit
+
+from fastvideo import files, media, sampling
+from fastvideo.sampling import GenerateRequest, read_layers
+from fastvideo.stages import Notice, Progress
+from fastvideo_inference import diffusers_names
+from fastvideo_inference.video import Video
+
+if TYPE_CHECKING:
+    from fastvideo_inference.video import Frames
+
+_TIMEOUT_S = 60.0  # a stream of events is never silent for so long
+_RECONNECT_S = 60.0  # in which a server that was restarted may come back
+_RETRY_S = 0.5
+_SERVER_S_OWN = ("attention", "backend", "drop_gates")
+
+
+class BusyError(RuntimeError):
+    """The server takes no more jobs for now; ask again after `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class PreviewImage:
+    """A PNG contact sheet of what a clip looks like after step `index`."""
+
+    stage: str
+    index: int
+    png: bytes
+
+
+RemoteEvent: TypeAlias = Progress | Notice | PreviewImage
+
+
+@dataclass(frozen=True)
+class RemoteVideo(Video):
+    """A clip that a server made. Its `frames` are decoded from the mp4, which is lossy, and its
+    `frames_sha256` is that of the server's frames before the encoder; `save` writes the server's
+    bytes.
+    """
+
+    data: bytes = b""
+    digest: str = ""
+    notices: tuple[str, ...] = ()
+
+    @property
+    def frames_sha256(self) -> str:
+        """Digest of the frames as the server decoded them."""
+        return self.digest
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the server's mp4; raise `FileExistsError` rather than overwrite."""
+        path = media.check_output(path, overwrite=overwrite)
+        with files.atomic(path, overwrite=overwrite) as new:
+            new.write_bytes(self.data)
+        return path
+
+
+class Connection:
+    """Requests to one server. Raises `ValueError` for what it refuses, `PermissionError` for the
+    key, `BusyError` for later, `ConnectionError` if it is not there, else `RuntimeError`.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"server {url!r} must look like http://127.0.0.1:8000")
+        self.url, self._parts = url.rstrip("/"), parts
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def json(
+        self, method: str, path: str, values: dict[str, Any] | None = None, *, key: str = ""
+    ) -> dict[str, Any]:
+        """Send values and return the answer's; twice with one `key` is once."""
+        with self.open(method, path, values, key=key) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+        return found
+
+    def read(self, path: str) -> bytes:
+        """Return the bytes of a file."""
+        with self.open("GET", path) as answer:
+            return answer.read()
+
+    @contextmanager
+    def open(
+        self, method: str, path: str, values: dict[str, Any] | None = None, *, key: str = ""
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Send a request, and give the answer to read from."""
+        is_secure = self._parts.scheme == "https"
+        kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        assert self._parts.hostname, "checked above"
+        connection = kind(self._parts.hostname, self._parts.port, timeout=_TIMEOUT_S)
+        body = None if values is None else json.dumps(values)
+        headers = {**self._headers, **({"content-type": "application/json"} if body else {})}
+        headers |= {"idempotency-key": key} if key else {}
+        base = self._parts.path.rstrip("/").removesuffix("/v1")
+        with closing(connection):
+            try:
+                connection.request(method, base + path, body, headers)
+                answer = connection.getresponse()
+                if answer.status >= 400:
+                    raise _refusal(answer)
+                yield answer
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, PermissionError):
+                    raise
+                reason = str(error) or type(error).__name__
+                raise ConnectionError(f"server {self.url} does not answer: {reason}") from None
+
+
+def _refusal(answer: http.client.HTTPResponse) -> Exception:
+    try:
+        message = str(json.loads(answer.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = f"the server answers {answer.status} {answer.reason}"
+    if answer.status in (429, 503):
+        wait = answer.headers.get("retry-after", "1")
+        return BusyError(message, retry_after_s=float(wait) if wait.isdigit() else 1.0)
+    if answer.status in (401, 403):
+        return PermissionError(message)
+    return ValueError(message) if answer.status < 500 else RuntimeError(message)
+
+
+class Job:
+    """One clip that a server makes; `values` are those of its last answer."""
+
+    def __init__(self, connection: Connection, values: dict[str, Any]) -> None:
+        self._connection = connection
+        self.values = values
+
+    @property
+    def id(self) -> str:
+        """The server's name of it."""
+        return str(self.values["id"])
+
+    @property
+    def status(self) -> str:
+        """As last heard: queued, in_progress, completed or failed."""
+        return str(self.values["status"])
+
+    @property
+    def queue_position(self) -> int | None:
+        """How many jobs the server makes before it, asked now; None once it is begun."""
+        self.values = self._connection.json("GET", self._path)
+        position: int | None = self.values["queue_position"]
+        return position
+
+    def events(self) -> Generator[RemoteEvent, None, None]:
+        """Yield what happens until the job has ended; a lost connection is made again."""
+        lost_s = 0.0
+        while self._is_open():
+            try:
+                for event in self._events():
+                    lost_s = 0.0
+                    yield event
+                lost_s = lost_s or time.monotonic()
+            except (ConnectionError, BusyError):
+                lost_s = lost_s or time.monotonic()
+                if time.monotonic() - lost_s > _RECONNECT_S:
+                    raise
+            if self._is_open():
+                time.sleep(_RETRY_S)
+
+    def result(self, *, decode: bool = True) -> RemoteVideo:
+        """Wait for the clip and fetch it; `RuntimeError` says why there is none.
+
+        Without `decode` its `frames` are None: its file can be saved all the same.
+        """
+        deque(self.events(), maxlen=0)
+        if self.status != "completed":
+            failure = self.values["error"] or {}
+            raise RuntimeError(failure.get("message") or f"the job ended as {self.status}")
+        data = self._connection.read(f"{self._path}/content")
+        return RemoteVideo(
+            fps=self.values["fps"],
+            recipe=self.values["recipe"],
+            timings=self.values["stage_seconds"],
+            frames=_frames(data) if decode else None,
+            data=data,
+            digest=self.values["frames_sha256"],
+            notices=tuple(self.values["notices"]),
+        )
+
+    def cancel(self) -> None:
+        """Have the server stop at the next step, and forget the job and its file."""
+        with suppress(ValueError):  # it is not there any more
+            self._connection.json("DELETE", self._path)
+
+    @property
+    def _path(self) -> str:
+        return f"/v1/videos/{self.id}"
+
+    def _is_open(self) -> bool:
+        return self.status in ("queued", "in_progress")
+
+    def _events(self) -> Iterator[RemoteEvent]:
+        with self._connection.open("GET", f"{self._path}/events") as answer:
+            for kind, values in _server_sent(answer):
+                if kind == "status":  # alone, if the job was deleted meanwhile
+                    self.values = {**self.values, **values}
+                elif kind == "progress":
+                    yield Progress(values["stage"], values["index"], values["total"])
+                elif kind == "notice":
+                    yield Notice(values["stage"], values["text"])
+                elif kind == "preview":
+                    png = base64.b64decode(values["png"])
+                    yield PreviewImage(values["stage"], values["index"], png)
+
+
+def _frames(data: bytes) -> Frames:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "clip.mp4")
+        file.write_bytes(data)
+        return media.read_video(file)[0]
+
+
+def _server_sent(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    kind, data = "", ""
+    for line in lines:
+        name, _, value = line.decode().rstrip("\r\n").partition(": ")
+        if name == "event":
+            kind = value
+        elif name == "data":
+            data = value
+        elif not name and data:
+            yield kind, json.loads(data)
+            kind, data = "", ""
+
+
+class RemotePipeline:
+    """`VideoPipeline.connect(URL)`: the call of a pipeline, made by a server."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        decoder: str | None = None,
+        slo_class: str | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self._connection = Connection(url, api_key=api_key)
+        self._beside = {"model": model, "decoder": decoder, "slo_class": slo_class}
+
+    def __call__(
+        self, prompt: str | Sequence[str], *, count: int | None = None, **fields: Any
+    ) -> Video | list[Video]:
+        """Make clips with the keywords of `VideoPipeline`; see `RemoteVideo`.
+
+        Refused are `latents`, `output="latents"`, callbacks, and what the server's operator
+        decides: attention, backend, drop_gates. `lora` names those of the server's config.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        asked = [self._request(one, fields) for one in prompts]
+        each = 1 if count is None else count
+        requests = [clip for one in asked for clip in sampling.clips(one, each)]
+        with closing(self.jobs(requests)) as jobs:
+            made: list[Video] = [job.result() for job in jobs]
+        return made[0] if isinstance(prompt, str) and count is None else made
+
+    def submit(self, prompt: str, *, previews: bool = False, **fields: Any) -> Job:
+        """Have the server queue a clip; `BusyError` if its queue is full."""
+        return self.send(self._request(prompt, fields), previews=previews)
+
+    def send(self, request: GenerateRequest, *, previews: bool = False) -> Job:
+        """Have the server queue a request that was read before."""
+        given = request.model_dump(exclude_none=True)
+        for name in given.keys() & set(_SERVER_S_OWN):
+            raise ValueError(f"{name} is decided by the server's operator; leave it out")
+        beside = {name: value for name, value in self._beside.items() if value is not None}
+        values = {**given, **beside, "previews": previews}
+        create = partial(self._connection.json, "POST", "/v1/videos", values, key=token_hex(16))
+        try:
+            return Job(self._connection, create())
+        except ConnectionError:  # if the answer alone was lost, the same key finds its job
+            time.sleep(_RETRY_S)
+            return Job(self._connection, create())
+
+    def jobs(self, requests: Sequence[GenerateRequest]) -> Generator[Job, None, None]:
+        """Yield a job for each request, in order, queued as far ahead as the server takes them.
+
+        Jobs whose turn has not ended when the iterator is closed are cancelled.
+        """
+        todo, queued = deque(requests), deque[Job]()
+        try:
+            while todo or queued:
+                try:
+                    while todo:
+                        queued.append(self.send(todo[0]))
+                        todo.popleft()
+                except BusyError as busy:
+                    if not queued:
+                        time.sleep(busy.retry_after_s)
+                        continue
+                yield queued[0]
+                queued.popleft()
+        finally:
+            for job in queued:
+                with suppress(OSError, RuntimeError):  # the server is gone, and knows what is next
+                    job.cancel()
+
+    def _request(self, prompt: str, fields: dict[str, Any]) -> GenerateRequest:
+        own = diffusers_names.merged({}, fields, None)
+        if own.pop("output", "frames") != "frames":
+            raise ValueError("output: a server sends clips as mp4; latents stay there")
+        for name in ("latents", "callback_on_step_end"):
+            if own.pop(name, None) is not None:
+                raise ValueError(f"{name} does not go over HTTP; load the model here")
+        given = {name: value for name, value in own.items() if value is not None}
+        return read_layers(("the call", {"prompt": prompt, **given}))

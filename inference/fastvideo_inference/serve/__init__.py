@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's Videos API over the engine, with keys, limits and metrics."""

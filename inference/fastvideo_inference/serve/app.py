@@ -1,0 +1,173 @@
+"""The server: its routes as an ASGI app, and its life from listening to drained.
+
+signal = await serve(config, listener=listen("127.0.0.1", 8000), signals=asyncio.Queue())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from fastvideo import __version__
+from fastvideo_inference.engine.config import Limits, ServeConfig
+from fastvideo_inference.engine.engine import Engine
+from fastvideo_inference.serve import metrics
+from fastvideo_inference.serve.catalogue import Catalogue
+from fastvideo_inference.serve.errors import ApiError, failure, json_response
+from fastvideo_inference.serve.guard import Guard
+from fastvideo_inference.serve.videos import Videos
+
+_CLOSING_S = 2  # for answers that are being sent when the engine has ended
+_CLEANING_S = 30.0
+
+
+class App:
+    """All routes; `asgi` is what a server runs."""
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self._engine, self._catalogue = engine, Catalogue(config)
+        self.videos = Videos(engine, config, self._catalogue)
+        app = FastAPI(title="fastvideo", version=__version__, docs_url=None, redoc_url=None)
+        self.videos.add_to(app)
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/healthz", self.health, methods=["GET"])
+        app.add_api_route("/readyz", self.ready, methods=["GET"])
+        app.add_api_route("/metrics", self.metrics, methods=["GET"])
+        for kind in (ApiError, HTTPException, RequestValidationError, Exception):
+            app.add_exception_handler(kind, _answer)
+        limit = config.limits.body_bytes
+        self.asgi = Guard(app, body_bytes=limit, has_keys=bool(config.key))
+
+    async def models(self, request: Request) -> Response:
+        """List the models, the default one first."""
+        self.videos.keys.owner(request)
+        each = {"object": "model", "created": 0, "owned_by": "fastvideo"}
+        data = [{"id": name, **each} for name in self._catalogue.models]
+        return json_response({"object": "list", "data": data})
+
+    async def health(self) -> Response:
+        """Say that the process answers."""
+        return json_response({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Say whether the default model has made a clip, and jobs are accepted."""
+        if self._engine.is_ready() and not self.videos.is_draining:
+            return json_response({"status": "ready"})
+        raise ApiError(503, "the server is starting or ending", code="not_ready", retry_after_s=1)
+
+    async def metrics(self) -> Response:
+        """Return what Prometheus scrapes."""
+        text = metrics.render(self._engine.stats(), self.videos.rejected)
+        return Response(text, media_type=metrics.CONTENT_TYPE)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    """Answer any exception in the one shape that errors have."""
+    match error:
+        case ApiError():
+            return error.response()
+        case HTTPException():
+            code = "not_found" if error.status_code == 404 else "invalid_request"
+            answer = ApiError(error.status_code, str(error.detail), code=code).response()
+            answer.headers.update(error.headers or {})
+            return answer
+        case RequestValidationError():
+            first = error.errors()[0]
+            name = str(first["loc"][-1])
+            text = f"{name}: {first['msg']}"
+            return ApiError(400, text, code="invalid_value", param=name).response()
+    return failure(error).response()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its handlers of signals: the first one drains, and that is ours to do."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a socket, before anything is loaded; `OSError` says where it could not."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from None
+    # asyncio sets it only on sockets that were made as IPPROTO_TCP; without it an answer's body
+    # waits 40 ms for the acknowledgement of its head
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+async def serve(
+    config: ServeConfig,
+    *,
+    listener: socket.socket,
+    signals: asyncio.Queue[int],
+    on_ready: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve until the first signal, drain, and return it; a second one ends the drain."""
+    engine = Engine(config)
+    app = App(engine, config)
+    server = _Server(
+        uvicorn.Config(
+            app.asgi,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_CLOSING_S,
+        )
+    )
+    try:
+        async with AsyncExitStack() as held:
+            held.push_async_callback(engine.stop)
+            await engine.start()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(server.serve(sockets=[listener]))
+                cleaning = group.create_task(_keep_clean(engine, config.limits))
+                readying = group.create_task(_announce(engine, on_ready))
+                first = await signals.get()
+                app.videos.is_draining = True
+                drain, second = (group.create_task(c) for c in (engine.drain(), signals.get()))
+                await asyncio.wait([drain, second], return_when=asyncio.FIRST_COMPLETED)
+                for task in (cleaning, readying, drain, second):
+                    task.cancel()
+                server.should_exit = True  # it closes its socket, and waits for its answers
+                await held.aclose()  # which ends the streams of events
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return first
+
+
+async def _announce(engine: Engine, on_ready: Callable[[], None]) -> None:
+    await engine.ready()
+    on_ready()
+
+
+async def _keep_clean(engine: Engine, limits: Limits) -> None:
+    while True:
+        await clean(engine, limits, now_s=time.time())
+        await asyncio.sleep(min(_CLEANING_S, limits.output_ttl_s / 2))
+
+
+async def clean(engine: Engine, limits: Limits, *, now_s: float) -> None:
+    """Delete jobs that ended too long ago, and the oldest ones while files exceed the quota."""
+    ended = [(job.finished_at_s, job) for job in engine.jobs() if job.finished_at_s is not None]
+    kept_bytes = 0
+    for finished_at_s, job in sorted(ended, key=lambda pair: pair[0], reverse=True):
+        if job.path is not None and job.path.is_file():
+            kept_bytes += job.path.stat().st_size
+        if now_s > finished_at_s + limits.output_ttl_s or kept_bytes > limits.output_bytes:
+            await engine.delete(job.id)

@@ -1,0 +1,267 @@
+"""OpenAI's Videos API over the engine: create, retrieve, list, content, events, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse, Response, StreamingResponse
+
+from fastvideo import media
+from fastvideo.errors import one_line
+from fastvideo.log import logger
+from fastvideo_inference.engine.config import ServeConfig
+from fastvideo_inference.engine.engine import Engine
+from fastvideo_inference.engine.job import (
+    TERMINAL,
+    ConflictError,
+    EngineStoppingError,
+    Job,
+    JobEvent,
+    QueueFullError,
+    Submission,
+)
+from fastvideo_inference.serve import body
+from fastvideo_inference.serve.catalogue import Catalogue
+from fastvideo_inference.serve.errors import ApiError, json_response
+from fastvideo_inference.serve.keys import Keys
+
+_ID = re.compile(r"video_[0-9a-f]{32}")
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_POLL_MS = (100, 1000)
+_MAX_WAIT_S = 60.0  # in a full queue a place may be free earlier than anybody knows
+_PING_S = 10.0  # of silence, after which a stream says that it is alive
+
+
+class Videos:
+    """The routes under /v1/videos; `is_draining` refuses new jobs, `rejected` counts refusals."""
+
+    def __init__(self, engine: Engine, config: ServeConfig, catalogue: Catalogue) -> None:
+        self._engine, self._config, self._catalogue = engine, config, catalogue
+        self.keys = Keys(config.key)
+        self.rejected: Counter[str] = Counter()
+        self.is_draining = False
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes to an app."""
+        kinds = ("application/json", "multipart/form-data")
+        content = {kind: {"schema": body.schema(self._catalogue.models)} for kind in kinds}
+        by_id = (
+            ("GET", "", self.retrieve),
+            ("DELETE", "", self.delete),
+            ("GET", "/content", self.content),
+            ("GET", "/events", self.events),
+        )
+        links = {
+            route.__name__: {
+                "operationId": route.__name__,
+                "parameters": {"video_id": "$response.body#/id"},
+            }
+            for _, _, route in by_id
+        }
+        extra = {
+            "requestBody": {"content": content, "required": True},
+            "responses": {"200": {"description": "The job", "links": links}},
+        }
+        app.add_api_route("/v1/videos", self.create, methods=["POST"], openapi_extra=extra)
+        app.add_api_route("/v1/videos", self.list, methods=["GET"])
+        for method, path, route in by_id:
+            path, name = f"/v1/videos/{{video_id}}{path}", route.__name__
+            app.add_api_route(path, route, methods=[method], operation_id=name)
+
+    async def create(self, request: Request) -> Response:
+        """Accept a job; once this is answered it survives a restart."""
+        try:
+            job = await self._create(request)
+        except ApiError as error:
+            self.rejected[error.code] += 1
+            raise
+        logger.info("%s is accepted, for %s", job.id, job.submission.model)
+        return self._answer(job)
+
+    async def _create(self, request: Request) -> Job:
+        owner = self.keys.owner(request)
+        key = request.headers.get("idempotency-key", "")
+        if key and not _IDEMPOTENCY_KEY.fullmatch(key):
+            text = "Idempotency-Key must be 1 to 255 printable ASCII characters"
+            raise ApiError(400, text, code="invalid_value")
+        fields = await body.read(request)
+        asked = await asyncio.to_thread(
+            body.submission,
+            fields,
+            catalogue=self._catalogue,
+            config=self._config,
+            owner=owner,
+            idempotency_key=key,
+        )
+        async with self.keys.lock(owner):
+            self._check_key(asked)
+            try:
+                return await self._engine.submit(asked)
+            except (ValueError, OSError) as error:
+                raise _refusal(error) from None
+
+    def _check_key(self, asked: Submission) -> None:
+        """Check the limits of a key; a repeated request makes no clip and counts nothing."""
+        jobs = self._engine.jobs(owner=asked.owner) if asked.owner else []
+        key = asked.idempotency_key
+        if not (key and any(job.submission.idempotency_key == key for job in jobs)):
+            running = sum(job.status not in TERMINAL for job in jobs)
+            self.keys.check(asked.owner, running=running)
+
+    async def retrieve(self, request: Request, video_id: str) -> Response:
+        """Return a job; no worker is asked."""
+        return self._answer(self._job(request, video_id))
+
+    async def list(
+        self,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str = "",
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Response:
+        """Return jobs of a key, newest first, those behind `after` in that order."""
+        jobs = self._engine.jobs(owner=self.keys.owner(request))
+        if order == "asc":
+            jobs.reverse()
+        if after:
+            ids = [job.id for job in jobs]
+            if after not in ids:
+                raise ApiError(404, "after is no id of a video", code="not_found", param="after")
+            jobs = jobs[ids.index(after) + 1 :]
+        data = [self._shape(job) for job in jobs[:limit]]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
+        values = {"object": "list", "data": data, "has_more": len(jobs) > limit}
+        return json_response({**values, "first_id": None, "last_id": None, **ends})
+
+    async def content(
+        self, request: Request, video_id: str, variant: Literal["video", "thumbnail"] = "video"
+    ) -> Response:
+        """Return the mp4 or its first frame as WebP."""
+        job = self._job(request, video_id)
+        if job.path is None or not job.path.is_file():
+            text = f"the video is {_status(job)}; its content exists once it is completed"
+            raise ApiError(409, text, code="video_not_ready")
+        if variant == "thumbnail":
+            image = await asyncio.to_thread(media.thumbnail, job.path)
+            return Response(image, media_type="image/webp")
+        return FileResponse(job.path, media_type="video/mp4", filename=f"{job.id}.mp4")
+
+    async def events(self, request: Request, video_id: str) -> Response:
+        """Stream what happens to a job as server-sent events, until it has ended."""
+        job = self._job(request, video_id)
+        headers = {"cache-control": "no-store"}
+        return StreamingResponse(
+            self._lines(job.id), media_type="text/event-stream", headers=headers
+        )
+
+    async def _lines(self, job_id: str) -> AsyncIterator[str]:
+        """Write events as text, and something after each silence, so that no client gives up."""
+        events = self._engine.events(job_id)
+        following = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait([following], timeout=_PING_S)
+                if not done:
+                    yield ": alive\n\n"
+                    continue
+                event = following.result()
+                if event is None:
+                    return
+                yield f"event: {event.kind}\ndata: {json.dumps(self._event(event))}\n\n"
+                following = asyncio.ensure_future(anext(events, None))
+        except KeyError:  # the job was deleted before the first event
+            return
+        finally:
+            following.cancel()
+
+    def _event(self, event: JobEvent) -> dict[str, Any]:
+        job = self._engine.job(event.job_id)
+        if event.kind == "status" and job is not None:
+            return self._shape(job)
+        values = dict(event.values)
+        if event.kind == "preview":
+            values["png"] = base64.b64encode(values["png"]).decode()
+        return values
+
+    async def delete(self, request: Request, video_id: str) -> Response:
+        """Cancel a job and remove its file."""
+        job = self._job(request, video_id)
+        with suppress(KeyError):  # another request did it meanwhile
+            await self._engine.delete(job.id)
+        return json_response({"id": job.id, "object": "video.deleted", "deleted": True})
+
+    def _job(self, request: Request, video_id: str) -> Job:
+        """Return a job of the request's key; to all others it does not exist."""
+        owner = self.keys.owner(request)
+        job = self._engine.job(video_id) if _ID.fullmatch(video_id) else None
+        if job is None or job.submission.owner != owner:
+            raise ApiError(404, "there is no such video", code="not_found", param="video_id")
+        return job
+
+    def _answer(self, job: Job) -> Response:
+        values = self._shape(job)
+        low, high = _POLL_MS
+        wait_ms = min(high, max(low, round(250 * (values["eta_s"] or 0))))
+        return json_response(values, headers={"openai-poll-after-ms": str(wait_ms)})
+
+    def _shape(self, job: Job) -> dict[str, Any]:
+        """Return a job as OpenAI's clients read it, and beside that what ours read."""
+        params, ended_s = job.submission.params, job.finished_at_s
+        failure = job.failure
+        is_complete, is_over = job.status == "completed", job.status in TERMINAL
+        expires_s = None if ended_s is None else int(ended_s + self._config.limits.output_ttl_s)
+        return {
+            "id": job.id,
+            "object": "video",
+            "created_at": int(job.accepted_at_s),
+            "completed_at": int(ended_s) if is_complete and ended_s is not None else None,
+            "expires_at": expires_s,
+            "status": _status(job),
+            "progress": 100 if is_complete else min(99, int(100 * job.progress)),
+            "prompt": params.prompt,
+            "model": self._catalogue.id_of(job.submission.model),
+            "seconds": f"{params.num_frames / params.fps:.4f}".rstrip("0").rstrip("."),
+            "size": f"{params.width}x{params.height}",
+            "error": {"code": failure.code, "message": failure.message} if failure else None,
+            "remixed_from_video_id": None,
+            **params.model_dump(exclude={"prompt", "lora", "backend", "drop_gates"}),
+            "slo_class": job.slo_class,
+            "queue_position": None if is_over else self._engine.queue_position(job.id),
+            "eta_s": None if is_over else self._engine.eta_s(job.id),
+            "accepted_at_s": job.accepted_at_s,
+            "finished_at_s": ended_s,
+            "stage": job.stage or None,
+            "stage_seconds": job.stage_seconds,
+            "inference_time_s": sum(job.stage_seconds.values()) if is_complete else None,
+            "frames_sha256": job.frames_sha256 or None,
+            "notices": job.notices,
+            "recipe": job.recipe,
+        }
+
+
+def _status(job: Job) -> str:
+    return "failed" if job.status == "cancelled" else job.status
+
+
+def _refusal(error: ValueError | OSError) -> ApiError:
+    """Return the answer to a submission that the engine does not take."""
+    match error:
+        case QueueFullError():
+            wait_s = min(_MAX_WAIT_S, error.retry_after_s)
+            return ApiError(429, str(error), code="queue_full", retry_after_s=wait_s)
+        case EngineStoppingError():
+            return ApiError(503, str(error), code="draining", retry_after_s=10)
+        case ConflictError():
+            return ApiError(409, str(error), code="idempotency_conflict")
+        case ValueError():
+            return ApiError(400, str(error), code="invalid_value")
+    logger.error("a job is not accepted: %s", one_line(error))
+    return ApiError(503, "the server cannot write down a job", code="storage", retry_after_s=10)

@@ -1,0 +1,169 @@
+"""`fastvideo serve` as it is typed: its config, its processes and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastvideo_inference.commands import serve as command
+from fastvideo_inference.serve import config as configs
+from fastvideo_inference.serve.catalogue import Catalogue
+
+from fastvideo import hub
+from fastvideo.cli import main
+from tests.processes import has_ended
+from tests.serving import BALL, LONG
+
+ROOT = Path(__file__).parents[3]
+
+
+@contextmanager
+def typed(*words: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Type `fastvideo serve` and yield the process and its URL."""
+    log = dict(os.environ, FASTVIDEO_LOG="info", PYTHONPATH=os.pathsep.join(sys.path))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    typed = [sys.executable, "-m", "fastvideo", "serve", "--port=0", *words]
+    with subprocess.Popen(typed, cwd=cwd, env=log, **pipes) as run:
+        try:
+            assert run.stdout is not None
+            yield run, run.stdout.readline().strip()
+        finally:
+            run.kill()
+
+
+def ask(url: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
+    body = None if values is None else json.dumps(values).encode()
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return dict(json.load(answer))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],
+)
+@pytest.mark.usefixtures("interruptible")
+def test_a_server_of_processes_makes_a_clip_drains_and_leaves_no_process(
+    tiny_folder: Path, tmp_path: Path, number: int, code: int
+):
+    (tmp_path / "a.toml").write_text(f'[[worker]]\nmodel = "{tiny_folder}"\ndevices = ["cpu"]\n')
+    with typed("--config=a.toml", cwd=tmp_path) as (run, url):
+        job = ask(f"{url}/v1/videos", BALL)
+        workers = [
+            int(p) for p in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        ]
+        assert workers
+        assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text(), "only they load it"
+        deadline = time.monotonic() + 60
+        while (now := ask(f"{url}/v1/videos/{job['id']}"))["status"] != "completed":
+            assert time.monotonic() < deadline, now
+            time.sleep(0.05)
+        ask(f"{url}/v1/videos", LONG)
+        run.send_signal(number)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert all(has_ended(pid) for pid in workers)
+    assert "is ready" in err
+    posts = [line for line in err.splitlines() if "POST '/v1/videos' 200" in line]
+    assert len(posts) == 2
+    assert all("[req_" in line for line in posts)
+    assert list((tmp_path / "outputs" / "serve").rglob(f"{job['id']}*.mp4"))
+
+
+@pytest.mark.full
+def test_a_client_gets_all_its_clips_from_a_server_that_is_killed_and_started_again(
+    tiny_folder: Path, tmp_path: Path
+):
+    (tmp_path / "a.toml").write_text(f'[[worker]]\nmodel = "{tiny_folder}"\ndevices = ["cpu"]\n')
+    asked = [*("generate", "a red ball", "--steps=60", "--seed=1", "--count=3"), "--frames=9"]
+    assert main([*asked, f"--model={tiny_folder}", "-o", f"{tmp_path}/own-{{seed}}.mp4"]) == 0
+    with typed("--config=a.toml", cwd=tmp_path) as (server, url):
+        words = [*asked, "--json", "--server", url, "-o", f"{tmp_path}/{{seed}}.mp4"]
+        client = [sys.executable, "-m", "fastvideo", *words]
+        with subprocess.Popen(client, stdout=subprocess.PIPE, text=True) as run:
+            assert run.stdout is not None
+            seen = map(json.loads, run.stdout)
+            assert any(one["event"] == "progress" and one["index"] == 20 for one in seen)
+            server.kill()
+            server.wait()
+            port = url.rpartition(":")[2]
+            with typed("--config=a.toml", f"--port={port}", cwd=tmp_path):
+                rest, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, rest
+    for seed in (1, 2, 3):
+        made, own = (json.loads((tmp_path / f"{p}{seed}.json").read_text()) for p in ("", "own-"))
+        assert made["frames_sha256"] == own["frames_sha256"]
+    published = (tmp_path / "outputs" / "serve").rglob("*.mp4")
+    assert len(list(published)) == 3
+
+
+@pytest.mark.parametrize(
+    "path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/serve/*.toml"))
+)
+def test_the_configs_that_come_with_it_are_right(path: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["serve", "--config", path, "--check"]) == 0
+
+
+def test_without_a_config_all_bundled_models_are_offered_the_default_one_first():
+    models = list(Catalogue(configs.read(None)).models)
+    assert models[0] == hub.DEFAULT_MODEL
+    assert sorted(models) == hub.bundled()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('polcy = "fifo"', ":1 is unknown; did you mean 'policy'"),
+        ('policy = "fastest"', "policy 'fastest'"),
+        ('[[worker]]\nstages = ["denoise"]', "worker.stages: no worker runs encode_text"),
+        ('[[worker]]\ndevices = ["cpu:0", "cpu:1"]\nparallel = "ulysses=4"', "worker.parallel"),
+        ('[[worker]]\ndevices = ["cpu:0", "cpu:1"]\nparallel = "data=2"', "use count"),
+        ('[[worker]]\ndevices = ["tpu"]', "worker.devices 'tpu'"),
+        ('[[worker]]\nmodel = "no-such"', "model 'no-such'"),
+        ('[[class]]\nname = "a"\n[[class]]\nname = "a"', "class.name 'a'"),
+        (f'[[key]]\nname = "a"\nclass = "b"\nsha256 = "{"0" * 64}"', "key.class 'b'"),
+        ('[[key]]\nname = "a"\nsha256 = "sk-a"', "key.0.sha256"),
+        ('[lora]\na = "/no/such.safetensors"', "/no/such"),
+        ('[decoder]\na = "/no/such"', "decoder.a"),
+        ("checkpoint_every = 0", "checkpoint_every 0"),
+        ("[limits]\nwidht = 1", "limits.widht"),
+        ("[[worker]", "not valid TOML"),
+    ],
+)
+def test_a_wrong_config_is_one_line_that_names_the_field(
+    tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "a.toml").write_text(text)
+    assert main(["serve", "--config", str(tmp_path / "a.toml"), "--check"]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_error_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert main(["serve", "--check"]) == 2
+    err = capsys.readouterr().err
+    assert "uvicorn" in err
+    assert "fastvideo[serve]" in err
