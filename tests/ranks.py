@@ -22,6 +22,8 @@ import torch.multiprocessing as mp
 
 TIMEOUT_S = 120.0
 IMPORTED = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+# Its defaults would keep the group that is there when it is imported, and threads of that one.
+IMPORTED.append("torch.distributed.nn.functional")
 
 
 class RankError(AssertionError):

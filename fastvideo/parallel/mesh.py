@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def joined(device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[torch
     the last reference ends gloo's threads, and a thread that lets go of a tensor while the
     interpreter ends aborts the process (SIGABRT).
     """
+    import_module("torch.distributed.nn.functional")  # its defaults keep a group that is there
     if dist.is_initialized():
         yield device
         return
@@ -119,8 +121,6 @@ def join(device: torch.device, *, rank: int, size: int, file: str) -> torch.devi
 
 
 def _join(device: torch.device, timeout: timedelta) -> torch.device:
-    import torch.distributed.nn.functional  # its defaults keep a group that is there on import
-
     own = _own(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)

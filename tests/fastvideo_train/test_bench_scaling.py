@@ -11,6 +11,7 @@ import scaling
 from tiny_recipes import CONFIGS
 
 
+@pytest.mark.full
 def test_two_processes_have_the_losses_of_one_and_hold_less(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.jsonl"
     words = ["--smoke", "--size", "2", "8", "8", "--batch", "2", "--only", "fsdp2"]
