@@ -21,7 +21,7 @@ from fastvideo.hub import OpenModel
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
-from fastvideo.sampling import Layer, SamplingParams, read_layers
+from fastvideo.sampling import Layer, SamplingParams
 from fastvideo_inference import naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
@@ -120,11 +120,10 @@ def _checked(
     model: OpenModel,
 ) -> Batch:
     decoder = decoder_id(decoder_name, model.spec, model.folder)
-    rows = [_resolved(row, layers, model) for row in _rows(args)]
     resolved = [
         (one, (*args.notices, *told))
-        for first, told in rows
-        for one in sampling.clips(first, args.count)
+        for row in _rows(args)
+        for one, told in _resolved(row, layers, model, count=args.count)
     ]
     params = [one for one, _ in resolved]
     asked = naming.DEFAULT_TEMPLATE if args.output is None else args.output
@@ -217,16 +216,25 @@ def _rows(args: CliArgs) -> Sequence[Layer]:
     return prompts.read_prompts(args.prompts)
 
 
-def _resolved(row: Layer, layers: list[Layer], model: OpenModel) -> Resolved:
+def _resolved(row: Layer, layers: list[Layer], model: OpenModel, *, count: int) -> list[Resolved]:
+    """Return the clips of a row."""
     # A row of a prompt file is more particular than a config, less than a flag typed now.
     *configs, typed = layers
+    place, fields = row
+    for key in fields.keys() & set(_BESIDE):
+        raise ValueError(f"{key} in {where(place, [key])} must be one for all rows; use --{key}")
     ordered = [*configs, row, typed]
-    origin = sampling.origins(*ordered, beside=_BESIDE)
-    if "prompt" not in origin:
+    if not any({"prompt", "text"} & layer.keys() for _, layer in ordered):
+        if fields:
+            raise ValueError(f"prompt is missing in {where(place)}")
         raise ValueError('there is no prompt; try: fastvideo generate "a big red ball moving left"')
-    request = read_layers(*ordered)
+    request, origin = sampling.read_with_origins(*ordered, beside=_BESIDE)
     params = resolve(request, model.spec, origin=origin)
-    return params, notices(request, params, model.spec)
+    told = notices(request, params, model.spec)
+    try:
+        return [(one, told) for one in sampling.clips(params, count)]
+    except ValueError as error:
+        raise ValueError(f"{error} (from {origin.get('seed', '--count')})") from None
 
 
 def _degrees(

@@ -14,6 +14,7 @@ from fastvideo.sampling import (
     clips,
     origins,
     read_layers,
+    read_with_origins,
     spelled,
 )
 
@@ -183,6 +184,9 @@ def test_a_source_may_name_the_place_of_each_key():
     later = "flags", {"num_inference_steps": 3, "size": "48x32"}
     found = {"fps": "a.toml:3", "num_inference_steps": "flags", "width": "flags", "height": "flags"}
     assert origins(file, later) == found
+    request, origin = read_with_origins(("b.toml", {"text": "x", "steps": 9}), later)
+    assert request == read_layers(("any", {"prompt": "x"}), later)
+    assert origin == {"prompt": "b.toml"} | {k: v for k, v in found.items() if k != "fps"}
     with pytest.raises(ValueError, match=r"modle in a is unknown; did you mean 'model'"):
         origins(("a", {"modle": "x"}), beside=("model",))
 

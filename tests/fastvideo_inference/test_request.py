@@ -71,6 +71,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"config": Path("twice.toml")},
         r"^steps in twice\.toml:2 gives num_inference_steps a second time",
     ),
+    "no prompt in a row": ({"prompts": Path("n.jsonl")}, r"^prompt is missing in n\.jsonl:2$"),
+    "no prompt at all": ({}, "^there is no prompt; try: fastvideo generate"),
+    "model in a row": ({"prompts": Path("m.jsonl")}, r"^model in m\.jsonl:1 .* rows; use --model$"),
+    "seeds past the last": (
+        {"fields": {"prompt": "x", "seed": 2**63 - 1}, "count": 2},
+        r"^seed 9223372036854775807 of 2 clips must be at most \d+6 \(from --seed\)$",
+    ),
     "key of a row": ({"prompts": Path("k.jsonl")}, r"^stepz in k\.jsonl:2 .* mean 'steps'"),
     "type in a row": ({"prompts": Path("t.jsonl")}, r'^num_inference_steps "4" in t\.jsonl:1'),
     "key of a set": (
@@ -107,6 +114,8 @@ def test_a_wrong_value_says_where_it_was_given(read, case: str):
     Path("size.toml").write_text('size = 48\nprompt = "x"')
     Path("twice.toml").write_text('num_inference_steps = 3\nsteps = 3\nprompt = "x"')
     Path("p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "frames": 7}')
+    Path("n.jsonl").write_text('{"prompt": "x"}\n{"frames": 5}')
+    Path("m.jsonl").write_text('{"prompt": "x", "model": "y"}')
     Path("k.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "stepz": 7}')
     Path("t.jsonl").write_text('{"prompt": "x", "steps": "4"}')
     args, text = WRONG[case]
