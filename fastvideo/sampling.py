@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -96,6 +97,11 @@ def _read_fps(given: Any) -> int | float:
     return int(rate) if rate.denominator == 1 else float(rate)
 
 
+def _read_whole(given: Any) -> Any:
+    """Take integers of other libraries, such as numpy's; a bool is none."""
+    return given if isinstance(given, bool) or not isinstance(given, Integral) else int(given)
+
+
 _NOT_HTTP = (CLI, PYTHON, EVAL)
 PROMPT = Setting("what the clip shows", "text", where=(CLI, PYTHON, HTTP, PAGE))
 NEGATIVE = Setting("what the clip does not show", "negative")
@@ -112,7 +118,7 @@ DROP_GATES = Setting("let a pattern drop the gates of a VSA model", where=_NOT_H
 LORA = Setting("LoRAs, each PATH[:STRENGTH] or a name", where=(CLI, PYTHON, HTTP, PAGE))
 
 Text = Annotated[str, AfterValidator(_check_text)]
-Whole = Annotated[int, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_read_whole)]
 Prompt = Annotated[Text, AfterValidator(_check_prompt), PROMPT]
 NegativePrompt = Annotated[Text, NEGATIVE]
 NumFrames = Annotated[Whole, Field(ge=1), FRAMES]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastvideo.sampling import (
@@ -189,6 +190,14 @@ def test_a_source_may_name_the_place_of_each_key():
     assert origin == {"prompt": "b.toml"} | {k: v for k, v in found.items() if k != "fps"}
     with pytest.raises(ValueError, match=r"modle in a is unknown; did you mean 'model'"):
         origins(("a", {"modle": "x"}), beside=("model",))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    made = read_layers(("the call", {"prompt": "x", "seed": np.int64(3), "frames": np.uint8(5)}))
+    assert (made.seed, made.num_frames) == (3, 5) and type(made.seed) is int
+    for wrong in (np.float64(3), np.bool_(True), True):
+        with pytest.raises(ValueError, match=r"^seed .* in the call: must be a valid integer$"):
+            read_layers(("the call", {"prompt": "x", "seed": wrong}))
 
 
 def test_clips_of_a_prompt_differ_in_their_seeds_alone():
