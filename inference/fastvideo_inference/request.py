@@ -7,6 +7,7 @@ for job in batch.jobs: ...   # complete parameters and a path each
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from fastvideo import env, files, hub, sampling
 from fastvideo.config import Keys, Source, assignments, read_toml, toml_line, where
 from fastvideo.errors import refusing
 from fastvideo.hub import OpenModel
+from fastvideo.log import logger
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
@@ -95,6 +97,7 @@ def flag(keys: Keys) -> str:
 def read(args: CliArgs) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
     check_place(args.device, args.dtype, num_processes=env.world_size())
+    args = replace(args, notices=(*args.notices, *_set_twice(args.settings)))
     repeated = read_recipe(args.repeat) if args.repeat else None
     if repeated and repeated.latents != "seed":
         text = "was made from noise that its caller brought; it cannot be repeated"
@@ -195,6 +198,17 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
                 origin = where(source, [key])
                 raise ValueError(f"{key} {values[key]!r} in {origin} must be a name or a path")
     return [(s, {k: v for k, v in vs.items() if k not in beside}) for s, vs in layers], beside
+
+
+def _set_twice(words: Sequence[str]) -> tuple[str, ...]:
+    """Return a line, which is logged, for each key that several `--set` give."""
+    keys = [word.partition("=")[0].strip() for word in words]
+    told = [
+        f"--set {k} is given twice: the last one counts" for k, n in Counter(keys).items() if n > 1
+    ]
+    for line in told:
+        logger.warning("%s", line)
+    return tuple(told)
 
 
 def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:

@@ -220,13 +220,14 @@ def test_the_failure_of_a_single_prompt_is_an_event_and_one_line(
 
 
 def test_a_flag_given_twice_is_told_by_the_log_an_event_and_the_sidecar(generate):
-    words = [PROMPT, "--seed", "1", "--seed", "2", "--frames", "5", "--json", "-o", "a.mp4"]
-    code, out, err = generate(*words)
-    told = "--seed is given twice: the last one counts"
-    assert (code, err.count(told)) == (0, 1)
+    sets = ["--set", "frames=9", "--set", "frames = 5", "--set", "steps=1"]
+    code, out, err = generate(PROMPT, "--seed", "1", "--seed", "2", *sets, "--json", "-o", "a.mp4")
+    told = [f"--{what} is given twice: the last one counts" for what in ("seed", "set frames")]
+    assert (code, [line for line in err if "twice" in line]) == (0, told)
     notices = [line["text"] for line in map(json.loads, out) if line["event"] == "notice"]
-    assert notices == json.loads(Path("a.json").read_text())["notices"] == [told]
-    assert recipe.read_recipe("a.mp4").request.seed == 2
+    assert notices == json.loads(Path("a.json").read_text())["notices"] == told
+    made = recipe.read_recipe("a.mp4").request
+    assert (made.seed, made.num_frames) == (2, 5)
 
 
 REFUSED = {
