@@ -79,14 +79,14 @@ class VideoPipeline:
         half of them makes clips of its own. They stay joined until the script ends. `torch_dtype`
         is read as `dtype`; other keywords of diffusers are refused with what to write instead.
         """
-        dtype = foreign.pop("torch_dtype", dtype)
-        own = ("device", "dtype", "decoder", "parallel")
+        dtype = diffusers_names.load_dtype(dtype, foreign)
+        own = ("device", "dtype", "torch_dtype", "decoder", "parallel")
         diffusers_names.refuse(foreign, diffusers_names.OF_LOADING, own=own)
         model = hub.open_model(name_or_path)  # its weights are fetched once all else is right
         return cls.load(
             model,
             device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype,
             decoder=recipe.decoder_id(decoder, model.spec, model.folder),
             degrees=sharing.read(parallel, world_size=env.world_size()),
         )
@@ -144,12 +144,12 @@ class VideoPipeline:
         drop_gates: bool | None = None,
         lora: Sequence[str] | None = None,
         latents: Tensor | None = None,
-        output: Literal["frames", "latents"] = "frames",
+        output: Literal["frames", "latents"] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
     ) -> Video: ...
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | None = None,
         num_frames: int | None = None,
@@ -165,7 +165,7 @@ class VideoPipeline:
         lora: Sequence[str] | None = None,
         count: int | None = None,
         latents: Tensor | None = None,
-        output: Literal["frames", "latents"] = "frames",
+        output: Literal["frames", "latents"] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         **foreign: Any,
     ) -> Video | list[Video]:
@@ -184,12 +184,16 @@ class VideoPipeline:
             own = diffusers_names.merged(own, foreign, self.model.spec)
             again: Video | list[Video] = self(**own)
             return again
+        output = output or "frames"
         if output not in _LEFT_OUT:
-            legal = ", ".join(_LEFT_OUT)
-            raise ValueError(f"output {output!r} is unknown; use one of: {legal}")
+            raise ValueError(f"output {output!r} is unknown; use one of: {', '.join(_LEFT_OUT)}")
         fields = {k: v for k, v in own.items() if k in sampling.settings()}
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
-        rows = [self._resolved(request_of(**{**fields, "prompt": one})) for one in prompts]
+        place = "the call" if len(prompts) == 1 else "the call, prompt {}"
+        rows = [
+            self._resolved(request_of(place.format(i), **{**fields, "prompt": one}))
+            for i, one in enumerate(prompts, start=1)
+        ]
         each = 1 if count is None else count
         asked = [(one, told) for row, told in rows for one in sampling.clips(row, each)]
         if latents is not None and len(asked) != 1:
@@ -205,13 +209,15 @@ class VideoPipeline:
         return made[0] if isinstance(prompt, str) and count is None else made
 
     def stream(
-        self, prompt: str, *, latents: Tensor | None = None, **fields: Any
+        self, prompt: str | None = None, *, latents: Tensor | None = None, **fields: Any
     ) -> Generator[Frames, None, None]:
-        """Yield frames (H W 3 uint8) as they are decoded; a call's arguments, but `output`."""
-        fields = diffusers_names.merged({}, fields, self.model.spec)
-        request = request_of(prompt=prompt, **fields)
+        """Yield frames (H W 3 uint8) as they are decoded; a call's arguments for one clip."""
+        own = {} if prompt is None else {"prompt": prompt}
+        fields = diffusers_names.merged(own, fields, self.model.spec)
+        for key in fields.keys() - sampling.settings().keys():
+            raise ValueError(f"{key} is not for a stream, which is the frames of one clip")
         # Resolved now, so that an illegal request fails here and not at the first frame.
-        params, notices = self._resolved(request)
+        params, notices = self._resolved(request_of(**fields))
         return _single_frames(self.events(params, latents=latents, notices=notices))
 
     def events(
@@ -233,6 +239,7 @@ class VideoPipeline:
         """
         if isinstance(request, GenerateRequest):
             request, notices = self._resolved(request)
+        _check_noise(latents)
         params, latents = self._agreed(request, latents)
         from fastvideo.lora import uses_of
 
@@ -284,20 +291,40 @@ class VideoPipeline:
         return key
 
     def load_lora_weights(
-        self, path: str | Path, *, weight_name: str = "", adapter_name: str | None = None
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **foreign: Any,
     ) -> None:
         """Load a LoRA by the keywords of diffusers; see `load_lora`."""
-        self.load_lora(f"{path}/{weight_name}" if weight_name else path, name=adapter_name)
+        own = ("adapter_name", "weight_name", "subfolder")
+        diffusers_names.refuse(foreign, diffusers_names.OF_LOADING, own=own)
+        parts = (part for part in (path, subfolder, weight_name) if part)
+        self.load_lora("/".join(map(str, parts)), name=adapter_name)
 
-    def to(self, *place: str | torch.device | torch.dtype) -> VideoPipeline:
+    def to(
+        self,
+        *place: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> VideoPipeline:
         """Return the pipeline; `ValueError` if it was loaded to another device or type."""
-        diffusers_names.check_place(self.model, *place)
+        named = (one for one in (*place, device, dtype) if one is not None)
+        diffusers_names.check_place(self.model, *named)
         return self
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            raise AttributeError(diffusers_names.explain(name))
+            raise AttributeError(diffusers_names.explain(name, dir(self)))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            diffusers_names.refuse_assigned(name)
+            super().__setattr__(name, value)
 
     def set_lora(self, name: str, *, strength: float) -> None:
         """Change the strength of a loaded LoRA; `ValueError` for an unknown name."""
@@ -376,9 +403,17 @@ def _parse_lora(path: str | Path, strength: float, file_hash: str = "") -> LoraU
     )
 
 
-def request_of(**fields: Any) -> GenerateRequest:
+def request_of(place: str = "the call", /, **fields: Any) -> GenerateRequest:
     """Build a request from a call's arguments, leaving out those that are None."""
-    return read_layers(("the call", {k: v for k, v in fields.items() if v is not None}))
+    return read_layers((place, {k: v for k, v in fields.items() if v is not None}))
+
+
+def _check_noise(latents: Any) -> None:
+    import torch
+
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        kind = type(latents).__name__
+        raise ValueError(f"latents must be a torch.Tensor (B C T H W), not {kind}")
 
 
 def _single_frames(events: Iterator[Event]) -> Generator[Frames, None, None]:
