@@ -16,7 +16,7 @@ import pytest
 from fastvideo_inference import recipe
 from fastvideo_inference.commands import demo, report
 
-from fastvideo import cli, hub, media
+from fastvideo import Video, cli, hub, media
 from fastvideo.stages import Progress, encode_text
 
 PROMPT = "a red ball moving left"
@@ -71,6 +71,21 @@ def test_without_an_output_a_new_name_is_found_each_time(generate):
     assert names[0].startswith("outputs/")
     assert names[0].endswith("-a-red-ball-moving-left-4.mp4")
     assert names[1] == names[0].replace("-4.mp4", "-4-2.mp4")
+
+
+def test_a_sidecar_that_appears_meanwhile_is_replaced_only_if_asked(generate, monkeypatch):
+    save = Video.save
+
+    def beside(video: Video, path: Path, **how: bool) -> Path:
+        path.with_suffix(".json").write_text("another's")
+        return save(video, path, **how)
+
+    monkeypatch.setattr(Video, "save", beside)
+    words = [PROMPT, "--frames", "5", "--steps", "1", "-o", "a.mp4"]
+    code, _, err = generate(*words)
+    assert code == 1 and "a.json" in err[-1] and Path("a.json").read_text() == "another's"
+    assert generate(*words, "--overwrite")[0] == 0
+    assert json.loads(Path("a.json").read_text())["output"] == "a.mp4"
 
 
 def test_from_repeats_a_clip_to_identical_frames(generate, monkeypatch):
