@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvideo import env, files, hub, sampling
 from fastvideo.config import Keys, Source, assignments, read_toml, toml_line, where
@@ -24,7 +24,7 @@ from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import Layer, SamplingParams
-from fastvideo_inference import naming, prompts, sharing
+from fastvideo_inference import moved, naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
@@ -293,6 +293,12 @@ def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | Non
             f"{path} was made by another decoder {old.name_or_path} than the one that is there now:"
             f" its recipe says {old.fingerprint[:12]}, it is {used.fingerprint[:12]}"
         )
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return moved.find(__name__, name)
 
 
 def _jobs(resolved: list[Resolved], template: str) -> tuple[Job, ...]:
