@@ -16,9 +16,10 @@ import atexit
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -125,6 +126,10 @@ class VideoPipeline:
     @overload
     def __call__(self, prompt: str, *, count: int, **fields: Any) -> list[Video]: ...
     @overload
+    def __call__(
+        self, prompt: str, *, seed: list[int] | tuple[int, ...] | range, **fields: Any
+    ) -> list[Video]: ...
+    @overload
     def __call__(self, prompt: list[str] | tuple[str, ...], **fields: Any) -> list[Video]: ...
     @overload
     def __call__(
@@ -158,7 +163,7 @@ class VideoPipeline:
         fps: float | Fraction | str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         attention: str | None = None,
         backend: str | None = None,
         drop_gates: bool | None = None,
@@ -171,7 +176,7 @@ class VideoPipeline:
     ) -> Video | list[Video]:
         """Make a clip; None is the model's default, a random seed, and the LoRAs that are loaded.
 
-        A list of prompts gives a list of clips, and so does `count`: that many of each prompt, of
+        A list of prompts or seeds gives a list of clips, and so does `count`: that many of each, of
         seed, seed + 1, and so on. `attention` is another pattern than the model's, such as
         "vsa(sparsity=0.8)", and `backend` the name of what computes it; `drop_gates` lets a pattern
         drop the gates of a VSA model. `latents` replaces the noise drawn from the seed (B C T H W,
@@ -189,11 +194,8 @@ class VideoPipeline:
             raise ValueError(f"output {output!r} is unknown; use one of: {', '.join(_LEFT_OUT)}")
         fields = {k: v for k, v in own.items() if k in sampling.settings()}
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
-        place = "the call" if len(prompts) == 1 else "the call, prompt {}"
-        rows = [
-            self._resolved(request_of(place.format(i), **{**fields, "prompt": one}))
-            for i, one in enumerate(prompts, start=1)
-        ]
+        seeds = seed if isinstance(seed, list | tuple | range) else [seed]
+        rows = [self._resolved(request) for request in _requests(prompts, seeds, fields)]
         each = 1 if count is None else count
         asked = [(one, told) for row, told in rows for one in sampling.clips(row, each)]
         if latents is not None and len(asked) != 1:
@@ -206,7 +208,8 @@ class VideoPipeline:
             last = deque(events, maxlen=1).pop()  # a list would keep every step's state
             assert isinstance(last, Done), "stages end in Done"
             made.append(self.video(last.state, own_noise=latents is not None))
-        return made[0] if isinstance(prompt, str) and count is None else made
+        is_one = isinstance(prompt, str) and count is None and seeds is not seed
+        return made[0] if is_one else made
 
     def stream(
         self, prompt: str | None = None, *, latents: Tensor | None = None, **fields: Any
@@ -406,6 +409,15 @@ def _parse_lora(path: str | Path, strength: float, file_hash: str = "") -> LoraU
 def request_of(place: str = "the call", /, **fields: Any) -> GenerateRequest:
     """Build a request from a call's arguments, leaving out those that are None."""
     return read_layers((place, {k: v for k, v in fields.items() if v is not None}))
+
+
+def _requests(
+    prompts: Sequence[Any], seeds: Iterable[Any], fields: Mapping[str, Any]
+) -> Iterator[GenerateRequest]:
+    """Yield the request of each prompt and seed; errors number the prompts of a list."""
+    place = "the call" if len(prompts) == 1 else "the call, prompt {}"
+    for (i, prompt), seed in product(enumerate(prompts, start=1), seeds):
+        yield request_of(place.format(i), **{**fields, "prompt": prompt, "seed": seed})
 
 
 def _check_noise(latents: Any) -> None:

@@ -28,6 +28,7 @@ from fastvideo_inference import moved, naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+_SEED = re.compile(r"\s*-?\d{1,20}\s*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FLAGS = {"prompt": "the prompt", "height": "--size", "width": "--size"}
 _BESIDE = ("model", "decoder")  # keys of a config that are no sampling fields
@@ -123,14 +124,16 @@ def _checked(
     model: OpenModel,
 ) -> Batch:
     decoder = decoder_id(decoder_name, model.spec, model.folder)
+    seeds = _one_seed_each(layers)
     resolved = [
         (one, (*args.notices, *told))
         for row in _rows(args)
-        for one, told in _resolved(row, layers, model, count=args.count)
+        for own in seeds
+        for one, told in _resolved(row, own, model, count=args.count)
     ]
     params = [one for one, _ in resolved]
     asked = naming.DEFAULT_TEMPLATE if args.output is None else args.output
-    template = naming.check_template(asked, num_clips=len(params), count=args.count)
+    template = naming.check_template(asked, num_clips=len(params), count=args.count * len(seeds))
     return Batch(
         model=model,
         decoder=decoder,
@@ -188,7 +191,8 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
         layers.append((lambda keys: lines[str(keys[0])], given))
     if args.settings:
         layers.append((lambda keys: f"--set {keys[0]}", assignments(args.settings)))
-    flags = {**args.fields, "model": args.model, "decoder": args.decoder}
+    seeds = _seeds(args.fields.get("seed"))
+    flags = {**args.fields, "seed": seeds, "model": args.model, "decoder": args.decoder}
     layers.append((flag, {k: v for k, v in flags.items() if v is not None}))
     beside: dict[str, Any] = {"model": hub.DEFAULT_MODEL, "decoder": None}
     for source, values in layers:
@@ -209,6 +213,22 @@ def _set_twice(words: Sequence[str]) -> tuple[str, ...]:
     for line in told:
         logger.warning("%s", line)
     return tuple(told)
+
+
+def _one_seed_each(layers: list[Layer]) -> list[list[Layer]]:
+    """Return the layers for each of the seeds of a flag such as `--seed 1,5,9`."""
+    *configs, (source, typed) = layers
+    seeds = typed.get("seed")
+    several = seeds if isinstance(seeds, tuple) else (seeds,) if "seed" in typed else ()
+    return [[*configs, (source, {**typed, "seed": one})] for one in several] or [layers]
+
+
+def _seeds(given: Any) -> Any:
+    """Return the whole number of `--seed`, or a tuple of several; what is no number stays text."""
+    if not isinstance(given, str):
+        return given
+    found = tuple(int(x) if _SEED.fullmatch(x) else x for x in given.split(","))
+    return found if len(found) > 1 else found[0]
 
 
 def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:

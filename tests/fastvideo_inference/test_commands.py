@@ -170,12 +170,14 @@ def test_several_clips_of_a_prompt_are_those_of_their_seeds(generate):
     words = [PROMPT, "--steps", "1", "--frames", "5"]
     code, out, _ = generate(*words, "--count", "3", "--seed", "4", "-o", "{seed}.mp4")
     assert (code, out) == (0, ["4.mp4", "5.mp4", "6.mp4"])
-    generate(*words, "--seed", "6", "-o", "alone.mp4")
-    beside = [json.loads(Path(f"{n}.json").read_text()) for n in ("4", "5", "6", "alone")]
+    code, out, _ = generate(*words, "--seed", "6,4", "-o", "of-{seed}.mp4")
+    assert (code, out) == (0, ["of-6.mp4", "of-4.mp4"])
+    beside = [json.loads(Path(f"{n}.json").read_text()) for n in ("4", "5", "6", "of-6", "of-4")]
     assert beside[2]["recipe"] == beside[3]["recipe"]
     digests = [one["frames_sha256"] for one in beside]
-    assert digests[2] == digests[3] and len(set(digests)) == 3
-    assert ["load" in one["timings_s"] for one in beside] == [True, False, False, True]
+    assert digests[3:] == [digests[2], digests[0]]
+    assert len(set(digests)) == 3
+    assert ["load" in one["timings_s"] for one in beside] == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,10 @@ def test_several_clips_are_a_list_and_each_is_that_of_its_seed(pipe: VideoPipeli
     for key in ("count", "num_videos_per_prompt"):
         made = pipe(PROMPT, seed=3, **{key: 2}, **SMALL)
         assert asked(made) == [(PROMPT, 3), (PROMPT, 4)] and same(made[1], one)
+    made = pipe(PROMPT, seed=[9, 4], **SMALL)
+    assert asked(made) == [(PROMPT, 9), (PROMPT, 4)] and same(made[1], one)
+    made = pipe([PROMPT], seed=range(4, 6), count=2, **{**SMALL, "num_frames": 1})
+    assert asked(made) == [(PROMPT, seed) for seed in (4, 5, 5, 6)]
     rows = pipe([PROMPT, "a blue ball"], seed=4, count=2, **SMALL)
     assert asked(rows) == [(PROMPT, 4), (PROMPT, 5), ("a blue ball", 4), ("a blue ball", 5)]
     assert same(rows[0], one) and len(pipe([PROMPT], seed=4, **SMALL)) == 1

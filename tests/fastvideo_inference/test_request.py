@@ -163,6 +163,27 @@ def test_several_clips_of_each_prompt_differ_in_seed_and_name(read):
         read({"prompt": "x"}, count=2, output="{prompt}.mp4")
 
 
+def test_several_seeds_make_a_clip_of_each_prompt_and_seed(read):
+    Path("p.jsonl").write_text('{"prompt": "a", "seed": 4}\n{"prompt": "b"}\n')
+    words = {"steps": 1, "seed": "7, -1,2"}
+    jobs = read(words, prompts=Path("p.jsonl"), output="{prompt}-{seed}.mp4").jobs
+    assert [job.params.prompt for job in jobs] == [*"aaabbb"]
+    assert [job.params.seed for job in jobs][::2] == [7, 2, jobs[4].params.seed] != [7, 2, -1]
+    made = read({"prompt": "x", "seed": "5,9"}, count=2, output="{seed}.mp4").jobs
+    assert [str(job.path) for job in made] == ["5.mp4", "6.mp4", "9.mp4", "10.mp4"]
+    with pytest.raises(ValueError, match=r"names one file for 2 clips; add \{index\} or \{seed\}"):
+        read({"prompt": "x", "seed": "5,9"}, output="a.mp4")
+    for wrong, shown in (
+        ("x", '"x"'),
+        ("1,x", '"x"'),
+        ("1,", '""'),
+        ("5.5", '"5.5"'),
+        ("-2,1", "-2"),
+    ):
+        with pytest.raises(ValueError, match=f"^seed {shown} in --seed: must be "):
+            read({"prompt": "x", "seed": wrong})
+
+
 def test_every_sampling_field_of_the_command_has_a_flag_of_its_own():
     flags = {name: request.flag_of(name) for name in sampling.settings(sampling.CLI)}
     assert flags["num_inference_steps"] == "--steps" and flags["drop_gates"] == "--drop-gates"
