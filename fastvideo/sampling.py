@@ -230,15 +230,6 @@ def _request(placed: Mapping[str, tuple[Any, str]]) -> GenerateRequest:
     return parse(GenerateRequest, {k: value for k, (value, _) in placed.items()}, source=place)
 
 
-def origins(*layers: Layer, beside: Collection[str] = ()) -> dict[str, str]:
-    """Return where each field that layers give comes from: of several, the last."""
-    return {
-        name: place
-        for source, layer in layers
-        for name, (_, place) in _placed(layer, source, beside).items()
-    }
-
-
 def _placed(
     values: Mapping[str, Any], source: Source, beside: Collection[str]
 ) -> dict[str, tuple[Any, str]]:

@@ -98,13 +98,14 @@ def flag(keys: Keys) -> str:
 def read(args: CliArgs) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
     check_place(args.device, args.dtype, num_processes=env.world_size())
-    args = replace(args, notices=(*args.notices, *_set_twice(args.settings)))
     repeated = read_recipe(args.repeat) if args.repeat else None
     if repeated and repeated.latents != "seed":
         text = "was made from noise that its caller brought; it cannot be repeated"
         raise ValueError(f"{args.repeat} {text}")
     layers, beside = _layers(args, repeated)
-    check = partial(_checked, args, repeated, layers, beside["decoder"])
+    rows = _rows(args)
+    args = replace(args, notices=(*args.notices, *_given_twice(args)))
+    check = partial(_checked, args, repeated, layers, rows, beside["decoder"])
     model = _open(beside["model"], args, repeated)
     batch = check(model)
     if not model.has_weights:  # the small files allow the request: the rest is worth fetching
@@ -120,6 +121,7 @@ def _checked(
     args: CliArgs,
     repeated: Recipe | None,
     layers: list[Layer],
+    rows: Sequence[Layer],
     decoder_name: str | None,
     model: OpenModel,
 ) -> Batch:
@@ -127,7 +129,7 @@ def _checked(
     seeds = _one_seed_each(layers)
     resolved = [
         (one, (*args.notices, *told))
-        for row in _rows(args)
+        for row in rows
         for own in seeds
         for one, told in _resolved(row, own, model, count=args.count)
     ]
@@ -204,23 +206,15 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
     return [(s, {k: v for k, v in vs.items() if k not in beside}) for s, vs in layers], beside
 
 
-def _set_twice(words: Sequence[str]) -> tuple[str, ...]:
-    """Return a line, which is logged, for each key that several `--set` give."""
-    keys = [word.partition("=")[0].strip() for word in words]
-    told = [
-        f"--set {k} is given twice: the last one counts" for k, n in Counter(keys).items() if n > 1
-    ]
+def _given_twice(args: CliArgs) -> tuple[str, ...]:
+    """Return a line, which is logged, for each key that several `--set` or a row give again."""
+    keys = Counter(f"--set {word.partition('=')[0].strip()}" for word in args.settings)
+    twice = [key for key, times in keys.items() if times > 1]
+    twice += prompts.repeated_keys(args.prompts) if args.prompts else ()
+    told = tuple(f"{key} is given twice: the last one counts" for key in twice)
     for line in told:
         logger.warning("%s", line)
-    return tuple(told)
-
-
-def _one_seed_each(layers: list[Layer]) -> list[list[Layer]]:
-    """Return the layers for each of the seeds of a flag such as `--seed 1,5,9`."""
-    *configs, (source, typed) = layers
-    seeds = typed.get("seed")
-    several = seeds if isinstance(seeds, tuple) else (seeds,) if "seed" in typed else ()
-    return [[*configs, (source, {**typed, "seed": one})] for one in several] or [layers]
+    return told
 
 
 def _seeds(given: Any) -> Any:
@@ -229,6 +223,14 @@ def _seeds(given: Any) -> Any:
         return given
     found = tuple(int(x) if _SEED.fullmatch(x) else x for x in given.split(","))
     return found if len(found) > 1 else found[0]
+
+
+def _one_seed_each(layers: list[Layer]) -> list[list[Layer]]:
+    """Return the layers for each of the seeds of a flag such as `--seed 1,5,9`."""
+    *configs, (source, typed) = layers
+    seeds = typed.get("seed")
+    several = seeds if isinstance(seeds, tuple) else (seeds,) if "seed" in typed else ()
+    return [[*configs, (source, {**typed, "seed": one})] for one in several] or [layers]
 
 
 def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:

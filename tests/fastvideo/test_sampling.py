@@ -13,7 +13,6 @@ from fastvideo.sampling import (
     GenerateRequest,
     SamplingParams,
     clips,
-    origins,
     read_layers,
     read_with_origins,
     spelled,
@@ -183,13 +182,12 @@ def test_a_source_may_name_the_place_of_each_key():
     with pytest.raises(ValueError, match=r"^num_inference_steps 0 in a\.toml:5: must be at"):
         read_layers(file)
     later = "flags", {"num_inference_steps": 3, "size": "48x32"}
-    found = {"fps": "a.toml:3", "num_inference_steps": "flags", "width": "flags", "height": "flags"}
-    assert origins(file, later) == found
-    request, origin = read_with_origins(("b.toml", {"text": "x", "steps": 9}), later)
-    assert request == read_layers(("any", {"prompt": "x"}), later)
-    assert origin == {"prompt": "b.toml"} | {k: v for k, v in found.items() if k != "fps"}
+    request, origin = read_with_origins((file[0], {"text": "x", "steps": 9, "fps": 8}), later)
+    assert request == read_layers(("any", {"prompt": "x", "fps": 8}), later)
+    found = {"num_inference_steps": "flags", "width": "flags", "height": "flags"}
+    assert origin == {"prompt": "a.toml:4", "fps": "a.toml:3", **found}
     with pytest.raises(ValueError, match=r"modle in a is unknown; did you mean 'model'"):
-        origins(("a", {"modle": "x"}), beside=("model",))
+        read_with_origins(("a", {"modle": "x"}), beside=("model",))
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers():

@@ -237,14 +237,17 @@ def test_the_failure_of_a_single_prompt_is_an_event_and_one_line(
 
 
 def test_a_flag_given_twice_is_told_by_the_log_an_event_and_the_sidecar(generate):
+    Path("p.jsonl").write_text('{"prompt": "a red ball", "fps": 8, "fps": 9}')
+    words = ["--prompts", "p.jsonl", "--seed", "1", "--seed", "2", "--json", "-o", "a.mp4"]
     sets = ["--set", "frames=9", "--set", "frames = 5", "--set", "steps=1"]
-    code, out, err = generate(PROMPT, "--seed", "1", "--seed", "2", *sets, "--json", "-o", "a.mp4")
-    told = [f"--{what} is given twice: the last one counts" for what in ("seed", "set frames")]
+    code, out, err = generate(*words, *sets)
+    twice = ("--seed", "--set frames", "fps in p.jsonl:1")
+    told = [f"{what} is given twice: the last one counts" for what in twice]
     assert (code, [line for line in err if "twice" in line]) == (0, told)
     notices = [line["text"] for line in map(json.loads, out) if line["event"] == "notice"]
     assert notices == json.loads(Path("a.json").read_text())["notices"] == told
     made = recipe.read_recipe("a.mp4").request
-    assert (made.seed, made.num_frames) == (2, 5)
+    assert (made.seed, made.num_frames, made.fps) == (2, 5, 9)
 
 
 REFUSED = {
