@@ -14,11 +14,12 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from fastvideo.config import Source, Strict, parse, where
+from fastvideo.config import Keys, Source, Strict, parse, where
 from fastvideo.registry import did_you_mean, names
 from fastvideo.shapes import parse_size
 
@@ -100,6 +101,11 @@ def _read_fps(given: Any) -> int | float:
     return int(rate) if rate.denominator == 1 else float(rate)
 
 
+def _read_whole(given: Any) -> Any:
+    """Take integers of other libraries, such as numpy's; a bool is none."""
+    return given if isinstance(given, bool) or not isinstance(given, Integral) else int(given)
+
+
 _NOT_HTTP = (CLI, PYTHON, EVAL)
 PROMPT = Setting("what the clip shows", "text", where=(CLI, PYTHON, HTTP, PAGE))
 NEGATIVE = Setting("what the clip does not show", "negative")
@@ -116,7 +122,7 @@ DROP_GATES = Setting("let a pattern drop the gates of a VSA model", where=_NOT_H
 LORA = Setting("LoRAs, each PATH[:STRENGTH] or a name", where=(CLI, PYTHON, HTTP, PAGE))
 
 Text = Annotated[str, AfterValidator(_check_text)]
-Whole = Annotated[int, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_read_whole)]
 Prompt = Annotated[Text, AfterValidator(_check_prompt), PROMPT]
 NegativePrompt = Annotated[Text, NEGATIVE]
 NumFrames = Annotated[Whole, Field(ge=1), FRAMES]
@@ -202,8 +208,39 @@ def spelled(
     Raises `ValueError` for a field that is given twice or is unknown; the nearest is suggested,
     also of those `beside` the fields.
     """
+    return {name: value for name, (value, _) in _placed(values, source, beside).items()}
+
+
+def read_layers(*layers: Layer) -> GenerateRequest:
+    """Merge layers, later ones on top; `ValueError` names the place that gave a wrong value."""
+    return read_with_origins(*layers)[0]
+
+
+def read_with_origins(
+    *layers: Layer, beside: Collection[str] = ()
+) -> tuple[GenerateRequest, dict[str, str]]:
+    """Return the request of `read_layers`, and where each of its fields comes from."""
+    merged: dict[str, tuple[Any, str]] = {}
+    for source, layer in layers:
+        placed = _placed(layer, source, beside)
+        _request({"prompt": ("of another layer", "")} | placed)  # also what a later one replaces
+        merged |= placed
+    return _request(merged), {name: place for name, (_, place) in merged.items()}
+
+
+def _request(placed: Mapping[str, tuple[Any, str]]) -> GenerateRequest:
+    def place(keys: Keys) -> str:
+        return placed[str(keys[0])][1] if keys else "the request"
+
+    return parse(GenerateRequest, {k: value for k, (value, _) in placed.items()}, source=place)
+
+
+def _placed(
+    values: Mapping[str, Any], source: Source, beside: Collection[str]
+) -> dict[str, tuple[Any, str]]:
+    """Return each field's value and where it was given."""
     full = {key: name for name, one in settings().items() for key in (name, one.alias) if key}
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[Any, str]] = {}
     for key, value in values.items():
         origin = where(source, [key])
         if key == "size":
@@ -213,33 +250,11 @@ def spelled(
         else:
             hint = did_you_mean(key, [*full, "size", *beside])
             raise ValueError(f"{key} in {origin} is unknown{hint}")
-        for name in fields:
+        for name, one in fields.items():
             if name in found:
                 raise ValueError(f"{key} in {origin} gives {name} a second time")
-        found |= fields
+            found[name] = one, origin
     return found
-
-
-def read_layers(*layers: Layer) -> GenerateRequest:
-    """Merge layers, later ones on top; `ValueError` names the place that gave a wrong value."""
-    values: dict[str, Any] = {}
-    for source, layer in layers:
-        values |= spelled(layer, source=source)
-        for key, value in layer.items():
-            origin = where(source, [key])
-            fields = spelled({key: value}, source=origin)
-            parse(GenerateRequest, {"prompt": "checked below", **fields}, source=origin)
-    return parse(GenerateRequest, values, source="the request")
-
-
-def origins(*layers: Layer, beside: Collection[str] = ()) -> dict[str, str]:
-    """Return where each field that layers give comes from: of several, the last."""
-    return {
-        name: where(source, [key])
-        for source, layer in layers
-        for key, value in layer.items()
-        for name in spelled({key: value}, source=source, beside=beside)
-    }
 
 
 def draw_seed() -> int:

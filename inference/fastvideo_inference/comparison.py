@@ -18,10 +18,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, AliasGenerator, ConfigDict, Field, PrivateAttr
 
 from fastvideo import files, hub, media, sampling, timing
-from fastvideo.config import Keys, Strict, merge, parse, read_toml, set_word, toml_line
+from fastvideo.config import (
+    Keys,
+    Source,
+    Strict,
+    merge,
+    parse,
+    read_toml,
+    set_word,
+    toml_line,
+    where,
+)
 from fastvideo.hub import OpenModel
 from fastvideo.registry import did_you_mean
 from fastvideo.stages import make
@@ -38,7 +48,23 @@ if TYPE_CHECKING:
 SHARED = ("num_frames", "height", "width", "fps", "seed")  # else the noise is not the same
 
 
-class Row(Strict):
+def _full_name(short: str) -> str | None:
+    named = sampling.settings(sampling.EVAL).items()
+    return next((full for full, setting in named if setting.alias == short), None)
+
+
+def _either_name(short: str) -> str | AliasChoices:
+    full = _full_name(short)
+    return AliasChoices(short, full) if full else short
+
+
+class Table(Strict):
+    """A table of a comparison file: sampling fields have their short names or their full ones."""
+
+    model_config = ConfigDict(alias_generator=AliasGenerator(validation_alias=_either_name))
+
+
+class Row(Table):
     """One setting; what is not given is the model's default, for prompts the table's.
 
     `sigmas` are the steps of a model of few, in the place of its own and of `steps`.
@@ -46,7 +72,7 @@ class Row(Strict):
 
     name: str = Field(min_length=1)
     model: str = Field(min_length=1, description="a name in [models], bundled, a folder, a hub id")
-    prompts: int | None = Field(default=None, ge=1)
+    prompts: sampling.Whole | None = Field(default=None, ge=1)
     steps: sampling.NumSteps | None = None
     sigmas: tuple[float, ...] | None = None
     guidance: sampling.GuidanceScale | None = None
@@ -57,22 +83,36 @@ class Row(Strict):
     decoder: str | None = None
 
 
-class Settings(Strict):
+class Settings(Table):
     """A comparison as a file says it."""
 
     base: str = Field(description="name of the row that the others are held against")
     rows: tuple[Row, ...] = Field(min_length=1)
     models: dict[str, str] = Field(default_factory=dict)
-    prompts: int = Field(default=256, ge=1)
-    repeats: int = Field(default=4, ge=0)
-    diverse: int = Field(default=16, ge=1, description="prompts, or all of a row that has fewer")
+    prompts: sampling.Whole = Field(default=256, ge=1)
+    repeats: sampling.Whole = Field(default=4, ge=0)
+    diverse: sampling.Whole = Field(
+        default=16, ge=1, description="prompts, or all of a row that has fewer"
+    )
     seed: sampling.OwnSeed = 0
     world: str = "shapes"
-    batch: int = Field(default=4, ge=1)
+    batch: sampling.Whole = Field(default=4, ge=1)
     size: str | None = None
+    height: sampling.Height | None = None
+    width: sampling.Width | None = None
     frames: sampling.NumFrames | None = None
-    timed: int = Field(default=3, ge=0, description="rounds of one clip for each row")
-    shown: int = Field(default=4, ge=1, description="prompts on the contact sheet")
+    timed: sampling.Whole = Field(default=3, ge=0, description="rounds of one clip for each row")
+    shown: sampling.Whole = Field(default=4, ge=1, description="prompts on the contact sheet")
+    _source: Source = PrivateAttr("--compare")
+
+    def row_source(self, index: int) -> Source:
+        """Return what names the place that gave a sampling field of a row, or of all rows."""
+
+        def place(keys: Keys) -> str:
+            own = keys[0] in Row.model_fields
+            return where(self._source, ["rows", index, *keys] if own else keys)
+
+        return place
 
 
 @dataclass(frozen=True)
@@ -87,11 +127,14 @@ def read(
     path: str | Path, *, changes: Mapping[str, Any] | None = None, at_most: int | None = None
 ) -> Settings:
     """Read a comparison; `changes` lie on top, and no row has more than `at_most` prompts."""
+    tree = merge(read_toml(path), changes or {})
 
     def source(keys: Keys) -> str:
+        keys = _as_written(tree, keys)
         return set_word(changes or {}, keys) or toml_line(path, keys)
 
-    found = parse(Settings, merge(read_toml(path), changes or {}), source=source)
+    found = parse(Settings, tree, source=source)
+    found._source = source
     if at_most is None:
         return found
     if at_most < 1:
@@ -101,6 +144,15 @@ def read(
         for row in found.rows
     ]
     return found.model_copy(update={"rows": tuple(rows)})
+
+
+def _as_written(tree: Any, keys: Keys) -> Keys:
+    """Return the path of a field with its full name, if that is the one in the tree."""
+    *path, name = keys or [""]
+    for key in path:
+        tree = tree[key]
+    full = _full_name(str(name))
+    return [*path, full] if full and name not in tree and full in tree else keys
 
 
 @dataclass(frozen=True)
@@ -127,8 +179,8 @@ class Comparison:
         opened: dict[str, OpenModel] = {}
         while True:
             entries = tuple(
-                Entry(row.name, _evaluation(row, settings, opened, **place))
-                for row in settings.rows
+                Entry(row.name, _evaluation(row, settings, opened, settings.row_source(i), **place))
+                for i, row in enumerate(settings.rows)
             )
             made = cls(settings, entries, Path(output))
             made._check_pairs()
@@ -277,7 +329,7 @@ class Comparison:
 
 
 def _evaluation(
-    row: Row, settings: Settings, opened: dict[str, OpenModel], **place: Any
+    row: Row, settings: Settings, opened: dict[str, OpenModel], source: Source, **place: Any
 ) -> Evaluation:
     prompts, name = row.prompts or settings.prompts, settings.models.get(row.model, row.model)
     try:
@@ -300,9 +352,11 @@ def _evaluation(
             drop_gates=row.drop_gates,
             decoder=row.decoder,
             size=settings.size,
+            height=settings.height,
+            width=settings.width,
             frames=settings.frames,
             seed=settings.seed,
-            source="--compare",
+            source=source,
             **place,
         )
     except ValueError as error:

@@ -25,7 +25,7 @@ from fastvideo import files, hub, media, rng
 from fastvideo.config import Source
 from fastvideo.hub import OpenModel
 from fastvideo.resolve import notices, resolve
-from fastvideo.sampling import GenerateRequest, SamplingParams, origins, read_layers
+from fastvideo.sampling import GenerateRequest, SamplingParams, read_with_origins
 from fastvideo.spec import Scheduler, Spec
 from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
 from fastvideo_inference import scores, sheets
@@ -112,8 +112,9 @@ class Evaluation:
         found = model if isinstance(model, OpenModel) else hub.open_model(model, weights=True)
         spec = found.spec
         given = {k: v for k, v in request.items() if v is not None}
-        own = {"seed": 0, "prompt": "held-out prompts of a world", "steps": sigmas and len(sigmas)}
-        asked, origin = read_layers(("the call", own), (source, given)), origins((source, given))
+        own = {"seed": 0, "prompt": "held-out prompts of a world"}
+        own |= {"steps": len(sigmas)} if sigmas else {}
+        asked, origin = read_with_origins(("the call", own), (source, given))
         scheduler = spec.scheduler if sigmas is None else _other_steps(spec, asked, sigmas)
         how = resolve(asked, spec.model_copy(update={"scheduler": scheduler}), origin=origin)
         made = cls(

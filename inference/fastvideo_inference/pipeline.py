@@ -16,9 +16,10 @@ import atexit
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -80,14 +81,14 @@ class VideoPipeline:
         half of them makes clips of its own. They stay joined until the script ends. `torch_dtype`
         is read as `dtype`; other keywords of diffusers are refused with what to write instead.
         """
-        dtype = foreign.pop("torch_dtype", dtype)
-        own = ("device", "dtype", "decoder", "parallel")
+        dtype = diffusers_names.load_dtype(dtype, foreign)
+        own = ("device", "dtype", "torch_dtype", "decoder", "parallel")
         diffusers_names.refuse(foreign, diffusers_names.OF_LOADING, own=own)
         model = hub.open_model(name_or_path)  # its weights are fetched once all else is right
         return cls.load(
             model,
             device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype,
             decoder=recipe.decoder_id(decoder, model.spec, model.folder),
             degrees=sharing.read(parallel, world_size=env.world_size()),
         )
@@ -145,6 +146,10 @@ class VideoPipeline:
     @overload
     def __call__(self, prompt: str, *, count: int, **fields: Any) -> list[Video]: ...
     @overload
+    def __call__(
+        self, prompt: str, *, seed: list[int] | tuple[int, ...] | range, **fields: Any
+    ) -> list[Video]: ...
+    @overload
     def __call__(self, prompt: list[str] | tuple[str, ...], **fields: Any) -> list[Video]: ...
     @overload
     def __call__(
@@ -164,12 +169,12 @@ class VideoPipeline:
         drop_gates: bool | None = None,
         lora: Sequence[str] | None = None,
         latents: Tensor | None = None,
-        output: Literal["frames", "latents"] = "frames",
+        output: Literal["frames", "latents"] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
     ) -> Video: ...
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | None = None,
         num_frames: int | None = None,
@@ -178,20 +183,20 @@ class VideoPipeline:
         fps: float | Fraction | str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         attention: str | None = None,
         backend: str | None = None,
         drop_gates: bool | None = None,
         lora: Sequence[str] | None = None,
         count: int | None = None,
         latents: Tensor | None = None,
-        output: Literal["frames", "latents"] = "frames",
+        output: Literal["frames", "latents"] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         **foreign: Any,
     ) -> Video | list[Video]:
         """Make a clip; None is the model's default, a random seed, and the LoRAs that are loaded.
 
-        A list of prompts gives a list of clips, and so does `count`: that many of each prompt, of
+        A list of prompts or seeds gives a list of clips, and so does `count`: that many of each, of
         seed, seed + 1, and so on. `attention` is another pattern than the model's, such as
         "vsa(sparsity=0.8)", and `backend` the name of what computes it; `drop_gates` lets a pattern
         drop the gates of a VSA model. `latents` replaces the noise drawn from the seed (B C T H W,
@@ -204,12 +209,13 @@ class VideoPipeline:
             own = diffusers_names.merged(own, foreign, self.model.spec)
             again: Video | list[Video] = self(**own)
             return again
+        output = output or "frames"
         if output not in _LEFT_OUT:
-            legal = ", ".join(_LEFT_OUT)
-            raise ValueError(f"output {output!r} is unknown; use one of: {legal}")
+            raise ValueError(f"output {output!r} is unknown; use one of: {', '.join(_LEFT_OUT)}")
         fields = {k: v for k, v in own.items() if k in sampling.settings()}
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
-        rows = [self._resolved(request_of(**{**fields, "prompt": one})) for one in prompts]
+        seeds = seed if isinstance(seed, list | tuple | range) else [seed]
+        rows = [self._resolved(request) for request in _requests(prompts, seeds, fields)]
         each = 1 if count is None else count
         asked = [(one, told) for row, told in rows for one in sampling.clips(row, each)]
         if latents is not None and len(asked) != 1:
@@ -222,16 +228,19 @@ class VideoPipeline:
             last = deque(events, maxlen=1).pop()  # a list would keep every step's state
             assert isinstance(last, Done), "stages end in Done"
             made.append(self.video(last.state, own_noise=latents is not None))
-        return made[0] if isinstance(prompt, str) and count is None else made
+        is_one = isinstance(prompt, str) and count is None and seeds is not seed
+        return made[0] if is_one else made
 
     def stream(
-        self, prompt: str, *, latents: Tensor | None = None, **fields: Any
+        self, prompt: str | None = None, *, latents: Tensor | None = None, **fields: Any
     ) -> Generator[Frames, None, None]:
-        """Yield frames (H W 3 uint8) as they are decoded; a call's arguments, but `output`."""
-        fields = diffusers_names.merged({}, fields, self.model.spec)
-        request = request_of(prompt=prompt, **fields)
+        """Yield frames (H W 3 uint8) as they are decoded; a call's arguments for one clip."""
+        own = {} if prompt is None else {"prompt": prompt}
+        fields = diffusers_names.merged(own, fields, self.model.spec)
+        for key in fields.keys() - sampling.settings().keys():
+            raise ValueError(f"{key} is not for a stream, which is the frames of one clip")
         # Resolved now, so that an illegal request fails here and not at the first frame.
-        params, notices = self._resolved(request)
+        params, notices = self._resolved(request_of(**fields))
         return _single_frames(self.events(params, latents=latents, notices=notices))
 
     def events(
@@ -253,6 +262,7 @@ class VideoPipeline:
         """
         if isinstance(request, GenerateRequest):
             request, notices = self._resolved(request)
+        _check_noise(latents)
         params, latents = self._agreed(request, latents)
         from fastvideo.lora import uses_of
 
@@ -304,20 +314,40 @@ class VideoPipeline:
         return key
 
     def load_lora_weights(
-        self, path: str | Path, *, weight_name: str = "", adapter_name: str | None = None
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **foreign: Any,
     ) -> None:
         """Load a LoRA by the keywords of diffusers; see `load_lora`."""
-        self.load_lora(f"{path}/{weight_name}" if weight_name else path, name=adapter_name)
+        own = ("adapter_name", "weight_name", "subfolder")
+        diffusers_names.refuse(foreign, diffusers_names.OF_LOADING, own=own)
+        parts = (part for part in (path, subfolder, weight_name) if part)
+        self.load_lora("/".join(map(str, parts)), name=adapter_name)
 
-    def to(self, *place: str | torch.device | torch.dtype) -> VideoPipeline:
+    def to(
+        self,
+        *place: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> VideoPipeline:
         """Return the pipeline; `ValueError` if it was loaded to another device or type."""
-        diffusers_names.check_place(self.model, *place)
+        named = (one for one in (*place, device, dtype) if one is not None)
+        diffusers_names.check_place(self.model, *named)
         return self
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            raise AttributeError(diffusers_names.explain(name))
+            raise AttributeError(diffusers_names.explain(name, dir(self)))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            diffusers_names.refuse_assigned(name)
+            super().__setattr__(name, value)
 
     def set_lora(self, name: str, *, strength: float) -> None:
         """Change the strength of a loaded LoRA; `ValueError` for an unknown name."""
@@ -396,9 +426,26 @@ def _parse_lora(path: str | Path, strength: float, file_hash: str = "") -> LoraU
     )
 
 
-def request_of(**fields: Any) -> GenerateRequest:
+def request_of(place: str = "the call", /, **fields: Any) -> GenerateRequest:
     """Build a request from a call's arguments, leaving out those that are None."""
-    return read_layers(("the call", {k: v for k, v in fields.items() if v is not None}))
+    return read_layers((place, {k: v for k, v in fields.items() if v is not None}))
+
+
+def _requests(
+    prompts: Sequence[Any], seeds: Iterable[Any], fields: Mapping[str, Any]
+) -> Iterator[GenerateRequest]:
+    """Yield the request of each prompt and seed; errors number the prompts of a list."""
+    place = "the call" if len(prompts) == 1 else "the call, prompt {}"
+    for (i, prompt), seed in product(enumerate(prompts, start=1), seeds):
+        yield request_of(place.format(i), **{**fields, "prompt": prompt, "seed": seed})
+
+
+def _check_noise(latents: Any) -> None:
+    import torch
+
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        kind = type(latents).__name__
+        raise ValueError(f"latents must be a torch.Tensor (B C T H W), not {kind}")
 
 
 def _single_frames(events: Iterator[Event]) -> Generator[Frames, None, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ def read_prompts(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     if not rows:
         raise ValueError(f"prompt file {path} holds no prompt")
     return rows
+
+
+def repeated_keys(path: str | Path) -> Iterator[str]:
+    """Yield each key that a row of a `.jsonl` gives again, and where: `seed in p.jsonl:3`."""
+    for place, line in _lines(Path(path)) if Path(path).suffix == ".jsonl" else ():
+        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+        yield from (f"{key} in {place}" for key, times in Counter(keys).items() if times > 1)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ for job in batch.jobs: ...   # complete parameters and a path each
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,14 +19,16 @@ from fastvideo import env, files, hub, sampling
 from fastvideo.config import Keys, Source, assignments, read_toml, toml_line, where
 from fastvideo.errors import refusing
 from fastvideo.hub import OpenModel
+from fastvideo.log import logger
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
-from fastvideo.sampling import GenerateRequest, Layer, SamplingParams, read_layers
+from fastvideo.sampling import GenerateRequest, Layer, SamplingParams
 from fastvideo_inference import naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+_SEED = re.compile(r"\s*-?\d{1,20}\s*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FLAGS = {"prompt": "the prompt", "height": "--size", "width": "--size"}
 _SERVER_DECIDES = ("attention", "backend", "drop_gates", "device", "dtype", "parallel")
@@ -121,7 +124,9 @@ def read(args: CliArgs) -> Batch:
     check_place(args.device, args.dtype, num_processes=env.world_size())
     repeated = _repeated(args.repeat)
     layers, beside = _layers(args, repeated)
-    check = partial(_checked, args, repeated, layers, beside["decoder"])
+    rows = _rows(args)
+    args = replace(args, notices=(*args.notices, *_given_twice(args)))
+    check = partial(_checked, args, repeated, layers, rows, beside["decoder"])
     name = hub.DEFAULT_MODEL if beside["model"] is None else beside["model"]
     model = _open(name, args, repeated)
     batch = check(model)
@@ -143,11 +148,14 @@ def read_remote(args: CliArgs) -> RemoteBatch:
     layers, beside = _layers(args, repeated)
     http = sampling.settings(sampling.HTTP)
     requests = []
-    for row in _rows(args):
-        request, _ = _merged(row, layers)
-        idle = {name: None for name in GenerateRequest.model_fields if name not in http}
-        requests += sampling.clips(request.model_copy(update=idle), args.count)
-    template = _template(args, num_clips=len(requests))
+    rows, seeds = _rows(args), _one_seed_each(layers)
+    _given_twice(args)
+    idle = {name: None for name in GenerateRequest.model_fields if name not in http}
+    for row in rows:
+        for own in seeds:
+            request, _ = _merged(row, own)
+            requests += sampling.clips(request.model_copy(update=idle), args.count)
+    template = _template(args, num_clips=len(requests), count=args.count * len(seeds))
     return RemoteBatch(
         model=beside["model"],
         decoder=beside["decoder"],
@@ -173,18 +181,20 @@ def _checked(
     args: CliArgs,
     repeated: Recipe | None,
     layers: list[Layer],
+    rows: Sequence[Layer],
     decoder_name: str | None,
     model: OpenModel,
 ) -> Batch:
     decoder = decoder_id(decoder_name, model.spec, model.folder)
-    rows = [_resolved(row, layers, model) for row in _rows(args)]
+    seeds = _one_seed_each(layers)
     resolved = [
         (one, (*args.notices, *told))
-        for first, told in rows
-        for one in sampling.clips(first, args.count)
+        for row in rows
+        for own in seeds
+        for one, told in _resolved(row, own, model, count=args.count)
     ]
     params = [one for one, _ in resolved]
-    template = _template(args, num_clips=len(params))
+    template = _template(args, num_clips=len(params), count=args.count * len(seeds))
     return Batch(
         model=model,
         decoder=decoder,
@@ -197,9 +207,9 @@ def _checked(
     )
 
 
-def _template(args: CliArgs, *, num_clips: int) -> str:
+def _template(args: CliArgs, *, num_clips: int, count: int) -> str:
     asked = naming.DEFAULT_TEMPLATE if args.output is None else args.output
-    return naming.check_template(asked, num_clips=num_clips, count=args.count)
+    return naming.check_template(asked, num_clips=num_clips, count=count)
 
 
 @contextmanager
@@ -247,7 +257,8 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
         layers.append((lambda keys: lines[str(keys[0])], given))
     if args.settings:
         layers.append((lambda keys: f"--set {keys[0]}", assignments(args.settings)))
-    flags = {**args.fields, "model": args.model, "decoder": args.decoder}
+    seeds = _seeds(args.fields.get("seed"))
+    flags = {**args.fields, "seed": seeds, "model": args.model, "decoder": args.decoder}
     layers.append((flag, {k: v for k, v in flags.items() if v is not None}))
     beside: dict[str, Any] = {"model": None, "decoder": None}
     for source, values in layers:
@@ -257,6 +268,33 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
                 origin = where(source, [key])
                 raise ValueError(f"{key} {values[key]!r} in {origin} must be a name or a path")
     return [(s, {k: v for k, v in vs.items() if k not in beside}) for s, vs in layers], beside
+
+
+def _given_twice(args: CliArgs) -> tuple[str, ...]:
+    """Return a line, which is logged, for each key that several `--set` or a row give again."""
+    keys = Counter(f"--set {word.partition('=')[0].strip()}" for word in args.settings)
+    twice = [key for key, times in keys.items() if times > 1]
+    twice += prompts.repeated_keys(args.prompts) if args.prompts else ()
+    told = tuple(f"{key} is given twice: the last one counts" for key in twice)
+    for line in told:
+        logger.warning("%s", line)
+    return told
+
+
+def _seeds(given: Any) -> Any:
+    """Return the whole number of `--seed`, or a tuple of several; what is no number stays text."""
+    if not isinstance(given, str):
+        return given
+    found = tuple(int(x) if _SEED.fullmatch(x) else x for x in given.split(","))
+    return found if len(found) > 1 else found[0]
+
+
+def _one_seed_each(layers: list[Layer]) -> list[list[Layer]]:
+    """Return the layers for each of the seeds of a flag such as `--seed 1,5,9`."""
+    *configs, (source, typed) = layers
+    seeds = typed.get("seed")
+    several = seeds if isinstance(seeds, tuple) else (seeds,) if "seed" in typed else ()
+    return [[*configs, (source, {**typed, "seed": one})] for one in several] or [layers]
 
 
 def _open(name: str, args: CliArgs, repeated: Recipe | None) -> OpenModel:
@@ -282,17 +320,26 @@ def _merged(row: Layer, layers: list[Layer]) -> tuple[GenerateRequest, dict[str,
     """Return a request, and where each field of it comes from."""
     # A row of a prompt file is more particular than a config, less than a flag typed now.
     *configs, typed = layers
+    place, fields = row
+    for key in fields.keys() & set(_BESIDE):
+        raise ValueError(f"{key} in {where(place, [key])} must be one for all rows; use --{key}")
     ordered = [*configs, row, typed]
-    origin = sampling.origins(*ordered, beside=_BESIDE)
-    if "prompt" not in origin:
+    if not any({"prompt", "text"} & layer.keys() for _, layer in ordered):
+        if fields:
+            raise ValueError(f"prompt is missing in {where(place)}")
         raise ValueError('there is no prompt; try: fastvideo generate "a big red ball moving left"')
-    return read_layers(*ordered), origin
+    return sampling.read_with_origins(*ordered, beside=_BESIDE)
 
 
-def _resolved(row: Layer, layers: list[Layer], model: OpenModel) -> Resolved:
+def _resolved(row: Layer, layers: list[Layer], model: OpenModel, *, count: int) -> list[Resolved]:
+    """Return the clips of a row."""
     request, origin = _merged(row, layers)
     params = resolve(request, model.spec, origin=origin)
-    return params, notices(request, params, model.spec)
+    told = notices(request, params, model.spec)
+    try:
+        return [(one, told) for one in sampling.clips(params, count)]
+    except ValueError as error:
+        raise ValueError(f"{error} (from {origin.get('seed', '--count')})") from None
 
 
 def _degrees(

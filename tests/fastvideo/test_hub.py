@@ -84,14 +84,17 @@ def test_a_hub_snapshot_is_named_by_its_repository(
     snapshot.symlink_to(tiny_diffusers_folder)
     asked = []
 
-    def fake(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
-        asked.append((name, allow_patterns))
+    def fake(name: str, *, allow_patterns: list[str], local_files_only: bool, **commit: str) -> str:
+        asked.append((name, allow_patterns, commit))
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     monkeypatch.chdir(tmp_path)
     assert hub.open_spec("owner/model")[0].name == "owner/model"
     assert not any("safetensors" in pattern for pattern in asked[0][1]), "a spec needs no weights"
+    assert hub.open_model("owner/model", weights=True).has_weights
+    _, _, (_, patterns, commit) = asked
+    assert "*.safetensors" in patterns and commit == {"revision": "0123abc"}, "of the same commit"
 
 
 def test_hub_trouble_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastvideo import capacity, sampler_note, weights
-from fastvideo.resolve import check_lora_samplers, find_lora, resolve
+from fastvideo.resolve import check_lora_samplers, find_lora, notices, resolve
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams
 from fastvideo.schedulers import few_step
 from fastvideo.shapes import Compression, PixelShape
@@ -59,6 +59,42 @@ def test_no_seed_draws_one_that_is_written_down(seed: int | None):
 
 def test_zero_is_a_seed_like_any_other():
     assert ask(seed=0).seed == 0
+
+
+def told(spec: Spec = SPEC, **fields: Any) -> list[str]:
+    """Return the first word of each notice: the field."""
+    request = GenerateRequest(**{"prompt": "x", **fields})
+    return [line.split()[0].strip(":") for line in notices(request, resolve(request, spec), spec)]
+
+
+def test_a_negative_prompt_that_is_not_used_is_told_and_is_not_in_the_parameters():
+    assert told(negative_prompt="a ball", guidance_scale=1.0) == ["negative_prompt"]
+    assert ask(negative_prompt="a ball", guidance_scale=1.0).negative_prompt == "grey"
+    assert told(negative_prompt="a ball", guidance_scale=1.5) == told(guidance_scale=1.0) == []
+    assert ask(negative_prompt="a ball", guidance_scale=1.5).negative_prompt == "a ball"
+
+
+def test_guidance_above_and_below_that_of_a_distilled_model_is_told():
+    few = Scheduler(name="few_step", args={"sigmas": [1.0, 0.9, 0.7]})
+    defaults = {"guidance_scale": 2.0, "num_inference_steps": 3}
+    own = {"scheduler": few, "defaults": SPEC.defaults.model_copy(update=defaults)}
+    distilled = SPEC.model_copy(update=own)
+    for scale, found in ((1.5, ["guidance_scale"]), (2.0, []), (3.0, ["guidance_scale"])):
+        assert told(distilled, guidance_scale=scale) == found
+    assert told(guidance_scale=3.0) == []
+
+
+@pytest.mark.parametrize(
+    ("near", "far"),
+    [
+        ({"width": 192}, {"width": 208}),
+        ({"height": 32}, {"height": 16}),
+        ({"num_frames": 33}, {"num_frames": 37}),
+        ({"num_frames": 5}, {"num_frames": 37, "width": 16}),
+    ],
+)
+def test_sizes_far_from_the_trained_ones_are_told(near: dict, far: dict):
+    assert (told(**near), told(**far)) == ([], ["size"])
 
 
 @pytest.mark.parametrize(

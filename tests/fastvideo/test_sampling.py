@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastvideo.sampling import (
@@ -12,8 +13,8 @@ from fastvideo.sampling import (
     GenerateRequest,
     SamplingParams,
     clips,
-    origins,
     read_layers,
+    read_with_origins,
     spelled,
 )
 
@@ -181,10 +182,20 @@ def test_a_source_may_name_the_place_of_each_key():
     with pytest.raises(ValueError, match=r"^num_inference_steps 0 in a\.toml:5: must be at"):
         read_layers(file)
     later = "flags", {"num_inference_steps": 3, "size": "48x32"}
-    found = {"fps": "a.toml:3", "num_inference_steps": "flags", "width": "flags", "height": "flags"}
-    assert origins(file, later) == found
+    request, origin = read_with_origins((file[0], {"text": "x", "steps": 9, "fps": 8}), later)
+    assert request == read_layers(("any", {"prompt": "x", "fps": 8}), later)
+    found = {"num_inference_steps": "flags", "width": "flags", "height": "flags"}
+    assert origin == {"prompt": "a.toml:4", "fps": "a.toml:3", **found}
     with pytest.raises(ValueError, match=r"modle in a is unknown; did you mean 'model'"):
-        origins(("a", {"modle": "x"}), beside=("model",))
+        read_with_origins(("a", {"modle": "x"}), beside=("model",))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    made = read_layers(("the call", {"prompt": "x", "seed": np.int64(3), "frames": np.uint8(5)}))
+    assert (made.seed, made.num_frames) == (3, 5) and type(made.seed) is int
+    for wrong in (np.float64(3), np.bool_(True), True):
+        with pytest.raises(ValueError, match=r"^seed .* in the call: must be a valid integer$"):
+            read_layers(("the call", {"prompt": "x", "seed": wrong}))
 
 
 def test_clips_of_a_prompt_differ_in_their_seeds_alone():

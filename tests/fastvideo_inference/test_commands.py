@@ -16,7 +16,7 @@ import pytest
 from fastvideo_inference import recipe
 from fastvideo_inference.commands import demo, report
 
-from fastvideo import cli, hub, media
+from fastvideo import Video, cli, hub, media
 from fastvideo.stages import Progress, encode_text
 
 PROMPT = "a red ball moving left"
@@ -71,6 +71,21 @@ def test_without_an_output_a_new_name_is_found_each_time(generate):
     assert names[0].startswith("outputs/")
     assert names[0].endswith("-a-red-ball-moving-left-4.mp4")
     assert names[1] == names[0].replace("-4.mp4", "-4-2.mp4")
+
+
+def test_a_sidecar_that_appears_meanwhile_is_replaced_only_if_asked(generate, monkeypatch):
+    save = Video.save
+
+    def beside(video: Video, path: Path, **how: bool) -> Path:
+        path.with_suffix(".json").write_text("another's")
+        return save(video, path, **how)
+
+    monkeypatch.setattr(Video, "save", beside)
+    words = [PROMPT, "--frames", "5", "--steps", "1", "-o", "a.mp4"]
+    code, _, err = generate(*words)
+    assert code == 1 and "a.json" in err[-1] and Path("a.json").read_text() == "another's"
+    assert generate(*words, "--overwrite")[0] == 0
+    assert json.loads(Path("a.json").read_text())["output"] == "a.mp4"
 
 
 def test_from_repeats_a_clip_to_identical_frames(generate, monkeypatch):
@@ -155,12 +170,14 @@ def test_several_clips_of_a_prompt_are_those_of_their_seeds(generate):
     words = [PROMPT, "--steps", "1", "--frames", "5"]
     code, out, _ = generate(*words, "--count", "3", "--seed", "4", "-o", "{seed}.mp4")
     assert (code, out) == (0, ["4.mp4", "5.mp4", "6.mp4"])
-    generate(*words, "--seed", "6", "-o", "alone.mp4")
-    beside = [json.loads(Path(f"{n}.json").read_text()) for n in ("4", "5", "6", "alone")]
+    code, out, _ = generate(*words, "--seed", "6,4", "-o", "of-{seed}.mp4")
+    assert (code, out) == (0, ["of-6.mp4", "of-4.mp4"])
+    beside = [json.loads(Path(f"{n}.json").read_text()) for n in ("4", "5", "6", "of-6", "of-4")]
     assert beside[2]["recipe"] == beside[3]["recipe"]
     digests = [one["frames_sha256"] for one in beside]
-    assert digests[2] == digests[3] and len(set(digests)) == 3
-    assert ["load" in one["timings_s"] for one in beside] == [True, False, False, True]
+    assert digests[3:] == [digests[2], digests[0]]
+    assert len(set(digests)) == 3
+    assert ["load" in one["timings_s"] for one in beside] == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -220,13 +237,17 @@ def test_the_failure_of_a_single_prompt_is_an_event_and_one_line(
 
 
 def test_a_flag_given_twice_is_told_by_the_log_an_event_and_the_sidecar(generate):
-    words = [PROMPT, "--seed", "1", "--seed", "2", "--frames", "5", "--json", "-o", "a.mp4"]
-    code, out, err = generate(*words)
-    told = "--seed is given twice: the last one counts"
-    assert (code, err.count(told)) == (0, 1)
+    Path("p.jsonl").write_text('{"prompt": "a red ball", "fps": 8, "fps": 9}')
+    words = ["--prompts", "p.jsonl", "--seed", "1", "--seed", "2", "--json", "-o", "a.mp4"]
+    sets = ["--set", "frames=9", "--set", "frames = 5", "--set", "steps=1"]
+    code, out, err = generate(*words, *sets)
+    twice = ("--seed", "--set frames", "fps in p.jsonl:1")
+    told = [f"{what} is given twice: the last one counts" for what in twice]
+    assert (code, [line for line in err if "twice" in line]) == (0, told)
     notices = [line["text"] for line in map(json.loads, out) if line["event"] == "notice"]
-    assert notices == json.loads(Path("a.json").read_text())["notices"] == [told]
-    assert recipe.read_recipe("a.mp4").request.seed == 2
+    assert notices == json.loads(Path("a.json").read_text())["notices"] == told
+    made = recipe.read_recipe("a.mp4").request
+    assert (made.seed, made.num_frames, made.fps) == (2, 5, 9)
 
 
 REFUSED = {

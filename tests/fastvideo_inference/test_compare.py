@@ -373,6 +373,11 @@ def test_prompts_cap_those_of_every_row(file: Path, tmp_path: Path):
         (["--prompts", "0"], "prompts 0 must be at least 1"),
         (["--set", "size=big"], "must look like WIDTHxHEIGHT"),
         (["--set", "rows=[]"], "rows [] in"),
+        (["--set", "batch=true"], "batch true in --set batch: must be a valid integer"),
+        (["--set", "num_frames=6"], "nearest: 5, 9 (from --set num_frames)"),
+        (["--set", "height=40", "--set", "width=32"], "nearest: 32, 48 (from --set height)"),
+        (["--set", 'rows=[{name="a", model="teacher", backend="flx"}]', "--set", "base=a"],
+         'backend "flx" in --set rows: '),
         (["--set", 'rows=[{name="a", model="teacher"}, {name="a", model="student"}]',
           "--set", "base=a"], "two rows are named 'a'"),
         (["--set", 'rows=[{name="a", model="teacher"}, {name="b", model="teacher", steps=2}]',
@@ -405,9 +410,26 @@ def test_a_wrong_line_of_the_file_is_named(file: Path, tmp_path: Path):
         with pytest.raises(ValueError, match=rf"in {odd}:{row}[: ].*{rule}") as caught:
             read(odd)
         assert "Tuple" not in str(caught.value)
-    odd.write_text("frames = 0\n" + text)
-    with pytest.raises(ValueError, match=rf"^frames 0 in {odd}:1: must be"):
-        read(odd)
+    for name in ("frames", "num_frames"):
+        odd.write_text(f"{name} = 0\n{text}")
+        with pytest.raises(ValueError, match=rf"^{name} 0 in {odd}:1: must be"):
+            read(odd)
+    wrong = 'num_inference_steps = 2\nattention = "sta(windows=[[99, 1, 1]])"'
+    odd.write_text(text.replace("sigmas = [1.0, 0.714286]", wrong))
+    with pytest.raises(ValueError, match=rf"^row 'student, 2 steps': .* \(from {odd}:{row}\)$"):
+        Comparison.plan(read(odd), output=tmp_path)
+    odd.write_text(text.replace("sigmas = [1.0, 0.714286]", wrong.partition("\n")[2]))
+    with pytest.raises(ValueError, match=rf"^row 'student, 2 steps': .* \(from {odd}:{row}\)$"):
+        Comparison.plan(read(odd), output=tmp_path)
+
+
+def test_a_field_of_a_row_has_its_short_or_its_full_name(file: Path, tmp_path: Path):
+    text, full = file.read_text(), tmp_path / "full.toml"
+    full.write_text("num_frames = 5\n" + text.replace("\nsteps =", "\nnum_inference_steps ="))
+    assert read(full).model_dump() == read(file, changes={"frames": 5}).model_dump()
+    full.write_text(text.replace("\nsteps =", "\nnum_inference_steps = 3\nsteps ="))
+    with pytest.raises(ValueError, match=r"^rows\.1\.num_inference_steps in .*:\d+ is unk"):
+        read(full)
 
 
 def test_models_of_other_sizes_are_not_paired(file: Path, student: Path, tmp_path: Path):

@@ -71,6 +71,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"config": Path("twice.toml")},
         r"^steps in twice\.toml:2 gives num_inference_steps a second time",
     ),
+    "no prompt in a row": ({"prompts": Path("n.jsonl")}, r"^prompt is missing in n\.jsonl:2$"),
+    "no prompt at all": ({}, "^there is no prompt; try: fastvideo generate"),
+    "model in a row": ({"prompts": Path("m.jsonl")}, r"^model in m\.jsonl:1 .* rows; use --model$"),
+    "seeds past the last": (
+        {"fields": {"prompt": "x", "seed": 2**63 - 1}, "count": 2},
+        r"^seed 9223372036854775807 of 2 clips must be at most \d+6 \(from --seed\)$",
+    ),
     "key of a row": ({"prompts": Path("k.jsonl")}, r"^stepz in k\.jsonl:2 .* mean 'steps'"),
     "type in a row": ({"prompts": Path("t.jsonl")}, r'^num_inference_steps "4" in t\.jsonl:1'),
     "key of a set": (
@@ -107,6 +114,8 @@ def test_a_wrong_value_says_where_it_was_given(read, case: str):
     Path("size.toml").write_text('size = 48\nprompt = "x"')
     Path("twice.toml").write_text('num_inference_steps = 3\nsteps = 3\nprompt = "x"')
     Path("p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "frames": 7}')
+    Path("n.jsonl").write_text('{"prompt": "x"}\n{"frames": 5}')
+    Path("m.jsonl").write_text('{"prompt": "x", "model": "y"}')
     Path("k.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "stepz": 7}')
     Path("t.jsonl").write_text('{"prompt": "x", "steps": "4"}')
     args, text = WRONG[case]
@@ -152,6 +161,27 @@ def test_several_clips_of_each_prompt_differ_in_seed_and_name(read):
     assert [job.params.seed for job in by_index] == [1, 2, 3] * 2
     with pytest.raises(ValueError, match=r"names one file for 2 clips; add \{index\} or \{seed\}"):
         read({"prompt": "x"}, count=2, output="{prompt}.mp4")
+
+
+def test_several_seeds_make_a_clip_of_each_prompt_and_seed(read):
+    Path("p.jsonl").write_text('{"prompt": "a", "seed": 4}\n{"prompt": "b"}\n')
+    words = {"steps": 1, "seed": "7, -1,2"}
+    jobs = read(words, prompts=Path("p.jsonl"), output="{prompt}-{seed}.mp4").jobs
+    assert [job.params.prompt for job in jobs] == [*"aaabbb"]
+    assert [job.params.seed for job in jobs][::2] == [7, 2, jobs[4].params.seed] != [7, 2, -1]
+    made = read({"prompt": "x", "seed": "5,9"}, count=2, output="{seed}.mp4").jobs
+    assert [str(job.path) for job in made] == ["5.mp4", "6.mp4", "9.mp4", "10.mp4"]
+    with pytest.raises(ValueError, match=r"names one file for 2 clips; add \{index\} or \{seed\}"):
+        read({"prompt": "x", "seed": "5,9"}, output="a.mp4")
+    for wrong, shown in (
+        ("x", '"x"'),
+        ("1,x", '"x"'),
+        ("1,", '""'),
+        ("5.5", '"5.5"'),
+        ("-2,1", "-2"),
+    ):
+        with pytest.raises(ValueError, match=f"^seed {shown} in --seed: must be "):
+            read({"prompt": "x", "seed": wrong})
 
 
 def test_every_sampling_field_of_the_command_has_a_flag_of_its_own():

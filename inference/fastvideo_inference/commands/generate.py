@@ -74,7 +74,7 @@ def generate(
     prompt: Annotated[str | None, Argument(help=sampling.PROMPT.help)] = None,
     prompts: Prompts = None,
     model: Model = None,
-    seed: Annotated[int | None, Option(help=sampling.SEED.help)] = None,
+    seed: Annotated[str | None, Option(help=f"{sampling.SEED.help}; several: 1,5,9.")] = None,
     count: Count = 1,
     steps: Annotated[int | None, Option(help=sampling.STEPS.help)] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels, such as 224x128")] = None,
