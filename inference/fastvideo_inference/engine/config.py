@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastvideo.config import Strict
+from fastvideo.spec import TEXT_TO_VIDEO
 
 
 class WorkerConfig(Strict):
@@ -20,9 +21,9 @@ class WorkerConfig(Strict):
     unless `memory` says otherwise.
     """
 
-    stages: tuple[str, ...] = ("encode_text", "prepare_latents", "denoise", "decode")
+    stages: tuple[str, ...] = Field(default=TEXT_TO_VIDEO, min_length=1)
     model: str = ""
-    devices: tuple[str, ...] = ("auto",)
+    devices: tuple[str, ...] = Field(default=("auto",), min_length=1)
     parallel: str = ""
     count: int = Field(default=1, ge=1)
     memory: float | None = Field(default=None, gt=0)
@@ -39,7 +40,7 @@ class ClassConfig(Strict):
 class KeyConfig(Strict):
     """An API key by the SHA-256 of it; `rate` is requests a minute, `running` jobs at once."""
 
-    name: str
+    name: str = Field(min_length=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     slo_class: str = Field(default="", alias="class")
     rate: float | None = Field(default=None, gt=0)
@@ -49,21 +50,21 @@ class KeyConfig(Strict):
 class Limits(Strict):
     """The most that a request over HTTP may ask for, and what the server keeps."""
 
-    width: int = 1920
-    height: int = 1920
-    num_frames: int = 257
-    num_inference_steps: int = 100
-    prompt_chars: int = 8000
-    body_bytes: int = 1 << 20
-    output_bytes: int = 20 << 30
-    output_ttl_s: float = 24 * 3600.0
+    width: int = Field(default=1920, ge=1)
+    height: int = Field(default=1920, ge=1)
+    num_frames: int = Field(default=257, ge=1)
+    num_inference_steps: int = Field(default=100, ge=1)
+    prompt_chars: int = Field(default=8000, ge=1)
+    body_bytes: int = Field(default=1 << 20, ge=1)
+    output_bytes: int = Field(default=20 << 30, ge=1)
+    output_ttl_s: float = Field(default=24 * 3600.0, gt=0)
 
 
 class ServeConfig(Strict):
     """All that `fastvideo serve` is told; without a file these defaults."""
 
-    worker: tuple[WorkerConfig, ...] = (WorkerConfig(),)
-    class_: tuple[ClassConfig, ...] = Field(default=(ClassConfig(),), alias="class")
+    worker: tuple[WorkerConfig, ...] = Field(default=(WorkerConfig(),), min_length=1)
+    class_: tuple[ClassConfig, ...] = Field(default=(ClassConfig(),), alias="class", min_length=1)
     key: tuple[KeyConfig, ...] = ()
     lora: dict[str, str] = Field(default_factory=dict, description="name: path")
     decoder: dict[str, str] = Field(default_factory=dict, description="name: path")

@@ -43,6 +43,7 @@ from fastvideo_inference.engine.record import ENCODE, Counts, PromptCache, Recor
 MOST_DEATHS, _MOST_STARTS = 2, 3  # of a job's workers; of one that never gets to work
 _GUESS_S = 10.0  # of a clip, before any was made
 _PACKAGE = "fastvideo_inference.engine"
+_DRAIN_PAUSE_S = 0.05
 
 
 class Engine:
@@ -174,9 +175,8 @@ class Engine:
     async def drain(self) -> None:
         """Accept nothing more, finish what was begun; what waits is for the next start."""
         self._is_draining = True
-        for record in [*self._records.values()]:
-            if record.job.status == "in_progress":
-                await record.ended.wait()
+        while any(r.job.status == "in_progress" and not r.is_over for r in self._records.values()):
+            await asyncio.sleep(_DRAIN_PAUSE_S)
 
     async def stop(self) -> None:
         """End all workers, close the journal."""
@@ -374,8 +374,7 @@ class Engine:
 
     def _hear(self, slot: Slot, report: Report) -> None:
         record = self._records.get(report.job_id)
-        is_at_it = record is not None and record.slot is slot and not record.is_over
-        if record and is_at_it and report.attempt == record.job.attempt:
+        if record and record.slot is slot and not record.is_over:
             self._take(record, report)
         elif report.kind == "finished":  # of a job that was cancelled
             self._ledger.discard(report.job_id, report.attempt)
@@ -421,15 +420,15 @@ class Engine:
         stage, seconds, job = values["stage"], values["seconds"], record.job
         add(self._counts.stage_s.setdefault(stage, [0, 0.0]), seconds)
         record.job = replace(job, stage_seconds={**job.stage_seconds, stage: seconds})
-        record.index += 1
-        if stage == ENCODE and record.index == 1 and record.index < len(record.row):
+        record.index = min(record.index + 1, len(record.row) - 1)  # a lost file is decoded again
+        if stage == ENCODE and record.index == 1:
             told = job.notices[len(job.submission.notices) :]
             self._cache.put(record.prompt_key, record.state, told, values.get("num_bytes", 0))
 
     def _lost(self, slot: Slot, task: Task | None, reason: str) -> None:
         """Let the job of a dead worker go on from its last state, unless it was its second one."""
         self._counts.worker_deaths += 1
-        if slot.crashes >= _MOST_STARTS:
+        if slot.failed_starts >= _MOST_STARTS:
             for warmup in [record for record in self._records.values() if record.is_warmup]:
                 self._fail(warmup, "worker_died", f"worker {slot.name} does not start: {reason}")
         record = self._records.get(task.job_id) if task else None
@@ -438,6 +437,8 @@ class Engine:
         stage = record.job.stage
         deaths = record.job.deaths + slot.has_begun  # else it was dead before it had the task
         record.job = replace(record.job, deaths=deaths)
+        if not record.is_warmup:  # so that a job that kills the engine too is given up
+            self._ledger.later(self._ledger.commit(record.job))
         if deaths >= MOST_DEATHS:
             text = f"{deaths} workers died of it, the last one in {stage}: {reason}"
             self._fail(record, "worker_died", text)
@@ -493,8 +494,6 @@ class Engine:
         record.ended.set()
         record.tell()
         self._pump()
-
-    # Helpers
 
     def _queued(self) -> list[Record]:
         return [record for record in self._waiting if record.is_queued and not record.is_warmup]

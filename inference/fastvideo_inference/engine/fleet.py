@@ -48,6 +48,7 @@ class Slot:
     limit_s: float | None = None
     ran: set[tuple[str, str]] = field(default_factory=set)
     crashes: int = 0
+    failed_starts: int = 0
 
 
 class Fleet:
@@ -114,6 +115,7 @@ class Fleet:
         """Kill a worker, tell what it was at, and have it replaced."""
         assert slot.handle is not None, "a worker was started"
         slot.handle.kill()
+        slot.failed_starts = slot.failed_starts + 1 if slot.state == "starting" else 0
         task, slot.task, slot.state = slot.task, None, "dead"
         slot.epoch += 1
         slot.crashes += 1
@@ -209,7 +211,10 @@ class Fleet:
                     slot.beats = {rank: beat + stalled for rank, beat in slot.beats.items()}
                 reason = self._wrong(slot, now)
                 if reason:
-                    self.lose(slot, reason)
+                    try:
+                        self.lose(slot, reason)
+                    except Exception as error:  # the watch over the others goes on
+                        logger.error("engine: %s", error, exc_info=error)
 
     def _wrong(self, slot: Slot, now: float) -> str | None:
         """Return why a worker is to be given up, if it is."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastvideo_inference.engine.job import Job
 
 FILE = "journal.sqlite"
 _VERSION = 1
+_DELETED_S = 24 * 3600.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, status TEXT NOT NULL, accepted_at_s REAL NOT NULL,
@@ -27,6 +29,9 @@ CREATE TABLE IF NOT EXISTS jobs (
 _PUT = """
 INSERT INTO jobs (id, status, accepted_at_s, job) VALUES (?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET status = excluded.status, job = excluded.job
+"""
+_KEPT = """
+SELECT job, deleted FROM jobs WHERE deleted = 0 OR accepted_at_s > ? ORDER BY accepted_at_s, rowid
 """
 
 
@@ -66,8 +71,8 @@ class Journal:
             self._rows.execute("UPDATE jobs SET deleted = 1 WHERE id = ?", (job_id,))
 
     def jobs(self) -> list[tuple[Job, bool]]:
-        """Return all jobs, oldest first, and whether each was deleted."""
-        rows = self._rows.execute("SELECT job, deleted FROM jobs ORDER BY accepted_at_s, rowid")
+        """Return jobs, oldest first, and whether each was deleted, of which only the last day's."""
+        rows = self._rows.execute(_KEPT, (time.time() - _DELETED_S,))
         return [(self._json.validate_json(text), bool(deleted)) for text, deleted in rows]
 
     def close(self) -> None:

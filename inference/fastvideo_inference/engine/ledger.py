@@ -42,6 +42,8 @@ class Ledger:
 
     async def close(self) -> None:
         """Finish what is begun, and let another engine own the folder."""
+        if self.is_closing:
+            return
         self.is_closing = True
         if self._pending:
             await asyncio.wait(self._pending)
@@ -78,14 +80,15 @@ class Ledger:
 
     async def commit_end(self, job: Job) -> bool:
         """Write how a job ended, again and again while the disk refuses; False if that was vain."""
-        while not self.is_closing:
+        while True:
             try:
                 await self.commit(job)
                 return True
             except OSError as error:
                 logger.error("the end of %s waits for the journal: %s", job.id, error)
+                if self.is_closing:
+                    return False
                 await asyncio.sleep(_RETRY_S)
-        return False
 
     async def delete(self, record: Record) -> None:
         """Forget a job that has ended, and its file; the journal keeps a row."""
@@ -95,6 +98,15 @@ class Ledger:
         await self._on_disk(self.path(record).unlink, True)
         if not record.job.submission.idempotency_key:
             self.records.pop(record.id, None)
+        self._purge()
+
+    def _purge(self) -> None:
+        """Forget deleted jobs whose idempotency keys count no more."""
+        for record in [one for one in self.records.values() if one.is_deleted]:
+            if _is_old(record.job):
+                submission = record.job.submission
+                del self.records[record.id]
+                self._keys.pop((submission.owner, submission.idempotency_key), None)
 
     async def publish(self, record: Record) -> Path:
         """Give the file of the current attempt the job's name."""

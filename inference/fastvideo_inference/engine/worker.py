@@ -65,12 +65,12 @@ class Worker:
         not to be trusted with other clips. So is lack of memory in a group, whose other ranks wait.
         """
         self._task = task
+        self._say("started")
         logger.disabled = task.is_quiet
         state = task.state or State((task.params,))
         if self._meshes.device.type != "cpu":
             state = unpack(*pack(state), device=self._meshes.device)
         own = {"requests": (task.params,), "previews": task.previews, "notices": task.notices}
-        self._say("started")
         try:
             self._run(task, replace(state, **own))
         except _Stopped:
@@ -81,7 +81,8 @@ class Worker:
             if code is None or (code == "out_of_memory" and not is_alone):
                 raise
             logger.warning("%s: %s", task.job_id, one_line(error))
-            self._say("failed", code=code, message=one_line(error))
+            is_disk = isinstance(error, OSError) and error.strerror  # without the server's path
+            self._say("failed", code=code, message=is_disk or one_line(error))
         finally:
             logger.disabled = False
 
@@ -91,9 +92,11 @@ class Worker:
         return self._task.job_id if self._task else "-"
 
     def _run(self, task: Task, state: State) -> None:
+        model: Model | None
         for index, name in enumerate(task.stages):
             later = (*task.stages[index + 1 :], *task.later)
             needs = registry.module("fastvideo.stages", name).PARTS
+            model = None  # else its parts stay in memory while others are loaded
             model = self._parts.model(task.model, needs, decoder=task.decoder)
             state = self._stage(task, model, name, state)
             seconds = state.timings[name]

@@ -9,7 +9,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -18,6 +18,8 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from fastvideo import __version__
+from fastvideo.errors import one_line
+from fastvideo.log import logger
 from fastvideo_inference.engine.config import Limits, ServeConfig
 from fastvideo_inference.engine.engine import Engine
 from fastvideo_inference.serve import metrics
@@ -167,7 +169,12 @@ async def clean(engine: Engine, limits: Limits, *, now_s: float) -> None:
     ended = [(job.finished_at_s, job) for job in engine.jobs() if job.finished_at_s is not None]
     kept_bytes = 0
     for finished_at_s, job in sorted(ended, key=lambda pair: pair[0], reverse=True):
-        if job.path is not None and job.path.is_file():
-            kept_bytes += job.path.stat().st_size
+        with suppress(OSError):  # it is gone
+            kept_bytes += job.path.stat().st_size if job.path is not None else 0
         if now_s > finished_at_s + limits.output_ttl_s or kept_bytes > limits.output_bytes:
-            await engine.delete(job.id)
+            try:
+                await engine.delete(job.id)
+            except KeyError:
+                pass  # a client was faster
+            except OSError as error:
+                logger.error("%s is not removed: %s", job.id, one_line(error))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +34,7 @@ def check(config: ServeConfig) -> None:
     classes = [one.name for one in config.class_]
     _check_unique("class.name", classes)
     _check_unique("key.name", [key.name for key in config.key])
+    _check_unique("key.sha256", [key.sha256 for key in config.key])
     for key in config.key:
         if key.slo_class not in ("", *classes):
             hint = did_you_mean(key.slo_class, classes)
@@ -42,6 +45,10 @@ def check(config: ServeConfig) -> None:
         raise ValueError(f"policy {config.policy!r} is unknown (known: {known})")
     for worker in config.worker:
         _check_worker(worker)
+        if config.executor == "local" and len(worker.devices) > 1:
+            raise ValueError(
+                "executor 'local' has one process; worker.devices of several need 'process'"
+            )
     catalogue = Catalogue(config)
     for name in set(catalogue.models.values()):
         if not hub.is_remote(name):
@@ -55,7 +62,17 @@ def check(config: ServeConfig) -> None:
 
 
 def _check_worker(worker: WorkerConfig) -> None:
+    known = names("fastvideo.stages")
+    for stage in worker.stages:
+        if stage not in known:
+            hint = did_you_mean(stage, known)
+            raise ValueError(
+                f"worker.stages {stage!r} is unknown{hint} (known: {', '.join(known)})"
+            )
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     for device in worker.devices:
+        if device.startswith("cpu:") and device[4:].isdigit() and int(device[4:]) >= cores:
+            raise ValueError(f"worker.devices {device!r}: this machine has {cores} cores")
         if not (DEVICE.fullmatch(device) or device.removeprefix("cpu:").isdigit()):
             raise ValueError(f"worker.devices {device!r} is unknown; use cpu, cpu:N, cuda, cuda:N")
     try:

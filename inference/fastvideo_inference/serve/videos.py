@@ -37,6 +37,7 @@ _ID = re.compile(r"video_[0-9a-f]{32}")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _POLL_MS = (100, 1000)
 _MAX_WAIT_S = 60.0  # in a full queue a place may be free earlier than anybody knows
+_DELETE_S = 5.0  # for the journal, whose disk may be full
 _PING_S = 10.0  # of silence, after which a stream says that it is alive
 
 
@@ -194,8 +195,12 @@ class Videos:
     async def delete(self, request: Request, video_id: str) -> Response:
         """Cancel a job and remove its file."""
         job = self._job(request, video_id)
-        with suppress(KeyError):  # another request did it meanwhile
-            await self._engine.delete(job.id)
+        try:
+            async with asyncio.timeout(_DELETE_S):
+                with suppress(KeyError):  # another request did it meanwhile
+                    await self._engine.delete(job.id)
+        except (OSError, TimeoutError) as error:
+            raise _refusal(OSError(str(error) or "the journal does not answer")) from None
         return json_response({"id": job.id, "object": "video.deleted", "deleted": True})
 
     def _job(self, request: Request, video_id: str) -> Job:

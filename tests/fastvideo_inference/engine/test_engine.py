@@ -271,6 +271,19 @@ def test_a_cached_prompt_is_not_encoded_again_and_its_notices_stay(
     assert second.frames_sha256 == expected(seed=2, prompt=prompt)
 
 
+def test_equal_prompts_of_other_negative_prompts_are_encoded_apart(
+    tiny_folder: Path, tmp_path: Path, expected
+):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            words = [{"guidance_scale": 3.0, "negative_prompt": one} for one in ("night", "blue")]
+            jobs = [await engine.submit(submission(tiny_folder, **one)) for one in words]
+            return [(one, await ended(engine, job)) for one, job in zip(words, jobs, strict=True)]
+
+    for fields, job in asyncio.run(main()):
+        assert job.frames_sha256 == expected(prompt="a red ball", seed=0, **fields)
+
+
 def test_parts_that_do_not_fit_together_are_freed_for_each_other(
     tiny_folder: Path, tmp_path: Path, expected, caplog
 ):

@@ -18,6 +18,7 @@ from fastvideo_inference.engine import book
 from fastvideo_inference.engine.engine import Engine
 from fastvideo_inference.engine.executors import local
 from fastvideo_inference.engine.job import Job
+from fastvideo_inference.video import Video
 
 from fastvideo.stages import decode
 from tests.fastvideo_inference.engine.conftest import PAIR, SPLIT, ended, running, submission, until
@@ -94,6 +95,28 @@ def test_a_worker_that_is_killed_or_stopped_is_replaced_and_its_job_goes_on(
             return [await ended(engine, job)]
 
     check(asyncio.run(main()), tmp_path, expected)
+
+
+def test_a_clip_whose_worker_is_lost_while_it_saves_is_decoded_again(
+    tiny_folder: Path, tmp_path: Path, expected, monkeypatch
+):
+    save, faults = Video.save, [RuntimeError("the device fell off the bus")]
+
+    def failing(self: Video, path: Path, **words: Any) -> Path:
+        if faults:
+            raise faults.pop()
+        return save(self, path, **words)
+
+    async def main():
+        async with running(tiny_folder, tmp_path, SPLIT) as engine:
+            await engine.ready()
+            monkeypatch.setattr(Video, "save", failing)
+            jobs = [await engine.submit(submission(tiny_folder, seed=s)) for s in (1, 2)]
+            return [await ended(engine, job) for job in jobs]
+
+    made = asyncio.run(main())
+    assert sum(job.deaths for job in made) == 1 and not faults
+    check(made, tmp_path, expected)
 
 
 @pytest.mark.full

@@ -177,6 +177,7 @@ def _work(setup: Setup, stream: socket.socket, send: Callable[[Report], None]) -
     send(Report("ready"))
     for number in itertools.count():
         task, segment = tasks.get()
+        send(Report("started", task.job_id, task.attempt))  # its state may be what kills
         if segment is not None:
             task = dataclasses.replace(task, state=packing.read(segment.descriptor))
         worker.run(task)
