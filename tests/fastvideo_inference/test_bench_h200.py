@@ -344,6 +344,7 @@ def test_work_of_one_block_times_layers_and_of_the_rest_is_that_of_the_whole(
     assert "4 steps" in whole
 
 
+@pytest.mark.full
 def test_peer_is_timed_in_turn_with_us_on_the_same_weights(
     bench: SimpleNamespace, case: Any, args: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
@@ -376,7 +377,9 @@ def test_an_mp4_is_a_stage_beyond_the_frames(
     assert s["end to end with mp4"] == pytest.approx(s["end to end"] + s["mp4"], rel=1e-3)
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "text"])
+@pytest.mark.parametrize(
+    "part", ["transformer", *(pytest.param(p, marks=pytest.mark.full) for p in ("vae", "text"))]
+)
 def test_a_wrong_weight_of_the_peer_is_noticed(
     bench: SimpleNamespace,
     case: Any,

@@ -42,9 +42,8 @@ def test_a_launch_file_is_sound_bash_and_names_1_8_and_64_devices(path):
     assert "64" in head
 
 
-@pytest.mark.parametrize(
-    "launcher", [pytest.param("torchrun", marks=pytest.mark.full), "accelerate"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_train_a_smoke_recipe(launcher, tmp_path):
     pytest.importorskip("accelerate") if launcher == "accelerate" else None
     words = [RECIPE, "--smoke", "--run-dir", str(tmp_path / "r")]

@@ -305,6 +305,7 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_as_if_it_never_was(tmp
     assert same(end, resumed)
 
 
+@pytest.mark.full
 def test_the_error_of_the_rank_that_failed_comes_first_and_alone(tmp_path):
     """A file stands where the run's folder of checkpoints should be: only the first rank writes."""
     (tmp_path / "checkpoints").write_text("no folder")
@@ -384,7 +385,7 @@ sys.exit(code)
     ("strategy", "rank", "recipe"),
     [
         pytest.param("accelerate", 0, IMAGE, marks=pytest.mark.full),
-        ("accelerate", 1, IMAGE),
+        pytest.param("accelerate", 1, IMAGE, marks=pytest.mark.full),
         ("fsdp2", 1, IMAGE),  # its Muon fills other caches of DTensor
         pytest.param("fsdp2", 0, VSA, marks=pytest.mark.full),
         pytest.param("deepspeed", 0, VSA, marks=deepspeed_runs),

@@ -175,6 +175,7 @@ def test_a_request_that_kills_its_workers_fails_with_the_reason_and_others_are_m
     check([good], tmp_path, expected)
 
 
+@pytest.mark.full
 def test_a_worker_that_hangs_is_given_up_and_publishes_nothing_when_it_goes_on(
     tiny_folder: Path, tmp_path: Path, expected, monkeypatch
 ):
