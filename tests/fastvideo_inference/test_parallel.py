@@ -282,8 +282,10 @@ import atexit, os, sys, weakref
 from fastvideo import VideoPipeline
 
 groups = []
-# in one write, as two processes share the pipe
-atexit.register(lambda: os.write(1, f"{[ref() for ref in groups]}\n".encode()))  # after the pipeline's own
+def tell():  # in one write, as two processes share the pipe
+    os.write(1, f"{[ref() for ref in groups]}\\n".encode())
+
+atexit.register(tell)  # after the pipeline's own
 pipe = VideoPipeline.from_pretrained(sys.argv[1], dtype="float32", parallel="guidance=2")
 axes = [pipe.model.meshes.axis("guidance"), pipe.model.meshes.axis("sample")]
 groups.extend(weakref.ref(axis.group) for axis in axes)
