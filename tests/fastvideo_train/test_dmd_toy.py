@@ -178,6 +178,7 @@ def test_the_student_reaches_both_parts_of_a_mixture(tmp_path):
     assert share == pytest.approx(0.22, abs=0.07)
 
 
+@pytest.mark.full
 def test_a_sparse_student_reaches_a_dense_teachers_gaussian(tmp_path):
     """A Wan denoiser under VSA at half its tiles, with a dense critic: means within 0.05,
     deviations within 20 %. These end 5 to 17 % too wide, as well as a critic of one layer knows.

@@ -283,6 +283,7 @@ def test_torchrun_trains_prints_once_stops_on_a_signal_to_one_rank_and_goes_on(t
     assert [r["step"] for r in logs.read(run)] == list(range(1, done + 2))
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_ends_the_run_which_goes_on_as_if_it_never_was(tmp_path, ranks):
     sets = ("run.strategy=accelerate", "run.save_every=1", "run.steps=100000")
     run = tmp_path / "run"

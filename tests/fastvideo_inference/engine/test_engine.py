@@ -179,6 +179,7 @@ def test_events_tell_the_way_of_a_job_with_previews_if_asked(preview_folder: Pat
     assert len(sheets) == 2 and all(sheet.startswith(b"\x89PNG") for sheet in sheets)
 
 
+@pytest.mark.full
 def test_few_states_wait_between_two_stages(tiny_folder: Path, tmp_path: Path, monkeypatch):
     held = threading.Event()
     run = decode.run
