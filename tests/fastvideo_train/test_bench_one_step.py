@@ -68,6 +68,7 @@ def test_in_float32_both_loops_learn_the_same_and_the_sparse_row_does_less(monke
 
 
 def test_networks_that_compute_something_else_are_not_timed(monkeypatch):
+    pytest.importorskip("diffusers")
     monkeypatch.setattr(sys, "argv", words(NANO))
     args = one_step.parse_arguments()
     case = Case.of(recipes.load(NANO, smoke=True), args)
