@@ -374,7 +374,8 @@ class Engine:
 
     def _hear(self, slot: Slot, report: Report) -> None:
         record = self._records.get(report.job_id)
-        if record and record.slot is slot and not record.is_over:
+        is_current = record and (record.slot, record.job.attempt) == (slot, report.attempt)
+        if record and is_current and not record.is_over:
             self._take(record, report)
         elif report.kind == "finished":  # of a job that was cancelled
             self._ledger.discard(report.job_id, report.attempt)

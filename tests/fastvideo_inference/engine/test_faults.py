@@ -223,7 +223,8 @@ def test_a_worker_s_states_are_dropped_if_they_are_of_an_older_attempt(
             report = local.Report("finished", job.id, record.job.attempt - 1)
             engine._hear(slot, report)
             slot.handle._report(report)
-            assert not record.is_over
+            await asyncio.sleep(0.1)  # what either might have begun is done beside this
+            assert record.slot is slot and not record.is_over
             assert engine.job(job.id).status == "in_progress"
 
     asyncio.run(main())
