@@ -62,17 +62,27 @@ UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 
 class Verb(TyperCommand):
-    """A command that tells which of its flags are given twice: the last one counts."""
+    """A command that reads whole numbers strictly and warns of flags that are given twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words; tell what is given twice, also in `ctx.meta["given_twice"]`."""
-        given = Counter(self.make_parser(ctx).parse_args(args=list(args))[2])
+        """Read the words; list repeated flags, of which the last counts, in `ctx.meta`."""
+        from fastvideo.sampling import typed_whole  # late: --help needs no pydantic
+
+        words, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        given = Counter(order)
         twice = [one for one, times in given.items() if times > 1 and not one.multiple]
         told = tuple(f"{one.opts[0]} is given twice: the last one counts" for one in twice)
         for line in told:
             log.logger.warning("%s", line)
         ctx.meta["given_twice"] = told
-        return list(super().parse_args(ctx, args))
+        rest = list(super().parse_args(ctx, args))
+        for one in given:
+            word: Any = words.get(one.name)
+            # some releases of Typer read 1.0 as a whole number
+            is_whole = type(ctx.params.get(one.name)) is int and isinstance(word, str)
+            if is_whole and isinstance(typed_whole(word), str):
+                ctx.fail(f"Invalid value for '{one.opts[0]}': {word!r} must be a whole number")
+        return rest
 
 
 class Verbs(TyperGroup):

@@ -27,6 +27,7 @@ MAX_SEED = 2**63 - 1
 _NEWER = ("backend", "drop_gates", "lora")  # fields that older evaluations do not name
 _FPS_SLACK = Fraction(1, 10**6)  # 23.976024 means 24000/1001
 _FPS_TEXT = re.compile(r"\s*\d{1,12}(\.\d{0,12}|/\d{1,12})?\s*")
+_WHOLE_TEXT = re.compile(r"\s*-?\d{1,20}\s*")
 CLI, PYTHON, EVAL, HTTP, PAGE = "cli", "python", "eval", "http", "page"
 
 
@@ -88,7 +89,7 @@ def _read_loras(given: Any) -> Any:
     return [read_lora(one) if isinstance(one, str) else one for one in several]
 
 
-def _read_fps(given: Any) -> int | float:
+def read_fps(given: Any) -> int | float:
     """Read 16, 23.976, "24000/1001" or a `Fraction`: an int if it is whole, else a float."""
     is_text = isinstance(given, str) and not _FPS_TEXT.fullmatch(given)
     try:  # a text such as "1e999999999" would take all memory
@@ -99,6 +100,11 @@ def _read_fps(given: Any) -> int | float:
     if asked >= 1 and abs(rate - asked) > asked * _FPS_SLACK:
         raise ValueError(f"must be a fraction with a denominator up to 1001; nearest: {rate}")
     return int(rate) if rate.denominator == 1 else float(rate)
+
+
+def typed_whole(text: str) -> int | str:
+    """Return the whole number that somebody typed; other text, such as "1.0", as it is."""
+    return int(text) if _WHOLE_TEXT.fullmatch(text) else text
 
 
 def _read_whole(given: Any) -> Any:
@@ -128,7 +134,7 @@ NegativePrompt = Annotated[Text, NEGATIVE]
 NumFrames = Annotated[Whole, Field(ge=1), FRAMES]
 Height = Annotated[Whole, Field(ge=1), HEIGHT]
 Width = Annotated[Whole, Field(ge=1), WIDTH]
-Fps = Annotated[int | float, Field(ge=1, le=240), BeforeValidator(_read_fps), FPS]
+Fps = Annotated[int | float, Field(ge=1, le=240), BeforeValidator(read_fps), FPS]
 NumSteps = Annotated[Whole, Field(ge=1, le=1000), STEPS]
 GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False), GUIDANCE]
 Seed = Annotated[Whole, Field(ge=-1, le=MAX_SEED), SEED]

@@ -43,11 +43,17 @@ class World(Protocol):
 
 def open_world(name: str, *, height: int, width: int, num_frames: int, fps: float = 16) -> World:
     """Return the world of a name, at one size. A name is a file here, or `some.module:World`."""
-    if fps != int(fps):
-        raise ValueError(f"fps {fps:g} must be whole for clips of a world; nearest: {round(fps)}")
     make = registry.load(__name__, name, "World")
-    world: World = make(height=height, width=width, num_frames=num_frames, fps=int(fps))
+    world: World = make(height=height, width=width, num_frames=num_frames, fps=whole_fps(fps))
     return world
+
+
+def whole_fps(fps: float) -> int:
+    """Return a frame rate that a world can have; `ValueError` names the nearest to another."""
+    if fps < 1 or fps != int(fps):
+        nearest = max(1, round(fps))
+        raise ValueError(f"fps {fps:g} must be whole for clips of a world; nearest: {nearest}")
+    return int(fps)
 
 
 def attributes(name: str) -> Mapping[str, tuple[str, ...]]:

@@ -28,7 +28,6 @@ from fastvideo_inference import naming, prompts, sharing
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
-_SEED = re.compile(r"\s*-?\d{1,20}\s*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FLAGS = {"prompt": "the prompt", "height": "--size", "width": "--size"}
 _SERVER_DECIDES = ("attention", "backend", "drop_gates", "device", "dtype", "parallel")
@@ -285,7 +284,7 @@ def _seeds(given: Any) -> Any:
     """Return the whole number of `--seed`, or a tuple of several; what is no number stays text."""
     if not isinstance(given, str):
         return given
-    found = tuple(int(x) if _SEED.fullmatch(x) else x for x in given.split(","))
+    found = tuple(map(sampling.typed_whole, given.split(",")))
     return found if len(found) > 1 else found[0]
 
 

@@ -66,6 +66,25 @@ def test_a_flag_that_is_given_twice_is_told_by_every_verb(capsys: pytest.Capture
     ]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "wan-nano", "--seed", "1.0"],
+        ["eval", "wan-nano", "--prompts", "8.0"],
+        ["generate", "x", "--steps", "2.0"],
+        ["generate", "x", "--count=1e1"],
+        ["train", "x.toml", "--threads", "2.0"],
+        ["data", "encode", "-o", "x", "--model", "y", "--clips", "4.0"],
+        ["demo", "--port", "7860.0"],
+    ],
+)
+def test_whole_numbers_of_every_verb_have_no_point(words: list[str], capsys):
+    assert cli.main(words) == errors.USAGE
+    err = capsys.readouterr().err
+    assert words[-1].rpartition("=")[2] in err or "integer" in err
+    assert err.count("\n") == 1 and "Invalid value for '--" in err
+
+
 def test_a_mistyped_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["genrate"]) == errors.USAGE
     assert "did you mean 'generate'?" in capsys.readouterr().err

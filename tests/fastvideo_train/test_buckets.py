@@ -130,6 +130,10 @@ def test_a_video_that_the_rules_leave_out_has_its_reason(footage, reason):
         rules().fit(footage)
 
 
+def test_a_frame_rate_is_read_as_that_of_a_request():
+    assert rules(fps="24000/1001").fps == 24000 / 1001 and rules(fps="16").fps == 16.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -140,6 +144,7 @@ def test_a_video_that_the_rules_leave_out_has_its_reason(footage, reason):
         ({"aspects": ("0:1",)}, "must look like WIDTH:HEIGHT"),
         ({"max_upscal": 2}, "did you mean 'max_upscale'"),
         ({"fps": 0}, "fps"),
+        ({"fps": "24/0"}, "fps"),
     ],
 )
 def test_illegal_rules_are_refused_with_the_nearest_legal_values(changes, message):

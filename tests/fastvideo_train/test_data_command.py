@@ -28,7 +28,7 @@ def test_render_writes_clips_that_say_what_they_show(tmp_path, capsys):
 
 def test_render_again_keeps_what_is_there(tmp_path):
     words = ["data", "render", "-o", str(tmp_path), *SMALL]
-    assert main([*words, "--count", "2"]) == 0
+    assert main([*words, "--count", "2", "--fps", "16/1"]) == 0
     before = (tmp_path / "000001.mp4").stat().st_mtime_ns
     assert main([*words, "--count", "3"]) == 0
     assert (tmp_path / "000001.mp4").stat().st_mtime_ns == before
@@ -37,7 +37,7 @@ def test_render_again_keeps_what_is_there(tmp_path):
 
 def test_render_refuses_a_folder_of_other_clips(tmp_path, capsys):
     words = ["data", "render", "-o", str(tmp_path), "--count", "1", *SMALL]
-    assert main(words) == 0 and main([*words, "--seed", "1"]) == 1
+    assert main(words) == 0 and main([*words, "--seed", "1"]) == 2
     assert "holds shapes train seed 0 index 0" in capsys.readouterr().err
 
 
@@ -61,6 +61,10 @@ def test_encode_makes_latents_that_a_recipe_can_name(tiny_folder, tmp_path, caps
     assert batch["latents"].shape == (5, 4, 2, 4, 6)
     assert main([*words, "--clips", "6"]) == 0
     assert len(LatentBatches(tmp_path / "l", seed=0, batch=1)) == 6
+    capsys.readouterr()
+    for illegal in (["--clips", "4"], ["--clips", "6", "--seed", "1"], ["--batch", "3"]):
+        assert main([*words, *illegal]) == 2, "what the folder holds is known before any work"
+        assert capsys.readouterr().err.count("error: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,10 @@ def test_encode_makes_latents_that_a_recipe_can_name(tiny_folder, tmp_path, caps
         (["preview", "-o", "x.png", "--size", "12"], "must look like WIDTHxHEIGHT"),
         (["preview", "-o", "x.png", "--split", "test"], "split 'test' is unknown"),
         (["render", "-o", "x", "--world", "shape"], "did you mean 'shapes'"),
+        (["render", "-o", "x", "--fps", "24000/1001"], "must be whole for clips of a world"),
+        (["render", "-o", "x", "--fps", "fast"], "such as 16, 23.976 or 24000/1001"),
+        (["render", "-o", "x", "--count", "2.0"], "'2.0' must be a whole number"),
+        (["encode", "-o", "x", "--vae", "nowhere", "--fps", "30000/1001"], "nearest: 30"),
         (["encode", "-o", "x", "--vae", "nowhere"], "nowhere"),
         (["encode", "-o", "x"], "Missing option '--model' / '--vae'"),
         (["encode", "-o", "x", "--vae", "wan-nano", "--size", "16x16"], "must be at least 32"),

@@ -500,6 +500,9 @@ def test_stats_count_what_the_folder_holds(clips, tiny_folder, capsys):
     assert main([*words, "--workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "8 usable, 1 bad, 0 left out" in out and "48x32 (6), 32x48 (2)" in out
+    assert main([*words, "--workers", "0", "--json", "--fps", "8000/1001"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["used_s"] == pytest.approx((2 * 5 + 6 * 9) * 1001 / 8000)
 
 
 def test_preview_writes_a_sheet_for_each_bucket(clips, tiny_folder, tmp_path, capsys):

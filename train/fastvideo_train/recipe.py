@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fastvideo import attention as patterns
+from fastvideo import sampling
 from fastvideo.config import Strict, assignments, merge, parse, read_toml
 from fastvideo.parallel.degrees import Degrees
 
@@ -153,7 +154,7 @@ class ClipsSpec(Strict):
     num_frames: int = Field(ge=1)
     height: int = Field(ge=1)
     width: int = Field(ge=1)
-    fps: int = Field(default=16, ge=1)
+    fps: Annotated[int, BeforeValidator(sampling.read_fps), Field(ge=1)] = 16
     crop: tuple[int, int] | None = None
     window: bool = False
     render_frames: int = Field(default=81, ge=1)

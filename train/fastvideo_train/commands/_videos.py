@@ -40,7 +40,7 @@ class Asked:
     model: str | None = None
     size: str | None = None
     frames: str | None = None
-    fps: float | None = None
+    fps: str | None = None
     sets: tuple[str, ...] = ()
     workers: int | None = None
 

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fastvideo import capacity, files, hub, media
+from fastvideo import capacity, files, hub, media, sampling
 from fastvideo.errors import OK, refusing
 from fastvideo.resolve import check_clip
 from fastvideo.shapes import Compression, PixelShape, parse_size
 from fastvideo.spec import FILE_NAME, Spec
-from fastvideo.worlds import World, open_world
+from fastvideo.worlds import World, open_world, whole_fps
 from fastvideo_train.commands import _videos
 from fastvideo_train.commands._progress import progress
 from fastvideo_train.lock import locked
@@ -30,7 +30,6 @@ WORLD_SIZE = "128x128"
 
 Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, such as 224x128.")]
 NumFrames = Annotated[int, typer.Option("--frames", min=1, help="Number of frames, 4k+1.")]
-Fps = Annotated[int, typer.Option(min=1, help="Frames per second; speeds are per second.")]
 Folder = Annotated[Path, typer.Argument(help="A folder of videos with captions.")]
 Videos = Annotated[
     Path | None, typer.Argument(help="A folder of videos with captions; else clips of a world.")
@@ -47,7 +46,9 @@ Budget = Annotated[
 Lengths = Annotated[
     str | None, typer.Option("--frames", help="Number of frames, 4k+1; of videos also 17,81.")
 ]
-Rate = Annotated[float | None, typer.Option("--fps", min=1, help="Frames per second.")]
+Rate = Annotated[
+    str | None, typer.Option("--fps", help=f"{sampling.FPS.help}. [the model's, or 16]")
+]
 ModelName = Annotated[str | None, typer.Option(help="A model: its size, length, rate, tokenizer.")]
 Sets = Annotated[
     list[str] | None,
@@ -142,7 +143,7 @@ def render(
     count: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 16,
     size: Size = "128x128",
     frames: NumFrames = 81,
-    fps: Fps = 16,
+    fps: Rate = None,
     seed: Seed = 0,
     split: Split = "train",
 ) -> int:
@@ -151,23 +152,25 @@ def render(
     Files that are there already are kept, so that the same command finishes what a kill left.
     """
     with refusing():
-        opened = _open(world, size, frames, fps)
+        rate = _rate(fps)
+        opened = _open(world, size, frames, rate)
         opened.clip(seed, 0, split)
         output.mkdir(parents=True, exist_ok=True)
+        paths = {
+            output / f"{index:06d}.mp4": f"{world} {split} seed {seed} index {index},"
+            f" {size} x {frames}, {rate} fps"
+            for index in range(count)
+        }
+        for path, clip_id in paths.items():
+            if path.exists() and (found := media.read_metadata(path).get("clip")) != clip_id:
+                raise ValueError(f"{path} holds {found}, not {clip_id}; use another folder")
     lines = []
     with progress("render") as report:
-        for index in range(count):
-            clip, path = opened.clip(seed, index, split), output / f"{index:06d}.mp4"
-            metadata = {
-                "caption": clip.caption,
-                "clip": f"{world} {split} seed {seed} index {index}, {size} x {frames}, {fps} fps",
-            }
+        for index, (path, clip_id) in enumerate(paths.items()):
+            clip = opened.clip(seed, index, split)
             if not path.exists():
-                media.write_video(path, [clip.frames_THWC], fps=fps, metadata=metadata)
-            elif (found := media.read_metadata(path).get("clip")) != metadata["clip"]:
-                raise ValueError(
-                    f"{path} holds {found}, not {metadata['clip']}; use another folder"
-                )
+                metadata = {"caption": clip.caption, "clip": clip_id}
+                media.write_video(path, [clip.frames_THWC], fps=rate, metadata=metadata)
             line = {"file": path.name, "caption": clip.caption, "truth": clip.truth}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             report(index + 1, count)
@@ -281,7 +284,7 @@ def _asked(
     model: str | None,
     size: str | None,
     frames: str | None,
-    fps: float | None,
+    fps: str | None,
     sets: list[str] | None,
     workers: int | None,
 ) -> _videos.Asked:
@@ -296,14 +299,20 @@ def _refuse(**given: object) -> None:
             raise ValueError(f"--{word} is for a folder of videos, and none was given")
 
 
-def _length_and_rate(frames: str | None, fps: float | None) -> tuple[int, int]:
+def _length_and_rate(frames: str | None, fps: str | None) -> tuple[int, int]:
     """Return a world's one length and whole rate."""
-    (length, *others), rate = _videos.lengths(frames or "81"), fps or 16
+    length, *others = _videos.lengths(frames or "81")
     if others or length < 1:
         raise ValueError(f"--frames {frames} must be one number, at least 1, for clips of a world")
-    if rate != int(rate):
-        raise ValueError(f"--fps {rate} must be a whole number for clips of a world")
-    return length, int(rate)
+    return length, _rate(fps)
+
+
+def _rate(fps: str | None) -> int:
+    """Return a world's frame rate, which is whole."""
+    try:
+        return whole_fps(16 if fps is None else sampling.read_fps(fps))
+    except ValueError as error:
+        raise ValueError(f"--fps {fps}: {error}") from None
 
 
 def _open(world: str, size: str, num_frames: int, fps: int) -> World:

@@ -10,9 +10,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from fastvideo import sampling
 from fastvideo.config import Strict
 from fastvideo.footage import Footage, View, num_frames_at
 from fastvideo.registry import did_you_mean
@@ -66,7 +68,7 @@ class Rules(Strict):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     frames: tuple[int, ...] = Field(min_length=1)
-    fps: float = Field(gt=0)
+    fps: Annotated[float, BeforeValidator(sampling.read_fps), Field(gt=0)]
     multiple: tuple[int, int] = Field(description="of height and width")
     temporal: int = Field(ge=1)
     aspects: tuple[str, ...] = ASPECTS

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo import files, rng, weights
+from fastvideo.errors import RefusedError, refusing
 from fastvideo.worlds import generator_version
 from fastvideo_train.data import WHOLE, Part, hashes, items
 from fastvideo_train.data._manifest import (
@@ -84,11 +85,11 @@ def encode_world(
     """Render clips 0 .. num_clips - 1, encode them, and write what is not there yet.
 
     The same call after a kill goes on with the first unfinished shard; a larger `num_clips` adds
-    to the folder. `report(done, total)` is called after every batch. Raises `ValueError` if the
+    to the folder. `report(done, total)` is called after every batch. Raises `RefusedError` if the
     folder holds latents of anything else (another encoder, world, size, seed), naming what differs.
     """
     if num_clips < 1 or batch < 1 or shard_size < 1 or shard_size % batch:
-        raise ValueError(
+        raise RefusedError(
             f"num_clips {num_clips} and batch {batch} must be at least 1, and shard_size"
             f" {shard_size} a multiple of batch"
         )
@@ -108,7 +109,8 @@ def encode_world(
         count=num_clips,
         **sizes,
     )
-    _claim(folder, manifest)
+    with refusing():
+        _claim(folder, manifest)
     for shard in range(manifest.num_shards):
         if not _finished(folder, manifest, shard):
             _encode_shard(vae, clips, folder, manifest, shard, report)
