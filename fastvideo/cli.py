@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -69,14 +68,10 @@ class Verb(TyperCommand):
         from fastvideo.sampling import typed_whole  # late: --help needs no pydantic
 
         words, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        given = Counter(order)
-        twice = [one for one, times in given.items() if times > 1 and not one.multiple]
-        told = tuple(f"{one.opts[0]} is given twice: the last one counts" for one in twice)
-        for line in told:
-            log.logger.warning("%s", line)
-        ctx.meta["given_twice"] = told
+        twice = (one.opts[0] for one in order if not one.multiple)
+        ctx.meta["given_twice"] = log.warned(log.given_twice(twice))
         rest = list(super().parse_args(ctx, args))
-        for one in given:
+        for one in order:
             word: Any = words.get(one.name)
             # some releases of Typer read 1.0 as a whole number
             is_whole = type(ctx.params.get(one.name)) is int and isinstance(word, str)

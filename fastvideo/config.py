@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_t
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fastvideo.log import given_twice, warned
 from fastvideo.registry import did_you_mean
 
 
@@ -92,8 +93,13 @@ def set_word(changes: Mapping[str, Any], keys: Keys) -> str | None:
 
 
 def assignments(pairs: Iterable[str]) -> dict[str, Any]:
-    """Turn `a.b=value` words (from --set) into a tree; values are TOML, bare words text."""
+    """Turn `a.b=value` words (from --set) into a tree; values are TOML, bare words text.
+
+    Logs what is given twice.
+    """
     tree: dict[str, Any] = {}
+    pairs = tuple(pairs)
+    warned(repeated(pairs))
     for pair in pairs:
         key, equals, text = pair.partition("=")
         keys = [part.strip() for part in key.split(".")]
@@ -101,6 +107,11 @@ def assignments(pairs: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"--set {pair!r} must look like key.subkey=value")
         tree = merge(tree, _nested(keys, _value(text.strip())))
     return tree
+
+
+def repeated(pairs: Iterable[str]) -> tuple[str, ...]:
+    """Return a line for each key that several `--set` give."""
+    return given_twice(f"--set {pair.partition('=')[0].strip()}" for pair in pairs)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
+from collections.abc import Iterable
 
 from fastvideo import env
 
 logger = logging.getLogger("fastvideo")
+
+
+def warned(lines: Iterable[str]) -> tuple[str, ...]:
+    """Log each line once, as a warning, and return them."""
+    lines = tuple(dict.fromkeys(lines))
+    for line in lines:
+        logger.warning("%s", line)
+    return lines
+
+
+def given_twice(names: Iterable[str]) -> tuple[str, ...]:
+    """Return a line for each name that is there more than once."""
+    twice = (name for name, times in Counter(names).items() if times > 1)
+    return tuple(f"{name} is given twice: the last one counts" for name in twice)
 
 
 def configure(level: str | None = None) -> None:

@@ -11,7 +11,6 @@ from fastvideo import attention as patterns
 from fastvideo import capacity, hub, sampler_note
 from fastvideo.config import parse
 from fastvideo.foreign import FASTWAN_SIGMAS
-from fastvideo.log import logger
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, draw_seed
 from fastvideo.shapes import LatentShape, PixelShape, TokenGrid
 from fastvideo.spec import TEXT_TO_VIDEO, Spec
@@ -48,7 +47,7 @@ def resolve(
 
 
 def notices(request: GenerateRequest, params: SamplingParams, spec: Spec) -> tuple[str, ...]:
-    """Return a line, which is logged, for each thing that is asked for and is not done as asked."""
+    """Return a line for each thing that is asked for and is not done as asked."""
     own, found = spec.defaults, []
     if request.negative_prompt and params.guidance_scale == 1:
         found.append("negative_prompt is not used: guidance_scale is 1")
@@ -64,9 +63,10 @@ def notices(request: GenerateRequest, params: SamplingParams, spec: Spec) -> tup
             f"size {params.width}x{params.height}x{params.num_frames} is far from what {spec.name}"
             f" was trained on, {own.width}x{own.height}x{own.num_frames}; expect worse clips"
         )
-    for text in found:
-        logger.warning("%s", text)
-    return tuple(found)
+    clip = PixelShape(params.num_frames, params.height, params.width)
+    grid = clip.latent(spec.compression).tokens(spec.compression.patch)
+    tiled = patterns.one_tile(patterns.read(params.attention), grid)
+    return (*found, *([tiled] if tiled else []))
 
 
 def check_clip(clip: PixelShape, spec: Spec) -> TokenGrid:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvideo.attention.pattern import Dense, Pattern, Sta, Tile, Vsa, check_fits
+from fastvideo.attention.pattern import Dense, Pattern, Sta, Tile, check_fits
 from fastvideo.log import logger
 from fastvideo.shapes import TokenGrid
 
@@ -99,28 +99,12 @@ def plan(pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu") 
     order_L, tiles = _cut(grid, pattern.tile, torch.device(device))
     if isinstance(pattern, Sta):
         return Layout(pattern, grid, order_L, tiles, _windows(pattern, tiles))
-    _warn_of_few(pattern, grid, tiles)
+    if 1 < tiles.num < _FEW_TILES:  # 2505.13389 has 100s
+        size = f"{grid.frames}x{grid.height}x{grid.width} tokens (frames, rows, columns)"
+        text = "vsa: %d tiles of %s are few: below about %d, sparsity brings no speed"
+        logger.info(text, tiles.num, size, _FEW_TILES)
     num_selected = pattern.num_selected(tiles.num)
     return Layout(pattern, grid, order_L, tiles, num_selected=num_selected)
-
-
-def _warn_of_few(pattern: Vsa, grid: TokenGrid, tiles: Tiles) -> None:
-    """Say when there are too few tiles for the sparsity to mean much (2505.13389 has 100s)."""
-    size = f"{grid.frames}x{grid.height}x{grid.width} tokens (frames, rows, columns)"
-    if tiles.num == 1:
-        logger.warning(
-            "vsa: a tile of %s holds all of %s: every token sees every token, whatever the"
-            " sparsity; a smaller tile would make more of them",
-            "x".join(map(str, pattern.tile)),
-            size,
-        )
-    elif tiles.num < _FEW_TILES:
-        logger.info(
-            "vsa: %d tiles of %s are few: below about %d, sparsity brings no speed",
-            tiles.num,
-            size,
-            _FEW_TILES,
-        )
 
 
 def _cut(grid: TokenGrid, tile: Tile, device: torch.device) -> tuple[Tensor, Tiles]:

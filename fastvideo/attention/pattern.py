@@ -8,6 +8,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import lt
 from typing import Any
 
 from fastvideo.registry import did_you_mean
@@ -153,6 +154,18 @@ def check_fits(pattern: Pattern, grid: TokenGrid, *, num_heads: int | None = Non
     count = len(pattern.windows)
     if num_heads is not None and count not in (1, num_heads):
         raise ValueError(f"sta has {count} windows; give one for all or {num_heads}, one a head")
+
+
+def one_tile(pattern: Pattern, grid: TokenGrid) -> str | None:
+    """Return a line for a user if one VSA tile holds the whole grid: sparsity has no effect."""
+    axes = (grid.frames, grid.height, grid.width)
+    if not isinstance(pattern, Vsa) or any(map(lt, pattern.tile, axes)):
+        return None
+    tile, size = ("x".join(map(str, sides)) for sides in (pattern.tile, axes))
+    return (
+        f"attention vsa: a tile of {tile} holds all {size} tokens (frames, rows, columns), so"
+        " sparsity has no effect; use a smaller tile"
+    )
 
 
 def check_keeps_gates(pattern: Pattern, *, name: str) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fastvideo import files, hub, media, rng
 from fastvideo.config import Source
 from fastvideo.hub import OpenModel
+from fastvideo.log import warned
 from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams, read_with_origins
 from fastvideo.spec import Scheduler, Spec
@@ -135,7 +136,7 @@ class Evaluation:
             decoder=decoder_id(decoder, spec, found.folder),
         )
         made._open_world()
-        notices(asked, how, spec)
+        warned(notices(asked, how, spec))
         return made
 
     @property

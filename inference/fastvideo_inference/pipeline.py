@@ -27,6 +27,7 @@ from fastvideo import env, hub, sampling, stages
 from fastvideo import resolve as resolving
 from fastvideo.config import parse
 from fastvideo.hub import OpenModel
+from fastvideo.log import warned
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import check_lora_samplers, find_lora
@@ -278,7 +279,7 @@ class VideoPipeline:
         params, model = resolving.resolve(request, self.model.spec), self.model
         has_small = model.decoder is not None
         sharing.check(model.meshes.degrees, params, model.spec, has_small_decoder=has_small)
-        return params, resolving.notices(request, params, model.spec)
+        return params, warned(resolving.notices(request, params, model.spec))
 
     def _agreed(
         self, params: SamplingParams, latents: Tensor | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ def read_prompts(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def repeated_keys(path: str | Path) -> Iterator[str]:
-    """Yield each key that a row of a `.jsonl` gives again, and where: `seed in p.jsonl:3`."""
+def keys(path: str | Path) -> Iterator[str]:
+    """Yield each key of a `.jsonl` as often as it is given, and where: `seed in p.jsonl:3`."""
     for place, line in _lines(Path(path)) if Path(path).suffix == ".jsonl" else ():
-        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
-        yield from (f"{key} in {place}" for key, times in Counter(keys).items() if times > 1)
+        pairs = json.loads(line, object_pairs_hook=list)
+        yield from (f"{key} in {place}" for key, _ in pairs)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

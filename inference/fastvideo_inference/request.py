@@ -7,7 +7,6 @@ for job in batch.jobs: ...   # complete parameters and a path each
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastvideo import env, files, hub, sampling
-from fastvideo.config import Keys, Source, assignments, read_toml, toml_line, where
+from fastvideo.config import Keys, Source, assignments, read_toml, repeated, toml_line, where
 from fastvideo.errors import refusing
 from fastvideo.hub import OpenModel
-from fastvideo.log import logger
+from fastvideo.log import given_twice, warned
 from fastvideo.parallel.degrees import Degrees
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
@@ -193,6 +192,7 @@ def _checked(
         for one, told in _resolved(row, own, model, count=args.count)
     ]
     params = [one for one, _ in resolved]
+    warned(line for _, told in resolved for line in told if line not in args.notices)
     template = _template(args, num_clips=len(params), count=args.count * len(seeds))
     return Batch(
         model=model,
@@ -271,13 +271,8 @@ def _layers(args: CliArgs, repeated: Recipe | None) -> tuple[list[Layer], dict[s
 
 def _given_twice(args: CliArgs) -> tuple[str, ...]:
     """Return a line, which is logged, for each key that several `--set` or a row give again."""
-    keys = Counter(f"--set {word.partition('=')[0].strip()}" for word in args.settings)
-    twice = [key for key, times in keys.items() if times > 1]
-    twice += prompts.repeated_keys(args.prompts) if args.prompts else ()
-    told = tuple(f"{key} is given twice: the last one counts" for key in twice)
-    for line in told:
-        logger.warning("%s", line)
-    return told
+    rows = warned(given_twice(prompts.keys(args.prompts) if args.prompts else ()))
+    return (*repeated(args.settings), *rows)  # `assignments` logs the first ones
 
 
 def _seeds(given: Any) -> Any:

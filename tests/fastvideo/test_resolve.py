@@ -84,6 +84,11 @@ def test_guidance_above_and_below_that_of_a_distilled_model_is_told():
     assert told(guidance_scale=3.0) == []
 
 
+def test_a_tile_that_holds_the_whole_clip_is_told():
+    assert told(attention="vsa(sparsity=0.5, tile=[5, 4, 6])") == ["attention"]
+    assert told(attention="vsa(sparsity=0.5, tile=[5, 4, 5])") == []
+
+
 @pytest.mark.parametrize(
     ("near", "far"),
     [

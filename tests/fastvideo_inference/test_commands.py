@@ -250,6 +250,17 @@ def test_a_flag_given_twice_is_told_by_the_log_an_event_and_the_sidecar(generate
     assert (made.seed, made.num_frames, made.fps) == (2, 5, 9)
 
 
+def test_what_holds_for_all_clips_is_logged_once_and_told_by_each(generate):
+    Path("p.txt").write_text("a red ball\na blue ball\n")
+    words = ["--prompts", "p.txt", "--count", "2", "--frames", "5", "--steps", "1", "--json"]
+    sparse = ["--attention", "vsa(sparsity=0.5)", "-o", "{index}.mp4"]
+    code, out, err = generate(*words, *sparse)
+    assert code == 0 and ["sparsity" in line for line in err] == [True]
+    told = [line["text"] for line in map(json.loads, out) if line["event"] == "notice"]
+    assert told == err * 4
+    assert json.loads(Path("3.json").read_text())["notices"] == err
+
+
 REFUSED = {
     "no prompt": ([], "there is no prompt"),
     "empty": ([""], 'prompt "" in the command line: the prompt is empty'),

@@ -449,6 +449,13 @@ def test_settings_for_a_comparison_need_one(capsys):
     assert "--set changes a comparison; give --compare FILE too" in capsys.readouterr().err
 
 
+def test_a_setting_that_is_given_twice_is_told(file: Path, tmp_path: Path, capsys):
+    words = ["--set", "prompts=3", "--set", "prompts=0", "-o", str(tmp_path)]
+    assert main(["eval", "--compare", str(file), *words]) == 2
+    first, error = capsys.readouterr().err.splitlines()
+    assert first.startswith("--set prompts is given twice") and "at least 1" in error
+
+
 def test_the_comparison_of_the_bundled_models_is_read(monkeypatch):
     settings = read(Path(__file__).parents[2] / "configs" / "bench" / "nano-compare.toml")
     assert [r.prompts or settings.prompts for r in settings.rows] == [64] + [256] * 6

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvideo import registry, rng, weights
-from fastvideo.attention import Attend, Layout, check_fits, parse, plan, select
+from fastvideo.attention import Attend, Layout, check_fits, one_tile, parse, plan, select
 from fastvideo.attention.choice import PACKAGE as BACKENDS
-from fastvideo.log import logger
+from fastvideo.log import logger, warned
 from fastvideo.registry import did_you_mean
 from fastvideo.shapes import LatentShape, TokenGrid
 from fastvideo_train import lora, origins
@@ -77,7 +77,9 @@ class Role:
         if (pattern, latents) not in self._attends:
             device = next(self.net.parameters()).device
             with _naming(self.name):
-                layout = plan(pattern, latents.tokens(config.patch_size), device)
+                grid = latents.tokens(config.patch_size)
+                layout = plan(pattern, grid, device)
+                warned(filter(None, [one_tile(pattern, grid)]))
                 chosen: Attend = select(
                     self.attention.backend,
                     layout=layout,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvideo import registry
-from fastvideo.attention import Dense, Sta, Vsa, choose, parse, plan, sparse, unparse
+from fastvideo.attention import Dense, Sta, Vsa, choose, one_tile, parse, plan, sparse, unparse
 from fastvideo.attention.backends import gather, masked, reference
 from fastvideo.attention.choice import PACKAGE, Need
 from fastvideo.attention.layout import Lists
@@ -150,11 +150,13 @@ def test_a_window_larger_than_the_canvas_is_refused_with_the_nearest():
         plan(Sta(((1, 4, 1),), tile=(4, 4, 4)), TokenGrid(4, 8, 8))
 
 
-def test_a_tile_larger_than_the_canvas_is_one_tile_and_says_that_sparsity_means_nothing(caplog):
-    with caplog.at_level(logging.WARNING, logger="fastvideo"):
-        layout = plan(Vsa(sparsity=0.8, tile=(1 << 70, 9, 9)), TokenGrid(3, 5, 4))
+def test_a_tile_larger_than_the_canvas_is_one_tile_and_says_that_sparsity_means_nothing():
+    vsa, grid = Vsa(sparsity=0.8, tile=(1 << 70, 9, 9)), TokenGrid(3, 5, 4)
+    layout, text = plan(vsa, grid), one_tile(vsa, grid)
     assert (layout.tiles.num, layout.sees_all) == (1, True)
-    assert "every token sees every token, whatever the sparsity" in caplog.text
+    assert text and "sparsity has no effect" in text
+    assert one_tile(Vsa(sparsity=0.8, tile=(3, 5, 3)), grid) is None
+    assert one_tile(Dense(), grid) is None
 
 
 def test_few_tiles_are_told_to_bring_no_speed(caplog):
