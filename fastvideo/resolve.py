@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Mapping
 
 from fastvideo import attention as patterns
 from fastvideo import capacity, hub, sampler_note
-from fastvideo.config import parse
 from fastvideo.foreign import FASTWAN_SIGMAS
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, draw_seed
 from fastvideo.shapes import LatentShape, PixelShape, TokenGrid
@@ -36,7 +35,7 @@ def resolve(
     try:
         values["lora"] = tuple(map(find_lora, request.lora or ()))
         values["attention"] = _pattern(request, spec)
-        params = parse(SamplingParams, values, source=f"the defaults of {spec.name}")
+        params = SamplingParams.model_construct(**values)  # of values that are checked
         _check(params, spec, given)
     except ValueError as error:
         first = str(error).split()[0]

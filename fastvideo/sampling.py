@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from numbers import Integral
 from typing import Annotated, Any, TypeVar
 
@@ -226,19 +227,22 @@ def read_with_origins(
     *layers: Layer, beside: Collection[str] = ()
 ) -> tuple[GenerateRequest, dict[str, str]]:
     """Return the request of `read_layers`, and where each of its fields comes from."""
-    merged: dict[str, tuple[Any, str]] = {}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for source, layer in layers:
         placed = _placed(layer, source, beside)
-        _request({"prompt": ("of another layer", "")} | placed)  # also what a later one replaces
-        merged |= placed
-    return _request(merged), {name: place for name, (_, place) in merged.items()}
+        own = {name: place for name, (_, place) in placed.items()}
+        given = {"prompt": "of another layer"} | {k: value for k, (value, _) in placed.items()}
+        checked = parse(GenerateRequest, given, source=partial(_place_of, own))
+        values |= {name: getattr(checked, name) for name in own}
+        origins |= own
+    if "prompt" not in values:
+        raise ValueError("prompt is missing in the request")
+    return GenerateRequest.model_construct(**values), origins  # each value is checked by its layer
 
 
-def _request(placed: Mapping[str, tuple[Any, str]]) -> GenerateRequest:
-    def place(keys: Keys) -> str:
-        return placed[str(keys[0])][1] if keys else "the request"
-
-    return parse(GenerateRequest, {k: value for k, (value, _) in placed.items()}, source=place)
+def _place_of(places: Mapping[str, str], keys: Keys) -> str:
+    return places[str(keys[0])] if keys else "the request"
 
 
 def _placed(

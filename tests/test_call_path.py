@@ -19,7 +19,7 @@ from fastvideo_inference.commands import generate
 from fastvideo_inference.pipeline import VideoPipeline
 
 import fastvideo
-from fastvideo import cli, hub, resolve
+from fastvideo import cli, hub, resolve, sampling
 from fastvideo.models.dit.wan import WanDiT
 from tests import clips
 
@@ -89,6 +89,22 @@ def test_a_clip_opens_its_model_and_resolves_its_request_once(count, stacks, tin
     for files in stacks:
         assert len(files) <= 6, files
         assert files[0] == "fastvideo/cli.py" and files[-1] == "fastvideo/models/dit/wan.py"
+
+
+def test_a_prompt_is_checked_once(tiny_folder: Path):
+    checked = []
+
+    def note(frame: Any, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code is sampling._check_prompt.__code__:
+            checked.append(frame.f_locals["prompt"])
+
+    words = ["generate", PROMPT, "--model", str(tiny_folder), "--frames", "5", "--steps", "1"]
+    sys.setprofile(note)
+    try:
+        assert cli.main([*words, "--set", "fps=4", "-o", "a.mp4"]) == 0
+    finally:
+        sys.setprofile(None)
+    assert checked.count(PROMPT) == 1
 
 
 def test_a_repeated_clip_does_too(count, tiny_folder: Path):
