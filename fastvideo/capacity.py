@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastvideo.models.wan_dit_config import WanConfig
 from fastvideo.shapes import Compression, PixelShape
 from fastvideo.spec import Spec
 
@@ -65,8 +66,11 @@ def has_no_gpu() -> bool:
 
 def _token(dit: Mapping[str, Any]) -> int:
     """Bytes of a token in a layer: residual, q, k, v, their output, and the MLP's hidden."""
-    width = dit.get("num_attention_heads", 40) * dit.get("attention_head_dim", 128)
-    return int(_BYTES * (5 * width + dit.get("ffn_dim", 13824)))
+    heads, head_dim, ffn_dim = (
+        dit.get(name, getattr(WanConfig, name))
+        for name in ("num_attention_heads", "attention_head_dim", "ffn_dim")
+    )
+    return int(_BYTES * (5 * heads * head_dim + ffn_dim))
 
 
 def _pixel(spec: Spec) -> int:

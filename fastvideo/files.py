@@ -47,12 +47,12 @@ def folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises `ValueError` if the name is taken (unless `overwrite`) or cannot be written.
     """
-    _check_new(path, overwrite=overwrite)
+    check_new(path, overwrite=overwrite)
     try:
         with claimed(path) as is_ours:
             if not is_ours:
                 raise ValueError(f"{path} is being written by another process")
-            _check_new(path, overwrite=overwrite)
+            check_new(path, overwrite=overwrite)
             with _aside(path) as new:
                 new.mkdir()
                 yield new
@@ -62,6 +62,12 @@ def folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 new.rename(path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error}") from None
+
+
+def check_new(path: Path, *, overwrite: bool = False) -> None:
+    """Raise `ValueError` for the name of a folder that is taken, unless it may be replaced."""
+    if os.path.lexists(path) and not overwrite:
+        raise ValueError(f"{path} exists; choose another folder or remove it")
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -113,11 +119,6 @@ def leave() -> None:
     """Remove what this process holds or has half written: its clean-ups were interrupted."""
     for lock in tuple(_HELD):
         _clear(lock)
-
-
-def _check_new(path: Path, *, overwrite: bool) -> None:
-    if os.path.lexists(path) and not overwrite:
-        raise ValueError(f"{path} exists; choose another folder or remove it")
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from fastvideo import attention as patterns
 from fastvideo import capacity, hub, sampler_note
 from fastvideo.foreign import FASTWAN_SIGMAS
+from fastvideo.log import logger
+from fastvideo.models.wan_dit_config import WanConfig
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, draw_seed
 from fastvideo.shapes import LatentShape, PixelShape, TokenGrid
 from fastvideo.spec import TEXT_TO_VIDEO, Spec
@@ -75,7 +77,7 @@ def check_clip(clip: PixelShape, spec: Spec) -> TokenGrid:
     cannot hold.
     """
     grid = clip.latent(spec.compression).tokens(spec.compression.patch)
-    limit = spec.dit.config.get("rope_max_seq_len", 1024)
+    limit = spec.dit.config.get("rope_max_seq_len", WanConfig.rope_max_seq_len)
     last = LatentShape(*(limit * p for p in spec.compression.patch)).pixels(spec.compression)
     for name, asked, found, nearest in (
         ("num_frames", clip.frames, grid.frames, last.frames),
@@ -131,12 +133,15 @@ def _pattern(request: GenerateRequest, spec: Spec) -> str:
 
 
 def _check(params: SamplingParams, spec: Spec, given: Collection[str]) -> None:
-    _check_gates(params, spec)
+    pattern, has_gates = patterns.read(params.attention), bool(spec.dit.config.get("gate_compress"))
+    patterns.check_gates(pattern, has_gates=has_gates, drop_gates=params.drop_gates, name=spec.name)
+    if params.drop_gates:
+        logger.info("attention %s drops the VSA gates of %s", params.attention, spec.name)
     check_lora_samplers(params.lora, spec, named=given)
     _check_steps(params.num_inference_steps, spec)
     grid = check_clip(PixelShape(params.num_frames, params.height, params.width), spec)
     heads = spec.dit.config.get("num_attention_heads")
-    patterns.check_fits(patterns.read(params.attention), grid, num_heads=heads)
+    patterns.check_fits(pattern, grid, num_heads=heads)
 
 
 def _check_steps(num_steps: int, spec: Spec) -> None:
@@ -148,17 +153,4 @@ def _check_steps(num_steps: int, spec: Spec) -> None:
         raise ValueError(
             f"num_inference_steps {num_steps}: this distilled model takes exactly {len(sigmas)}"
             f" steps; nearest: {len(sigmas)}"
-        )
-
-
-def _check_gates(params: SamplingParams, spec: Spec) -> None:
-    has_gates = bool(spec.dit.config.get("gate_compress"))
-    pattern = patterns.read(params.attention)
-    if has_gates and not params.drop_gates:
-        patterns.check_keeps_gates(pattern, name=spec.name)
-    if params.drop_gates and (not has_gates or isinstance(pattern, patterns.Vsa)):
-        kept = f"attention {params.attention} keeps those of" if has_gates else "there are none in"
-        raise ValueError(
-            f"drop_gates true has no VSA gates to drop, {kept} {spec.name}; leave it out, or say"
-            " --no-drop-gates (drop_gates false)"
         )

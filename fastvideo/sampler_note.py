@@ -99,9 +99,9 @@ def applied(wanted: Sampler, spec: Spec) -> Spec:
     own["derived"] = tuple(line for line in spec.derived if not line.startswith(known))
     own["defaults"] = spec.defaults.model_copy(update=given)
     made = spec.model_copy(update=own)
-    if spec.dit.config.get("gate_compress"):
-        pattern = patterns.parse(made.attention.pattern, made.attention.args)
-        patterns.check_keeps_gates(pattern, name=spec.name)
+    pattern = patterns.parse(made.attention.pattern, made.attention.args)
+    has_gates = bool(spec.dit.config.get("gate_compress"))
+    patterns.check_gates(pattern, has_gates=has_gates, name=spec.name)
     return made
 
 

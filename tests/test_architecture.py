@@ -40,7 +40,6 @@ LAYERS = [
     },
     {
         "attention",
-        "capacity",
         "cpu",
         "extent",
         "flow",
@@ -59,8 +58,8 @@ LAYERS = [
     # a LoRA's note is judged before torch is loaded, so it cannot be in the room of `lora`; so is a
     # request, which is why `resolve` is no part of `stages`
     {
-        *("causal", "formats", "hub", "lora", "measure", "model", "packing", "resolve", "sample"),
-        *("sampler_note", "stages"),
+        *("capacity", "causal", "formats", "hub", "lora", "measure", "model", "packing", "resolve"),
+        *("sample", "sampler_note", "stages"),
     },
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -20,7 +20,7 @@ from fastvideo.attention.pattern import (
     Sta,
     Vsa,
     check_fits,
-    check_keeps_gates,
+    check_gates,
     one_tile,
     parse,
     read,
@@ -46,7 +46,7 @@ _HOMES = {
     "layout": ("Layout", "Tiles", "plan"),
 }
 
-__all__ = ["Dense", "Pattern", "Sta", "Vsa", "check_fits", "check_keeps_gates", "one_tile"]
+__all__ = ["Dense", "Pattern", "Sta", "Vsa", "check_fits", "check_gates", "one_tile"]
 __all__ += ["parse", "read", "unparse", "write"]
 __all__ += [name for names in _HOMES.values() for name in names]
 

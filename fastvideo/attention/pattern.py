@@ -168,12 +168,22 @@ def one_tile(pattern: Pattern, grid: TokenGrid) -> str | None:
     )
 
 
-def check_keeps_gates(pattern: Pattern, *, name: str) -> None:
-    """Raise `ValueError` if a network with VSA's gates, in the model `name`, would not use them."""
-    if not isinstance(pattern, Vsa):
+def check_gates(pattern: Pattern, *, has_gates: bool, drop_gates: bool = False, name: str) -> None:
+    """Raise `ValueError` if the VSA gates of model `name` would go unused, unless `drop_gates`.
+
+    So it does for a `drop_gates` that drops nothing.
+    """
+    is_used = has_gates and isinstance(pattern, Vsa)
+    if has_gates and not is_used and not drop_gates:
         raise ValueError(
             f"attention {write(pattern)} would drop the VSA gates that {name} was trained with;"
             " nearest: vsa(sparsity=0); to drop them say so: --drop-gates, or drop_gates true"
+        )
+    if drop_gates and (is_used or not has_gates):
+        kept = f"attention {write(pattern)} keeps those of" if has_gates else "there are none in"
+        raise ValueError(
+            f"drop_gates true has no VSA gates to drop, {kept} {name}; leave it out, or say"
+            " --no-drop-gates (drop_gates false)"
         )
 
 

@@ -34,13 +34,8 @@ def run(model: Model, state: State) -> Iterator[Event]:
     yield Progress(NAME, state.step, total)
     if state.step < total:
         params, start = state.params, _start(state)
-        denoiser = with_attention(
-            model,
-            start,
-            params.backend,
-            pattern=attention.read(params.attention),
-            drop_gates=params.drop_gates,
-        )
+        pattern = attention.read(params.attention)
+        denoiser = with_attention(model, start, params.backend, pattern=pattern)
         state = dataclasses.replace(state, backends=denoiser.attend.names)
         loop = steps(model, state, denoiser)
         rgb = _preview_map(model) if state.previews else None
@@ -119,17 +114,12 @@ def with_attention(
     name: str = "auto",
     *,
     pattern: attention.Pattern | None = None,
-    drop_gates: bool = False,
 ) -> Attending:
     """Bind the denoiser to an attention for latents of this size, under the spec's pattern or
     another, and spread it over the processes that share a sequence.
-
-    Raises `ValueError` for a network with VSA's gates under a pattern without them, unless
-    `drop_gates`.
     """
     if pattern is None:
         pattern = attention.parse(model.spec.attention.pattern, model.spec.attention.args)
-    _check_gates(model, pattern, drop_gates=drop_gates)
     grid = LatentShape(*latents.shape[2:]).tokens(model.spec.compression.patch)
     layout = attention.plan(pattern, grid, model.device)
     attend = attention.select(
@@ -160,12 +150,3 @@ def _cause(model: Model, state: State) -> str:
         f"guidance_scale {scale:g}" * (scale > 1),
     ]
     return f"likely cause: {' or '.join(filter(None, likely)) or 'the weights, or the noise given'}"
-
-
-def _check_gates(model: Model, pattern: attention.Pattern, *, drop_gates: bool) -> None:
-    if not model.dit.config.gate_compress or isinstance(pattern, attention.Vsa):
-        return
-    name = model.spec.name
-    if not drop_gates:
-        attention.check_keeps_gates(pattern, name=name)
-    logger.info("attention %s drops the VSA gates of %s, as asked", attention.write(pattern), name)

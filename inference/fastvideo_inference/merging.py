@@ -29,8 +29,7 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
     does not fit, two want other samplers, or the folder is there or cannot be written.
     """
     target = Path(folder)
-    if target.exists():
-        raise ValueError(f"{target} exists; choose another folder or remove it")
+    files.check_new(target)
     own, source = hub.open_spec(model, weights=True)
     layout = formats.find(source)
     uses, net = lora.uses_of(loras), build_part(own, "dit")

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_serializer
 
 import fastvideo
 from fastvideo import hub, media
@@ -51,6 +51,12 @@ class Recipe(Strict):
     backends: dict[str, str] = Field(default_factory=dict)  # that ran for self- and cross-attention
     versions: dict[str, str] = Field(default_factory=dict)
     unknown_keys: tuple[str, ...] = ()  # of configs that other libraries wrote; they do not count
+
+    @field_serializer("request")
+    def _as_written(self, request: SamplingParams) -> dict[str, Any]:
+        """Leave out the backend that was left to us: `backends` says which one ran."""
+        is_open = request.backend == "auto"
+        return request.model_dump(mode="json", exclude={"backend"} if is_open else set())
 
 
 def fingerprint(place: str | Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastvideo import hub
+from fastvideo import files, hub
 from fastvideo.config import parse
 from fastvideo.errors import OK, refusing
 from fastvideo.resolve import find_lora
@@ -38,8 +38,7 @@ def merge(
     with refusing():
         uses = [find_lora(parse(LoraUse, read_lora(text), source=text)) for text in loras]
         hub.open_spec(model)
-        if output.exists():
-            raise FileExistsError(f"{output} exists; choose another folder or remove it")
+        files.check_new(output)
     from fastvideo_inference import merging  # torch comes in here
 
     print(f"{merging.merge(model, uses, output)}: {len(uses)} LoRAs merged")
