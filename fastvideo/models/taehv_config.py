@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fastvideo.registry import did_you_mean
+from fastvideo.models import config_fields
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,8 @@ class TaehvConfig:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """Read a config; raise `ValueError` for keys or dims that this family does not have."""
-        legal = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in legal:
-                raise ValueError(f"{key} is no dim of a taehv decoder{did_you_mean(key, legal)}")
-        known: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**known)
+        made: Self = config_fields.read(cls, values)
+        return made
 
     def __post_init__(self) -> None:
         """Refuse dims that cannot be built."""

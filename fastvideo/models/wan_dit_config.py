@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastvideo.registry import did_you_mean
+from fastvideo.models import config_fields
 
 _IGNORED_KEYS = {"window_size", "add_img_emb"}
 
@@ -55,20 +54,11 @@ class WanConfig:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> WanConfig:
         """Read a diffusers config.json; raise `ValueError` for a key that is not known."""
-        legal = {field.name for field in dataclasses.fields(cls)}
-        known = {
-            k: v for k, v in values.items() if not k.startswith("_") and k not in _IGNORED_KEYS
-        }
-        for key in known:
-            if key not in legal:
-                raise ValueError(
-                    f"{key} is not a key of a Wan transformer{did_you_mean(key, legal)}"
-                )
-        if "patch_size" in known:
-            known["patch_size"] = tuple(known["patch_size"])
-        if known.get("out_channels", 0) is None:
-            known["out_channels"] = known.get("in_channels", cls.in_channels)
-        return cls(**known)
+        own = dict(values)
+        if own.get("out_channels", 0) is None:
+            own["out_channels"] = own.get("in_channels", cls.in_channels)
+        made: WanConfig = config_fields.read(cls, own, ignored=_IGNORED_KEYS)
+        return made
 
     @property
     def dim(self) -> int:

@@ -6,6 +6,7 @@ from fastvideo_inference.events import Done   # DeprecationWarning: ... is now f
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -19,11 +20,18 @@ NEW = {
 }
 
 
-def find(module: str, name: str) -> Any:
-    """Return what a name of an old module is now; `AttributeError` if it was none."""
-    home = NEW.get(f"{module}.{name}")
-    if home is None:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    text = f"{module}.{name} is now {home}.{name}; the next release reads only that"
-    warnings.warn(text, DeprecationWarning, stacklevel=3)
-    return getattr(import_module(home), name)
+@dataclass(frozen=True)
+class Names:
+    """The `__getattr__` of an old module."""
+
+    module: str
+
+    def __call__(self, name: str) -> Any:
+        """Return what a name is now; `AttributeError` if it was none."""
+        old = f"{self.module}.{name}"
+        if old not in NEW:
+            raise AttributeError(f"module {self.module!r} has no attribute {name!r}")
+        home = NEW[old]
+        text = f"{old} is now {home}.{name}; the next release reads only that"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(import_module(home), name)

@@ -146,7 +146,7 @@ def test_a_run_without_a_target_is_refused():
         ("roles.decoder.config.patch_size=2", "4 frames of 4x4 pixels from a latent; the model"),
         ("roles.decoder.config.z_dim=8", "takes latents of 8 channels; the model's have 4"),
         ("roles.vae.trainable=true", r"roles\.vae\.trainable must be False in method decoder"),
-        ("roles.decoder.config.depth=8", "depth is no dim of a taehv decoder"),
+        ("roles.decoder.config.depth=8", "unknown config field 'depth'"),
     ],
 )
 def test_a_decoder_that_does_not_fit_the_vae_is_refused(word: str, message: str, tmp_path: Path):

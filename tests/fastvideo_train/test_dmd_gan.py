@@ -145,7 +145,7 @@ def test_the_features_are_those_of_half_the_critics_layers_unless_given(tmp_path
             "gan_layers 3 is more than the critic's .*; nearest: 2",
         ),
         (["roles.discriminator.config.dim=32"], r"dim 32 is not the channels .*; nearest: 24"),
-        (["roles.discriminator.config.heads=2"], "heads is no dim of a discriminator of tokens"),
+        (["roles.discriminator.config.heads=2"], "unknown config field 'heads'"),
         (["roles.discriminator.trainable=false"], r"discriminator\.trainable must be True"),
         (["method.args.gan=-1"], "gan -1 .*at least 0"),
     ],

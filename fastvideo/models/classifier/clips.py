@@ -12,7 +12,6 @@ normalisation is by clip, so that a clip's features do not depend on its batch.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvideo.registry import did_you_mean
+from fastvideo.models import config_fields
 
 VERSION = 1  # raise it when the same weights give other features
 SKETCH = (4, 8, 8)  # frames, rows and columns of the sketch
@@ -44,15 +43,10 @@ class ClipsConfig:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """Read a config strictly; `ValueError` for unknown keys and illegal dims."""
-        legal = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in legal:
-                hint = did_you_mean(key, legal)
-                raise ValueError(f"{key} is no dim of a clip classifier{hint}")
         if not values.get("attributes"):
             raise ValueError("attributes must give the legal values of at least one attribute")
         attributes = {name: tuple(found) for name, found in values["attributes"].items()}
-        made = cls(**{**values, "attributes": attributes})
+        made: Self = config_fields.read(cls, {**values, "attributes": attributes})
         if made.side < 32 or made.side % 32:
             raise ValueError(f"side {made.side} must be a multiple of 32")
         if made.width < 8 or made.width % 8:

@@ -8,7 +8,6 @@ everything, so that nobody moves by its word before it has learned some.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvideo.registry import did_you_mean
+from fastvideo.models import config_fields
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,9 @@ class TokensConfig:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """Read a config strictly; `ValueError` for unknown keys and illegal dims."""
-        legal = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in legal:
-                hint = did_you_mean(key, legal)
-                raise ValueError(f"{key} is no dim of a discriminator of tokens{hint}")
         if "dim" not in values:
             raise ValueError("a discriminator of tokens needs dim, the channels of a token")
-        made = cls(**values)
+        made: Self = config_fields.read(cls, values)
         if min(made.dim, made.width) < 1:
             raise ValueError(f"dim {made.dim} and width {made.width} must be at least 1")
         return made

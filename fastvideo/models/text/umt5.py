@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo import foreign
-from fastvideo.registry import did_you_mean
+from fastvideo.models import config_fields
 
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 
@@ -37,13 +37,10 @@ class Umt5Config:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Umt5Config:
         """Read a transformers config; raise `ValueError` for a key or variant not known here."""
-        known = set(cls.__dataclass_fields__)
-        for key in values:
-            if key not in foreign.UMT5:
-                raise ValueError(f"umt5 config key {key!r} is unknown{did_you_mean(key, known)}")
         foreign.check(values, foreign.UMT5, source="the umt5 config")
-        own = {key: value for key, value in values.items() if key in known}
-        return cls(**own)
+        idle = [k for k in values if k in foreign.UMT5 and k not in cls.__dataclass_fields__]
+        made: Umt5Config = config_fields.read(cls, values, ignored=idle)
+        return made
 
 
 class RmsNorm(nn.Module):

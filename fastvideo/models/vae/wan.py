@@ -20,9 +20,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fastvideo.models import config_fields
 from fastvideo.models.wan_vae.causal import CausalConv3d, Past, Rows
 from fastvideo.models.wan_vae.nets import Decoder, Encoder
-from fastvideo.registry import did_you_mean
 from fastvideo.shapes import Compression, PixelShape
 
 # Keys of published configs that change nothing; keys beginning with "_" are diffusers' bookkeeping.
@@ -70,18 +70,11 @@ class WanVaeConfig:
 
         Keys that begin with "_" and those in `TOLERATED` are ignored; all others must be known.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        known: dict[str, Any] = {}
-        for key, value in values.items():
-            if key.startswith("_") or key in TOLERATED:
-                continue
-            if key not in names:
-                raise ValueError(f"{key} in {source} is unknown{did_you_mean(key, names)}")
-            known[key] = tuple(value) if isinstance(value, list) else value
         try:
-            return cls(**known)
+            made: Self = config_fields.read(cls, values, ignored=TOLERATED)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+        return made
 
     def __post_init__(self) -> None:
         """Refuse dims that cannot be built."""

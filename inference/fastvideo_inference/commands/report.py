@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from fastvideo.stages import Event, Notice, Progress
 
 
-class Report(Protocol):
-    """A listener to one batch."""
+class Report:
+    """A listener to one batch; this one tells nothing, as another process tells it too."""
 
     def start(self, *, index: int, total: int, prompt: str, seed: int) -> None:
         """A clip begins."""
@@ -27,7 +27,7 @@ class Report(Protocol):
         """A clip went wrong: the next one follows, or the error of an only one is raised."""
 
 
-class JsonReport:
+class JsonReport(Report):
     """One JSON object a line on stdout."""
 
     def start(self, *, index: int, total: int, prompt: str, seed: int) -> None:
@@ -49,7 +49,7 @@ class JsonReport:
         print(json.dumps({"event": name, **values}), flush=True)
 
 
-class TextReport:
+class TextReport(Report):
     """Paths on stdout; on stderr a line a clip and, on a terminal, a bar for each stage."""
 
     def __init__(self, progress: Any) -> None:
@@ -84,27 +84,11 @@ class TextReport:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class NullReport:
-    """Nothing: another process tells what this one does too."""
-
-    def start(self, *, index: int, total: int, prompt: str, seed: int) -> None:
-        pass
-
-    def event(self, event: Event) -> None:
-        pass
-
-    def saved(self, path: str, *, seed: int, timings: dict[str, float]) -> None:
-        pass
-
-    def failed(self, prompt: str, message: str) -> None:
-        pass
-
-
 @contextmanager
 def reporting(*, as_json: bool, is_silent: bool = False) -> Iterator[Report]:
     """Open the listener that the user asked for; a silent one for a process that only follows."""
     if is_silent:
-        yield NullReport()
+        yield Report()
         return
     if as_json:
         yield JsonReport()

@@ -33,20 +33,20 @@ NAMED = 3  # captions without a video that are told by name
 
 @dataclass(frozen=True)
 class Asked:
-    """What every command on videos is told."""
+    """What every command on videos takes."""
 
-    folder: Path
+    videos: Path
     captions: Path | None = None
     model: str | None = None
     size: str | None = None
     frames: str | None = None
     fps: str | None = None
-    sets: tuple[str, ...] = ()
+    sets: Sequence[str] | None = None
     workers: int | None = None
 
     def find(self) -> tuple[Found, Rules]:
         """Return what names and captions tell, and the rules; `ValueError` for wrong words."""
-        return folders.find(self.folder, self.captions), self.rules()
+        return folders.find(self.videos, self.captions), self.rules()
 
     def rules(self) -> Rules:
         """Return the rules: a model's own size, lengths, rate and multiples unless given."""
@@ -62,7 +62,9 @@ class Asked:
             "multiple": compression.pixel_multiple,
             "temporal": compression.temporal,
         }
-        rules = parse(Rules, merge(values, assignments(self.sets)), source="the rules for videos")
+        rules = parse(
+            Rules, merge(values, assignments(self.sets or ())), source="the rules for videos"
+        )
         for bucket in rules.buckets:
             if spec is not None:
                 check_clip(PixelShape(bucket.frames, bucket.height, bucket.width), spec)
@@ -93,13 +95,13 @@ def validate(asked: Asked, *, quick: bool, as_json: bool) -> int:
         listed = {"bad": plan.bad, "left_out": plan.unfit}
         rows = {key: [{"file": b.name, "reason": b.reason} for b in v] for key, v in listed.items()}
         unused = {"other_files": dict(found.others), "lone_captions": list(found.lone)}
-        _print_json({"folder": str(asked.folder), "usable": counts["usable"], **rows, **unused})
+        _print_json({"folder": str(asked.videos), "usable": counts["usable"], **rows, **unused})
     else:
         _print_bad("bad", plan.bad)
         _print_bad("left out", plan.unfit)
         for key, text in _unused(found).items():
             print(f"{key}: {text}")
-        print(f"{asked.folder}: {_counts(counts)}")
+        print(f"{asked.videos}: {_counts(counts)}")
     return FAILED if plan.bad else OK
 
 
@@ -110,7 +112,7 @@ def stats(asked: Asked, *, as_json: bool) -> int:
     if as_json:
         _print_json(values)
         return OK
-    print(f"{asked.folder}: {_counts(values)} (fastvideo data validate says why)")
+    print(f"{asked.videos}: {_counts(values)} (fastvideo data validate says why)")
     for key, text in (_facts(values) | _unused(found)).items():
         print(f"  {key:<12}{text}")
     return OK
@@ -152,7 +154,7 @@ def preview(asked: Asked, output: Path, count: int) -> int:
     """Write contact sheets, one for each bucket, of what training would see."""
     _, plan = look(asked)
     if not plan.clips:
-        raise ValueError(f"{asked.folder} has no usable video; fastvideo data validate says why")
+        raise ValueError(f"{asked.videos} has no usable video; fastvideo data validate says why")
     names = [bucket.name for bucket in plan.buckets()]
     for name in names:
         path = output if len(names) == 1 else output.with_stem(f"{output.stem}-{name}")

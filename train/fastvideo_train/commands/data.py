@@ -76,7 +76,7 @@ def validate(
     as_json: Json = False,
 ) -> int:
     """List the files of a folder that cannot be used, and why; exit code 1 if any is bad."""
-    asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+    asked = _asked(**locals())
     return _videos.validate(asked, quick=quick, as_json=as_json)
 
 
@@ -93,7 +93,7 @@ def stats(
     as_json: Json = False,
 ) -> int:
     """Print durations, sizes, rates, caption lengths and buckets of a folder of videos."""
-    asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+    asked = _asked(**locals())
     return _videos.stats(asked, as_json=as_json)
 
 
@@ -118,7 +118,7 @@ def preview(
     Of a folder of videos one for each bucket; of a world with what the parser read in its clips.
     """
     if videos is not None:
-        asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+        asked = _asked(**locals())
         return _videos.preview(asked, output, count)
     with refusing():
         _refuse(captions=captions, model=model, sets=sets)
@@ -215,7 +215,7 @@ def encode(
     kill; a larger --clips adds a world's clips to the folder.
     """
     if videos is not None:
-        asked = _asked(videos, captions, model, size, frames, fps, sets, workers)
+        asked = _asked(**locals())
         place: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
         place |= {"shard": shard, "batch": batch or 1}
         return _videos.encode(asked, output, prompts=prompt or [], smoke=smoke, **place)
@@ -278,17 +278,10 @@ def _encode_world(
     return OK
 
 
-def _asked(
-    videos: Path,
-    captions: Path | None,
-    model: str | None,
-    size: str | None,
-    frames: str | None,
-    fps: str | None,
-    sets: list[str] | None,
-    workers: int | None,
-) -> _videos.Asked:
-    return _videos.Asked(videos, captions, model, size, frames, fps, tuple(sets or ()), workers)
+def _asked(**typed: Any) -> _videos.Asked:
+    """Return what a command on videos was told, among all that was typed."""
+    own = {name: typed[name] for name in _videos.Asked.__dataclass_fields__}
+    return _videos.Asked(**own)
 
 
 def _refuse(**given: object) -> None:

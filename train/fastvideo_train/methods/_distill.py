@@ -18,7 +18,7 @@ from fastvideo.sample import Denoiser, Velocity, guide
 from fastvideo.schedulers import few_step
 from fastvideo.shapes import LatentShape
 from fastvideo.spec import Scheduler
-from fastvideo_train.methods import Batch, StepKey
+from fastvideo_train.methods import Batch, StepKey, Wants
 from fastvideo_train.methods._text import Prompted, TextConfig
 from fastvideo_train.roles import Role
 
@@ -121,6 +121,12 @@ S = TypeVar("S", bound=StudentConfig)
 
 class Distillation(Prompted[S]):
     """The part of a method that knows batches of latents and captions."""
+
+    wants: Mapping[str, Wants] = {
+        "student": Wants("dit", trainable=True),
+        "teacher": Wants("dit", trainable=False),
+        "text": Wants("text", calls=(), trainable=False),
+    }
 
     def initialise(self, roles: Mapping[str, Role]) -> None:
         """Refuse denoisers that do not see the same latents and text states."""

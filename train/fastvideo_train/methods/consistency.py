@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fastvideo import flow
 from fastvideo.spec import Scheduler
-from fastvideo_train.methods import Batch, StepKey, Update, Wants
+from fastvideo_train.methods import Batch, StepKey, Update
 from fastvideo_train.methods._distill import Distillation, StudentConfig, at, between, wide
 from fastvideo_train.roles import Role
 
@@ -31,12 +31,6 @@ class Config(StudentConfig):
 
 class Method(Distillation[Config]):
     """One phase: the squared difference of neighbours' clean estimates, the cleaner one fixed."""
-
-    wants: Mapping[str, Wants] = {
-        "student": Wants("dit", trainable=True),
-        "teacher": Wants("dit", trainable=False),
-        "text": Wants("text", calls=(), trainable=False),
-    }
 
     @property
     def sampler(self) -> Scheduler:

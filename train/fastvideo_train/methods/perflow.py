@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvideo import flow
 from fastvideo.spec import Scheduler
-from fastvideo_train.methods import Batch, StepKey, Update, Wants
+from fastvideo_train.methods import Batch, StepKey, Update
 from fastvideo_train.methods._distill import (
     Clips,
     Distillation,
@@ -40,12 +40,6 @@ class Config(StudentConfig):
 
 class Method(Distillation[Config]):
     """One phase: the squared error of the student's velocity against the teacher's jump."""
-
-    wants: Mapping[str, Wants] = {
-        "student": Wants("dit", trainable=True),
-        "teacher": Wants("dit", trainable=False),
-        "text": Wants("text", calls=(), trainable=False),
-    }
 
     @property
     def sampler(self) -> Scheduler:

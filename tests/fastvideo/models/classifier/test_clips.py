@@ -90,7 +90,7 @@ def test_labels_are_the_likeliest_values_and_unknown_truths_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frame": 3}, "frame is no dim of a clip classifier; did you mean 'frames'"),
+        ({"frame": 3}, "field 'frame'; did you mean 'frames'"),
         ({"attributes": {}}, "attributes must give"),
         ({"side": 48}, "side 48 must be a multiple of 32"),
         ({"width": 12}, "width 12 must be a multiple of 8"),

@@ -218,7 +218,7 @@ def test_wrong_latents_and_chunks_are_refused():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"width": [8, 8]}, "width is no dim of a taehv decoder; did you mean 'widths'"),
+        ({"width": [8, 8]}, "field 'width'; did you mean 'widths'"),
         ({"widths": [8, 8]}, "num_blocks has 3 entries and must have 1"),
         ({"latents_mean": [0.0]}, "latents_mean has 1 entries and must have none or 16"),
         ({"patch_size": 0}, "must be at least 1"),

@@ -290,7 +290,7 @@ def test_image_conditioning_is_refused_by_name(key):
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_known_one():
-    with pytest.raises(ValueError, match=r"num_layer .*did you mean 'num_layers'"):
+    with pytest.raises(ValueError, match=r"'num_layer'.*did you mean 'num_layers'"):
         WanConfig.parse({**TINY, "num_layer": 2})
 
 

@@ -92,7 +92,7 @@ def test_fresh_weights_are_a_function_of_the_generator():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"d_mode": 3}, "'d_mode' is unknown; did you mean 'd_model'"),
+        ({"d_mode": 3}, "field 'd_mode'; did you mean 'd_model'"),
         ({"feed_forward_proj": "relu"}, "feed_forward_proj 'relu' .* must be 'gated-gelu'"),
     ],
 )
