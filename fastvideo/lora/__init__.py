@@ -162,7 +162,7 @@ class Claim:
 class Loras:
     """The LoRAs that are in one network's weights now, and what those weights were.
 
-    While an iterator of `during` is open, a call that needs other LoRAs waits if it is in another
+    While a claim is held, a call that needs other LoRAs waits if it is in another
     thread; in the same one, where it would wait for itself, it raises `ValueError`. Iterators of
     equal LoRAs never wait for each other's end, nor behind others that do.
     """
@@ -180,7 +180,7 @@ class Loras:
         Nothing happens if they are so already. Raises `ValueError` for a file that does not fit,
         before any weight is changed. A strength of 0 changes no bit.
         """
-        self._claim(net, _nonzero(uses))  # and drop it
+        self.claim(net, uses)  # and drop it
 
     def check(self, net: nn.Module, uses: Sequence[Use]) -> None:
         """Raise `ValueError` for a file that does not fit; nothing is merged."""
@@ -194,15 +194,7 @@ class Loras:
         It waits while an open claim of another thread needs others. Raises `ValueError` for one of
         the same thread, and for a file that does not fit.
         """
-        return self._claim(net, _nonzero(uses))
-
-    def turn(self, claim: Claim) -> AbstractContextManager[bool]:
-        """Return the lock to hold while an item is computed, never between two."""
-        claim.thread = threading.get_ident()
-        return self._lock
-
-    def _claim(self, net: nn.Module, wanted: tuple[Use, ...]) -> Claim:
-        """Put LoRAs into the weights, as soon as no open iterator needs others."""
+        wanted = _nonzero(uses)
         while True:
             # Garbage collection may end a claim in any thread, even one that holds the lock: what
             # it calls must not wait, and `put` never does.
@@ -221,6 +213,11 @@ class Loras:
                         " open iterator of this thread needs; finish, close() or drop it first"
                     )
             ended.get()
+
+    def turn(self, claim: Claim) -> AbstractContextManager[bool]:
+        """Return the lock to hold while an item is computed, never between two."""
+        claim.thread = threading.get_ident()
+        return self._lock
 
     def _open(self, report: Callable[[object], None]) -> list[tuple[int, weakref.ref[Claim]]]:
         """Return each claim's thread, and a weak reference that calls `report` at its end.

@@ -99,7 +99,9 @@ def joined(device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[torch
     if dist.is_initialized():
         yield device
         return
-    own = device if env.world_size() == 1 else _join(device, timedelta(seconds=timeout_s))
+    own = device
+    if env.world_size() > 1:
+        own = _join(_own(device), timeout=timedelta(seconds=timeout_s))
     try:
         yield own
     finally:
@@ -113,19 +115,14 @@ def join(device: torch.device, *, rank: int, size: int, file: str) -> torch.devi
 
     No launcher started them; each has a device of its own.
     """
+    return _join(device, init_method=f"file://{file}", rank=rank, world_size=size)
+
+
+def _join(device: torch.device, **how: Any) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=size)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
     return device
-
-
-def _join(device: torch.device, timeout: timedelta) -> torch.device:
-    own = _own(device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
-    return own
 
 
 def _own(device: torch.device) -> torch.device:
