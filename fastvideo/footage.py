@@ -367,7 +367,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     promised = CONTAINERS.get(path.suffix.lower())
     if promised is None:
         legal = ", ".join(CONTAINERS)
-        raise UnusableError(f"suffix {path.suffix!r} is none of a video: {legal}")
+        raise UnusableError(f"unsupported video container {path.suffix!r}; supported: {legal}")
     try:
         if not path.stat().st_size:
             raise UnusableError("is empty: zero bytes")

@@ -27,8 +27,8 @@ _GONE = ("closed by peer", "reset by peer", "remote process exit", "communicator
 def together(device: torch.device) -> Iterator[torch.device]:
     """Join the others for the time of a block; yields this process's own device.
 
-    An error ends the process at once, told by the first to fail alone: the errors of the others are
-    that it left. Alone, nobody is joined and errors pass through.
+    An error ends the process at once; only the first failing rank reports, as the errors of the
+    others are that it left. Alone, nobody is joined and errors pass through.
     """
     with mesh.joined(device) as own:
         try:

@@ -2,7 +2,7 @@
 
 reconstructed(vae, world, clip)           how much of a true clip its VAE keeps
 rendered(model, world, clips, requests)   how much of its prompt a made clip shows
-Judge(folder)(frames)                     features to compare clips by, and labels
+Scorer(folder)(frames)                     features to compare clips by, and labels
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Rendered:
     frames: Frames
 
 
-class Judge:
+class Scorer:
     """A world's classifier, loaded from its folder.
 
     It looks at one clip at a time, in float32 on the CPU, and its features are rounded to six
@@ -69,9 +69,9 @@ class Judge:
     def __call__(self, frames_THWC: Frames) -> tuple[list[float], Truth]:
         """Return features (F) and the likeliest value of each attribute."""
         pixels_CTHW = torch.from_numpy(frames_THWC).permute(3, 0, 1, 2)
-        judged = self.net(pixels_CTHW[None])
-        (labels,) = self.net.labels(judged)
-        return [round(x, 6) for x in judged.features_BF[0].tolist()], labels
+        scored = self.net(pixels_CTHW[None])
+        (labels,) = self.net.labels(scored)
+        return [round(x, 6) for x in scored.features_BF[0].tolist()], labels
 
 
 @torch.no_grad()
@@ -104,14 +104,14 @@ def rendered(
             prompt=request.prompt,
             truth=clip.truth,
             parse=world.parse(frames),
-            flicker=unrest(frames),
+            flicker=clip_flicker(frames),
             frames=frames,
         )
         for clip, request, frames in zip(clips, requests, made, strict=True)
     ]
 
 
-def unrest(frames_THWC: Frames) -> float:
+def clip_flicker(frames_THWC: Frames) -> float:
     """Return the flicker of a clip; NaN for one or two frames, which have none."""
     return flicker(frames_THWC) if len(frames_THWC) > 2 else math.nan
 

@@ -87,26 +87,31 @@ def load(
     """
     unknown = sorted(set(parts) - set(PARTS))
     assert not unknown, f"parts {unknown} are none of {PARTS}"
-    place = pick_device(device)
-    kind = pick_dtype(dtype, place)  # what is wrong with these is said before weights are fetched
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)  # what is wrong with these is said before weights are fetched
     found = name_or_path if isinstance(name_or_path, OpenModel) else open_model(name_or_path)
     found = fetched(found)
     spec, folder = found.spec, found.folder
     foreign.warn(spec.unknown_keys, source=folder)
     layout = formats.find(folder)
     loaded: dict[str, Any] = {
-        part: _load_part(spec, layout, folder, part, device=place, dtype=kind)
+        part: _load_part(spec, layout, folder, part, device=device, dtype=dtype)
         if part in parts
         else MissingPart(part, _config(spec, part))
         for part in PARTS
     }
-    words: Any = MissingPart("tokenizer")
+    tokenizer: Any = MissingPart("tokenizer")
     if "text" in parts:
-        words = Tokenizer.load(layout.tokenizer_folder(folder))
-        _check_vocabulary(words, spec, folder)
-    small = _load_decoder(spec, folder, decoder, device=place, dtype=kind)
+        tokenizer = Tokenizer.load(layout.tokenizer_folder(folder))
+        _check_vocabulary(tokenizer, spec, folder)
     return Model(
-        spec, tokenizer=words, device=place, dtype=kind, folder=folder, decoder=small, **loaded
+        spec,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        folder=folder,
+        decoder=_load_decoder(spec, folder, decoder, device=device, dtype=dtype),
+        **loaded,
     )
 
 
@@ -121,21 +126,21 @@ def build_part(spec: Spec, part: str) -> nn.Module:
 def pick_device(device: str | torch.device) -> torch.device:
     """Resolve "auto"; raise `ValueError` for a device that is not there."""
     if device == "auto":
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        logger.info("device %s (auto)", place)
-        return place
+        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("device %s (auto)", chosen)
+        return chosen
     try:
-        place = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for, but torch finds no CUDA device")
     try:
-        torch.empty(0, device=place)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # the types that absent devices raise
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {device} cannot be used here: {reason}") from None
-    return place
+    return chosen
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -143,9 +148,9 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        kind = torch.bfloat16 if _computes_bfloat16(device) else torch.float32
-        logger.info("dtype %s (auto, on %s)", kind, device)
-        return kind
+        chosen = torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+        logger.info("dtype %s (auto, on %s)", chosen, device)
+        return chosen
     if dtype not in DTYPES:
         hint = registry.did_you_mean(dtype, DTYPES)
         raise ValueError(f"dtype {dtype!r} is unknown{hint} (known: auto, {', '.join(DTYPES)})")
@@ -171,7 +176,7 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 
 def _load_decoder(
-    spec: Spec, folder: Path, name: str | Path | None, **place: Any
+    spec: Spec, folder: Path, name: str | Path | None, **options: Any
 ) -> nn.Module | None:
     if name is None or str(name) == decoders.OWN:
         return None
@@ -180,7 +185,7 @@ def _load_decoder(
     decoders.check_fits(
         decoders.read_config(found), source=found, compression=spec.compression, vae=vae
     )
-    net: nn.Module = decoders.read(found, **place)
+    net: nn.Module = decoders.read(found, **options)
     num_params = sum(p.numel() for p in net.parameters())
     logger.info("decoder %s: %s parameters, in place of the VAE's own", found, f"{num_params:,}")
     return net

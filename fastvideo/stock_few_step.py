@@ -58,6 +58,6 @@ def _solve(sigmas: Sequence[float]) -> float:
 
 
 def tells_sigmas(sigmas: Sequence[float], timesteps: Sequence[float] | None) -> bool:
-    """Tell whether the network is told 1000 sigma, as a stock pipeline does."""
-    told = timesteps or [1000 * s for s in sigmas]
-    return all(abs(t - 1000 * s) <= TIME_NEAR for t, s in zip(told, sigmas, strict=True))
+    """Tell whether the timesteps are 1000 sigma, as a stock pipeline does."""
+    times = timesteps or [1000 * s for s in sigmas]
+    return all(abs(t - 1000 * s) <= TIME_NEAR for t, s in zip(times, sigmas, strict=True))

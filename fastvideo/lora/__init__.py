@@ -170,7 +170,7 @@ class Loras:
     def __init__(self) -> None:
         self.active: tuple[Use, ...] | None = ()
         self._kept: dict[str, Tensor] = {}
-        self._told: set[tuple[Path, str]] = set()
+        self._logged: set[tuple[Path, str]] = set()
         self._lock = threading.RLock()  # held while weights change, and while an item is computed
         self._claims: list[weakref.ref[Claim]] = []
 
@@ -186,7 +186,7 @@ class Loras:
         """Raise `ValueError` for a file that does not fit; nothing is merged."""
         wanted = _nonzero(uses)
         if wanted != self.active:
-            collect(wanted, net, told=self._told)
+            collect(wanted, net, logged=self._logged)
 
     def claim(self, net: nn.Module, uses: Sequence[Use]) -> Claim:
         """Put LoRAs into the weights, where they stay until no reference to the claim is left.
@@ -230,7 +230,7 @@ class Loras:
     def _merge(self, net: nn.Module, wanted: tuple[Use, ...]) -> None:
         if wanted == self.active:
             return
-        changes, params = collect(wanted, net, told=self._told), dict(net.named_parameters())
+        changes, params = collect(wanted, net, logged=self._logged), dict(net.named_parameters())
         self.active = None  # until it is known: a second interrupt may leave the way back half done
         try:
             self._apply(params, changes)
@@ -258,22 +258,22 @@ def uses_of(loras: Iterable[LoraUse]) -> list[Use]:
 
 
 def collect(
-    uses: Sequence[Use], net: nn.Module, *, told: set[tuple[Path, str]] | None = None
+    uses: Sequence[Use], net: nn.Module, *, logged: set[tuple[Path, str]] | None = None
 ) -> dict[str, list[Part]]:
     """Return what files add to each parameter of a network, in order; log how each file fits.
 
-    `net` may be on the meta device. told: files that need no log line, which grows.
+    `net` may be on the meta device. logged: files that need no log line, which grows.
     Raises `ValueError` for a file that cannot be read or does not fit.
     """
-    told = set() if told is None else told
+    logged = set() if logged is None else logged
     parts: dict[str, list[Part]] = {}
     for use in uses:
         if not math.isfinite(use.strength):
             raise ValueError(f"strength {use.strength} of {use.path} must be a finite number")
         file = read(use.path)
         found = fit(file, net)
-        if (use.path, use.hash) not in told:
-            told.add((use.path, use.hash))
+        if (use.path, use.hash) not in logged:
+            logged.add((use.path, use.hash))
             is_partial = found.unmatched or found.text
             (logger.warning if is_partial else logger.info)("LoRA: %s", found.describe())
             foreign.warn(file.unknown_keys, source=use.path)

@@ -109,7 +109,7 @@ def read(path: str | Path) -> LoraFile:
                 raise ValueError(f"{path} has two tensors for {kind} of {module}")
             found[module][kind] = checkpoint.tensor(name)
     if strange:
-        raise ValueError(f"{path} has {len(strange)} tensors of no LoRA: {some(strange)}")
+        raise ValueError(f"{path}: {len(strange)} tensors are not LoRA weights: {some(strange)}")
     config = _adapter_config(checkpoint.path)
     unknown = foreign.check(config, foreign.PEFT, source=path)
     scale_of = _scales(config)

@@ -74,7 +74,7 @@ class Rows:
 
 
 class Decoder(Protocol):
-    """A decoder that works on some rows if it is told whom to ask for the others'."""
+    """Spatially sharded decode: exchanges halo rows with neighbour ranks."""
 
     def fitting_chunk(self, z: Tensor) -> int:
         """Return how many latent frames of this size it decodes at a time."""

@@ -21,7 +21,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a model is evaluated: noise levels, and the times that it is told they are.
+    """Where a model is evaluated: sigmas, and the timesteps the model is conditioned on.
 
     `sigmas` is float64 (N+1,), strictly falling to 0, or to the end of a part of the path;
     `timesteps` is float32 (N,), in 0..1000.

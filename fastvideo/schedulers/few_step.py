@@ -27,7 +27,7 @@ class Scheduler:
 
     `renoise=True` predicts the clean clip and noises it afresh to the next sigma (DMD2 2405.14867,
     Self-Forcing 2506.08009, FastWan); `renoise=False` takes the deterministic Euler step.
-    `timesteps` are what the network is told; None is 1000 sigma.
+    `timesteps` are what the network is conditioned on; None is 1000 sigma.
     """
 
     sigmas: Sequence[float] = FASTWAN_SIGMAS
@@ -52,8 +52,8 @@ class Scheduler:
         """Return the model's own points; `ValueError` unless `num_steps` is their number."""
         if num_steps != len(self.sigmas):
             raise ValueError(
-                f"num_inference_steps {num_steps} is not what this model was distilled for; "
-                f"nearest: {len(self.sigmas)}"
+                f"num_inference_steps {num_steps}: this distilled model takes exactly"
+                f" {len(self.sigmas)} steps; nearest: {len(self.sigmas)}"
             )
         sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
         if self.timesteps is None:

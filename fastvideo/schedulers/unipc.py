@@ -35,7 +35,7 @@ class Scheduler:
     That is: solver_order 2, bh2, predict_x0, flow_prediction, use_flow_sigmas, lower_order_final,
     final sigma 0; `shift` is its flow_shift. The grid is `start`..`stop` in N+1 even points without
     the last, shifted. diffusers runs 1..0.001; Wan's own code runs 0.999..0 (set both to get it).
-    Networks are told whole times, 1000 sigma truncated, while sigmas stay exact.
+    Networks are conditioned on whole timesteps, 1000 sigma truncated, while sigmas stay exact.
     """
 
     shift: float = 1.0

@@ -81,7 +81,7 @@ class State:
 class Progress:
     """`index` of `total` units of a stage are done; a stage begins at 0 and ends at `total`.
 
-    `state`, where there is one, is all that is needed to go on from here later or elsewhere.
+    `state`, where there is one, is all that is needed to resume from here later or elsewhere.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""Noise to latents: one event a step, each with the state from which the stage could go on."""
+"""Noise to latents: one event a step, each with the state from which the stage could resume."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Settings of models compared: one evaluation each, paired by prompt and noise, and timed in turn.
 
 plan = Comparison.plan(read("configs/bench/nano-compare.toml"), output="eval")   # torch-free
-for done, total in plan.run(): ...        # goes on where a kill left it; finished rows are reused
+for done, total in plan.run(): ...        # resumes after a kill; finished rows are reused
 table = plan.report()
 
 Every row is kept as `fastvideo eval` keeps it, so that either finds what the other has made.
@@ -246,13 +246,13 @@ class Comparison:
         (base,) = (m for m in made if m.name == self.settings.base)
         rounds = [r["seconds"] for r in self._rounds().first(self.settings.timed)]
         legal = attributes(self.settings.world)
-        truth = contrast.spreads(base.takes, "truth_features")
+        truth = contrast.spreads(base.repeats, "truth_features")
         table = Contrast(
             base=base.name,
             rows=tuple(contrast.found(m, base, rounds, legal=legal) for m in made),
             truth={
                 "diversity": sum(truth) / len(truth) if truth else None,
-                "flicker": mean(base.takes[0], "flicker_truth"),
+                "flicker": mean(base.repeats[0], "flicker_truth"),
             },
             seed=self.settings.seed,
             world=self.settings.world,
@@ -294,7 +294,7 @@ class Comparison:
                 decoder=e.decoder.name_or_path if e.decoder else None,
             ),
             evaluation=e.results.name,
-            takes=[first, *again],
+            repeats=[first, *again],
         )
 
     def _rounds(self) -> Records:

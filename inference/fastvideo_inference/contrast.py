@@ -117,21 +117,21 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Made:
-    """The results of one setting: clips of every prompt, then later takes of the first ones."""
+    """The results of one setting: clips of every prompt, then later repeats of the first ones."""
 
     name: str
     model: str
     sampler: Sampler
     evaluation: str
-    takes: Sequence[Sequence[Record]]
+    repeats: Sequence[Sequence[Record]]
 
 
 def found(
     made: Made, base: Made, rounds: Sequence[Mapping[str, Seconds]], *, legal: Legal
 ) -> Found:
     """Put one setting's numbers together, with what tells it from the base."""
-    first = made.takes[0]
-    spread = spreads(made.takes)
+    first = made.repeats[0]
+    spread = spreads(made.repeats)
     rows = scores.rows(first, "parse", legal)
     has_features = "features" in first[0]
     return Found(
@@ -153,7 +153,7 @@ def found(
 
 def against(made: Made, base: Made, *, legal: Legal) -> Against:
     """Compare on the prompts that both were made of; `ValueError` if those differ."""
-    pairs = list(zip(made.takes[0], base.takes[0], strict=False))
+    pairs = list(zip(made.repeats[0], base.repeats[0], strict=False))
     for one, other in pairs:
         if one["prompt"] != other["prompt"]:
             raise ValueError(f"{made.name} was asked {one['prompt']!r}, not {other['prompt']!r}")
@@ -162,7 +162,7 @@ def against(made: Made, base: Made, *, legal: Legal) -> Against:
         paired.difference([mark(a) for a, _ in pairs], [mark(b) for _, b in pairs], groups)
         for mark in (partial(_share_right, legal=legal), partial(_all_right, legal=legal))
     )
-    both = list(zip(spreads(made.takes), spreads(base.takes), strict=False))
+    both = list(zip(spreads(made.repeats), spreads(base.repeats), strict=False))
     wide = [b for _, b in both]
     share = paired.ratio([a for a, _ in both], wide) if sum(wide) > 0 else None
     return Against(len(pairs), mean, whole, share)
@@ -179,11 +179,11 @@ def _all_right(record: Record, legal: Legal) -> float:
     return float(all(record["parse"].get(name) == record["truth"][name] for name in legal))
 
 
-def spreads(takes: Sequence[Sequence[Record]], key: str = "features") -> list[float]:
-    """Return, for each prompt with several takes, how far apart these are in features."""
-    if len(takes) < 2:
+def spreads(repeats: Sequence[Sequence[Record]], key: str = "features") -> list[float]:
+    """Return, for each prompt with several repeats, how far apart these are in features."""
+    if len(repeats) < 2:
         return []
-    return [diversity([[take[i][key] for take in takes]]) for i in range(len(takes[-1]))]
+    return [diversity([[repeat[i][key] for repeat in repeats]]) for i in range(len(repeats[-1]))]
 
 
 def timed(name: str, base: str, rounds: Sequence[Mapping[str, Seconds]]) -> Timed:

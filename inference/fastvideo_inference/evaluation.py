@@ -1,7 +1,7 @@
 """A model measured against a world: held-out prompts made and read back, beside their ceilings.
 
 plan = Evaluation.plan("wan-nano", prompts=256, output="eval")   # torch-free, refuses what is wrong
-for done, total in plan.run(): ...                               # goes on where a kill left it
+for done, total in plan.run(): ...                               # resumes where a kill left it
 table = plan.report()
 
 The folder keeps every clip and one line of results for each, under the hash of weights, request,
@@ -34,12 +34,12 @@ from fastvideo_inference.recipe import DecoderId, decoder_id, fingerprint, versi
 from fastvideo_inference.scores import Record, Records, Table
 
 if TYPE_CHECKING:
-    from fastvideo.measure import Judge, Rendered
+    from fastvideo.measure import Rendered, Scorer
     from fastvideo.model import Model
 
 SPLIT = "heldout"
 SEED = 0  # of the world's clips; training's validation looks at seed 1
-TAKE_STRIDE = 1_000_000  # take r of prompt i starts from noise of seed + i + r * TAKE_STRIDE
+REPEAT_STRIDE = 1_000_000  # repeat r of prompt i: noise of seed + i + r * REPEAT_STRIDE
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Tools:
 
     model: Model
     world: World
-    judge: Judge | None
+    scorer: Scorer | None
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Evaluation:
             "weights": fingerprint(self.folder),
             "world": self.world,
             "generator_version": generator_version(self.world),
-            "classifier": self._judge_identity(),
+            "classifier": self._scorer_identity(),
             "split": SPLIT,
             "request": self.how.without_newer_defaults(exclude={"prompt"}),
             **({"decoder": self.decoder.model_dump()} if self.decoder else {}),
@@ -226,7 +226,7 @@ class Evaluation:
         return table
 
     def records(self) -> list[list[Record]]:
-        """Return the results of made clips, reconstructions, and of each later take.
+        """Return the results of made clips, reconstructions, and of each later repeat.
 
         Raises `ValueError` if the model's weights were replaced since `run`.
         """
@@ -242,17 +242,17 @@ class Evaluation:
         model = load(self.found, **self._place, decoder=decoder)
         return replace(model, spec=model.spec.model_copy(update={"scheduler": self.scheduler}))
 
-    def clip_path(self, index: int, take: int = 0) -> Path:
-        """Return where the clip of a prompt, or a later take of it, is kept."""
-        return self.results / "clips" / (f"{index:05d}" + (f"-{take}" if take else "") + ".mp4")
+    def clip_path(self, index: int, repeat: int = 0) -> Path:
+        """Return where the clip of a prompt, or a later repeat of it, is kept."""
+        return self.results / "clips" / (f"{index:05d}" + (f"-{repeat}" if repeat else "") + ".mp4")
 
-    def clip_seed(self, index: int, take: int = 0) -> int:
+    def clip_seed(self, index: int, repeat: int = 0) -> int:
         """Return the seed of a clip's noise."""
-        return self.how.seed + index + take * TAKE_STRIDE
+        return self.how.seed + index + repeat * REPEAT_STRIDE
 
-    def request(self, index: int, prompt: str, *, take: int = 0) -> SamplingParams:
-        """Return what makes the clip of a prompt, or a later take of it."""
-        own = {"prompt": prompt, "seed": self.clip_seed(index, take)}
+    def request(self, index: int, prompt: str, *, repeat: int = 0) -> SamplingParams:
+        """Return what makes the clip of a prompt, or a later repeat of it."""
+        own = {"prompt": prompt, "seed": self.clip_seed(index, repeat)}
         return self.how.model_copy(update=own)
 
     @cached_property
@@ -269,53 +269,53 @@ class Evaluation:
         return open_world(self.world, **sizes, num_frames=self.how.num_frames, fps=self.how.fps)
 
     @property
-    def _judge_folder(self) -> Path | None:
+    def _scorer_folder(self) -> Path | None:
         name = classifier(self.world)
         return hub.ZOO / name if name else None
 
-    def _judge_identity(self) -> dict[str, Any] | None:
+    def _scorer_identity(self) -> dict[str, Any] | None:
         """Return what decides the features: weights, and the version of the code that runs them."""
-        if self._judge_folder is None:
+        if self._scorer_folder is None:
             return None
         from fastvideo.models.classifier import family
 
-        version = family(self._judge_folder).VERSION
-        return {"weights": fingerprint(self._judge_folder), "version": version}
+        version = family(self._scorer_folder).VERSION
+        return {"weights": fingerprint(self._scorer_folder), "version": version}
 
     def _parts(self) -> list[_Part]:
-        """List made clips, reconstructions, and the later takes of the first prompts."""
+        """List made clips, reconstructions, and the later repeats of the first prompts."""
         at = self.results
-        takes = range(1, self.repeats) if self._judge_folder else ()
+        again = range(1, self.repeats) if self._scorer_folder else ()
         return [
             _Part(Records(at / "made.jsonl"), self.prompts, self.batch, self._make),
             _Part(Records(at / "reconstructed.jsonl"), self.reconstructions, 1, self._reconstruct),
             *(
                 _Part(Records(at / f"take-{r}.jsonl"), self.diverse, self.batch, make)
-                for r, make in ((take, partial(self._retake, take)) for take in takes)
+                for r, make in ((repeat, partial(self._make_again, repeat)) for repeat in again)
             ),
         ]
 
     def _load(self) -> _Tools:
-        from fastvideo.measure import Judge  # torch comes in here
+        from fastvideo.measure import Scorer  # torch comes in here
 
-        judge = Judge(self._judge_folder) if self._judge_folder else None
-        return _Tools(self.load_model(), self._open_world(), judge)
+        scorer = Scorer(self._scorer_folder) if self._scorer_folder else None
+        return _Tools(self.load_model(), self._open_world(), scorer)
 
-    def _render(self, tools: _Tools, indices: Sequence[int], take: int) -> list[Rendered]:
+    def _render(self, tools: _Tools, indices: Sequence[int], repeat: int) -> list[Rendered]:
         from fastvideo import measure
 
         clips = [tools.world.clip(SEED, i, SPLIT) for i in indices]
         asked = zip(indices, clips, strict=True)
-        requests = [self.request(i, clip.caption, take=take) for i, clip in asked]
+        requests = [self.request(i, clip.caption, repeat=repeat) for i, clip in asked]
         made = measure.rendered(tools.model, tools.world, clips, requests)
         for index, one in zip(indices, made, strict=True):
-            tags = {"prompt": one.prompt, "seed": str(self.clip_seed(index, take))}
-            path = self.clip_path(index, take)
+            tags = {"prompt": one.prompt, "seed": str(self.clip_seed(index, repeat))}
+            path = self.clip_path(index, repeat)
             media.write_video(path, [one.frames], fps=self.how.fps, metadata=tags, overwrite=True)
         return made
 
     def _make(self, tools: _Tools, indices: Sequence[int]) -> list[Record]:
-        from fastvideo.measure import unrest
+        from fastvideo.measure import clip_flicker
 
         records = []
         for index, one in zip(indices, self._render(tools, indices, 0), strict=True):
@@ -327,32 +327,32 @@ class Evaluation:
                 "seen": tools.world.parse(true),
                 "parse": one.parse,
                 "flicker": _number(one.flicker),
-                "flicker_truth": _number(unrest(true)),
+                "flicker_truth": _number(clip_flicker(true)),
             }
-            if tools.judge:
-                record["features"], _ = tools.judge(one.frames)
-                record["truth_features"], record["labels"] = tools.judge(true)
+            if tools.scorer:
+                record["features"], _ = tools.scorer(one.frames)
+                record["truth_features"], record["labels"] = tools.scorer(true)
                 record["reference_features"] = self._drawn_anew(tools, one.truth, index, 0)
             records.append(record)
         return records
 
-    def _retake(self, take: int, tools: _Tools, indices: Sequence[int]) -> list[Record]:
+    def _make_again(self, repeat: int, tools: _Tools, indices: Sequence[int]) -> list[Record]:
         """Make prompts again from other noise; the world draws their truth again too."""
-        assert tools.judge is not None, "takes are made for their features"
+        assert tools.scorer is not None, "repeats are made for their features"
         records = []
-        for index, one in zip(indices, self._render(tools, indices, take), strict=True):
-            features, _ = tools.judge(one.frames)
-            true = self._drawn_anew(tools, one.truth, index, take)
+        for index, one in zip(indices, self._render(tools, indices, repeat), strict=True):
+            features, _ = tools.scorer(one.frames)
+            true = self._drawn_anew(tools, one.truth, index, repeat)
             records.append({"index": index, "features": features, "truth_features": true})
         return records
 
     def _drawn_anew(
-        self, tools: _Tools, truth: dict[str, str], index: int, take: int
+        self, tools: _Tools, truth: dict[str, str], index: int, repeat: int
     ) -> list[float]:
         """Return the features of another true clip of the same prompt."""
-        assert tools.judge is not None, "features need a classifier"
-        draw = rng.numpy_generator(SEED, f"evaluation/{SPLIT}/take {take}", index)
-        features, _ = tools.judge(tools.world.render(truth, draw))
+        assert tools.scorer is not None, "features need a classifier"
+        draw = rng.numpy_generator(SEED, f"evaluation/{SPLIT}/take {repeat}", index)
+        features, _ = tools.scorer(tools.world.render(truth, draw))
         return features
 
     def _reconstruct(self, tools: _Tools, indices: Sequence[int]) -> list[Record]:
@@ -370,8 +370,8 @@ class Evaluation:
                 "psnr": min(one.psnr, 100.0),  # JSON has no infinity
                 "ssim": one.ssim,
             }
-            if tools.judge:
-                record["features"], record["labels"] = tools.judge(one.frames)
+            if tools.scorer:
+                record["features"], record["labels"] = tools.scorer(one.frames)
             records.append(record)
         return records
 
@@ -380,8 +380,8 @@ def _check_counts(prompts: int, batch: int, repeats: int, **of_prompts: int) -> 
     for name, value, least in (("batch", batch, 1), ("repeats", repeats, 0)):
         if value < least:
             raise ValueError(f"{name} {value} must be at least {least}")
-    if not 1 <= prompts <= TAKE_STRIDE:
-        raise ValueError(f"prompts {prompts} must be at least 1 and at most {TAKE_STRIDE}")
+    if not 1 <= prompts <= REPEAT_STRIDE:
+        raise ValueError(f"prompts {prompts} must be at least 1 and at most {REPEAT_STRIDE}")
     for name, value in of_prompts.items():
         if not 1 <= value <= prompts:
             raise ValueError(f"{name} {value} must be from 1 to {prompts}, the prompts")
@@ -402,8 +402,8 @@ def _other_steps(spec: Spec, asked: GenerateRequest, sigmas: Sequence[float]) ->
         raise ValueError(f"{asked.num_inference_steps} steps cannot take {len(sigmas)} sigmas")
     if list(sigmas) == own.args.get("sigmas"):
         return own
-    told = dict(zip(own.args.get("sigmas", ()), own.args.get("timesteps") or (), strict=False))
-    times = [told[s] for s in sigmas] if told and set(sigmas) <= told.keys() else None
+    known = dict(zip(own.args.get("sigmas", ()), own.args.get("timesteps") or (), strict=False))
+    times = [known[s] for s in sigmas] if known and set(sigmas) <= known.keys() else None
     return Scheduler(name=own.name, args={**own.args, "sigmas": list(sigmas), "timesteps": times})
 
 

@@ -53,7 +53,7 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
         if wanted or spec.read(source) is not None:
             spec.write(_named(made, target.name, loras), aside)
         if wanted:
-            _tell_stock(made, aside)
+            _write_stock_scheduler(made, aside)
         load(aside, device="cpu", parts=("dit",))  # strictly: what cannot be read takes no name
     return target
 
@@ -78,8 +78,8 @@ def _wanted(uses: Sequence[lora.Use], net: nn.Module) -> Sampler | None:
     return sampler_note.agreed(found) if found else None
 
 
-def _tell_stock(made: Spec, folder: Path) -> None:
-    """Write what stock diffusers is told of the scheduler; its other parts stay as they are."""
+def _write_stock_scheduler(made: Spec, folder: Path) -> None:
+    """Write the scheduler's config for stock diffusers; its other parts stay as they are."""
     config = diffusers.scheduler_config(made)
     tree = {"scheduler/scheduler_config.json": config}
     index = folder / "model_index.json"

@@ -218,7 +218,7 @@ class VideoPipeline:
         seeds = seed if isinstance(seed, list | tuple | range) else [seed]
         rows = [self._resolved(request) for request in _requests(prompts, seeds, fields)]
         each = 1 if count is None else count
-        asked = [(one, told) for row, told in rows for one in sampling.clips(row, each)]
+        asked = [(one, lines) for row, lines in rows for one in sampling.clips(row, each)]
         if latents is not None and len(asked) != 1:
             raise ValueError(f"latents are the noise of one clip; {len(asked)} are asked for")
         made = []

@@ -40,7 +40,7 @@ Resolved = tuple[SamplingParams, tuple[str, ...]]
 class CliArgs:
     """What was typed after `generate`; None for what was not. `fields` are sampling fields.
 
-    `notices` are lines about the words themselves, which every clip's sidecar tells.
+    `notices` are lines about the words themselves, which every clip's sidecar repeats.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -186,13 +186,13 @@ def _checked(
     decoder = decoder_id(decoder_name, model.spec, model.folder)
     seeds = _one_seed_each(layers)
     resolved = [
-        (one, (*args.notices, *told))
+        (one, (*args.notices, *lines))
         for row in rows
         for own in seeds
-        for one, told in _resolved(row, own, model, count=args.count)
+        for one, lines in _resolved(row, own, model, count=args.count)
     ]
     params = [one for one, _ in resolved]
-    warned(line for _, told in resolved for line in told if line not in args.notices)
+    warned(line for _, lines in resolved for line in lines if line not in args.notices)
     template = _template(args, num_clips=len(params), count=args.count * len(seeds))
     return Batch(
         model=model,
@@ -329,9 +329,9 @@ def _resolved(row: Layer, layers: list[Layer], model: OpenModel, *, count: int) 
     """Return the clips of a row."""
     request, origin = _merged(row, layers)
     params = resolve(request, model.spec, origin=origin)
-    told = notices(request, params, model.spec)
+    lines = notices(request, params, model.spec)
     try:
-        return [(one, told) for one in sampling.clips(params, count)]
+        return [(one, lines) for one in sampling.clips(params, count)]
     except ValueError as error:
         raise ValueError(f"{error} (from {origin.get('seed', '--count')})") from None
 
@@ -382,6 +382,6 @@ def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | Non
 
 def _jobs(resolved: list[Resolved], template: str) -> tuple[Job, ...]:
     return tuple(
-        Job(one, told, naming.fill(template, prompt=one.prompt, seed=one.seed, index=index))
-        for index, (one, told) in enumerate(resolved)
+        Job(one, lines, naming.fill(template, prompt=one.prompt, seed=one.seed, index=index))
+        for index, (one, lines) in enumerate(resolved)
     )

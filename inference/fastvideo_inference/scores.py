@@ -198,9 +198,9 @@ def distance(records: Sequence[Record], made: Sequence[Record]) -> Distance | No
 
 def _spread(made: Sequence[Record], again: Sequence[Sequence[Record]]) -> Spread:
     count = len(again[0])
-    takes = [made[:count], *again]
+    repeats = [made[:count], *again]
     of = {
-        key: diversity([[take[i][key] for take in takes] for i in range(count)])
+        key: diversity([[repeat[i][key] for repeat in repeats] for i in range(count)])
         for key in ("features", "truth_features")
     }
-    return Spread(count, len(takes), made=of["features"], truth=of["truth_features"])
+    return Spread(count, len(repeats), made=of["features"], truth=of["truth_features"])

@@ -23,7 +23,7 @@ from fastvideo_inference.scores import Records
 from fastvideo import hub, media
 from fastvideo.cli import main
 from fastvideo.formats import diffusers as layout
-from fastvideo.measure import Judge
+from fastvideo.measure import Scorer
 from fastvideo.metrics.diversity import diversity
 from fastvideo.metrics.faithfulness import wilson
 from fastvideo.model import load
@@ -184,8 +184,8 @@ def test_other_sigmas_are_what_the_network_is_evaluated_at(done, student: Path):
     changed = model.spec.model_copy(update={"scheduler": Scheduler(name="few_step", args=args)})
     prompts = [records(compared, 3)[i]["prompt"] for i in (0, 1)]
     clips = frames(dataclasses.replace(model, spec=changed), prompts, num_inference_steps=2)
-    judge = Judge(hub.ZOO / CLASSIFIER)
-    assert [records(compared, 3)[i]["features"] for i in (0, 1)] == [judge(c)[0] for c in clips]
+    scorer = Scorer(hub.ZOO / CLASSIFIER)
+    assert [records(compared, 3)[i]["features"] for i in (0, 1)] == [scorer(c)[0] for c in clips]
 
 
 def test_sigmas_of_its_own_keep_the_times_that_the_network_was_told(student: Path, tmp_path: Path):

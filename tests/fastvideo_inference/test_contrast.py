@@ -70,8 +70,8 @@ def test_a_paired_difference_is_what_one_computes_by_hand():
 def test_each_of_several_things_counts_and_all_only_without_another(parse, mean, whole):
     base, other = made("base", "ball red"), made("other", "ball red")
     for one, shapes in ((base, "ball+star"), (other, parse)):
-        one.takes[0][0]["truth"] = {"shape": "ball+star", "colour": "red"}
-        one.takes[0][0]["parse"] = {"shape": shapes, "colour": "red"}
+        one.repeats[0][0]["truth"] = {"shape": "ball+star", "colour": "red"}
+        one.repeats[0][0]["parse"] = {"shape": shapes, "colour": "red"}
     row = against(other, base, legal=LEGAL)
     assert (row.mean.value, row.all.value) == (mean, whole)
 
@@ -93,7 +93,7 @@ def test_only_prompts_of_both_are_compared():
 
 def test_other_prompts_are_not_compared():
     other = made("other", "ball red")
-    other.takes[0][0]["prompt"] = "a big blue star"
+    other.repeats[0][0]["prompt"] = "a big blue star"
     with pytest.raises(ValueError, match="other was asked 'a big blue star', not 'a ball red'"):
         against(other, BASE, legal=LEGAL)
 

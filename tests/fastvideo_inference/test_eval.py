@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastvideo_inference.evaluation import TAKE_STRIDE, Evaluation
+from fastvideo_inference.evaluation import REPEAT_STRIDE, Evaluation
 from fastvideo_inference.recipe import fingerprint, versions
 from fastvideo_inference.scores import Records, Table
 
 from fastvideo import hub, media, rng
 from fastvideo.cli import main
-from fastvideo.measure import Judge
+from fastvideo.measure import Scorer
 from fastvideo.metrics.diversity import diversity
 from fastvideo.metrics.faithfulness import wilson
 from fastvideo.worlds import shapes
@@ -191,7 +191,7 @@ def test_diversity_is_of_the_clips_of_one_prompt_beside_the_worlds_own(done, tin
     from fastvideo.model import load
 
     evaluation, table = done
-    how, judge = evaluation.how, Judge(hub.ZOO / CLASSIFIER)
+    how, scorer = evaluation.how, Scorer(hub.ZOO / CLASSIFIER)
     world = World(height=how.height, width=how.width, num_frames=how.num_frames, fps=how.fps)
     spread = table.features.spread
     assert (spread.prompts, spread.repeats) == (3, 2) and spread.made > 0 < spread.truth
@@ -200,25 +200,25 @@ def test_diversity_is_of_the_clips_of_one_prompt_beside_the_worlds_own(done, tin
     for key, value in (("features", spread.made), ("truth_features", spread.truth)):
         assert value == diversity([[take[i][key] for take in takes] for i in range(3)])
     seeds = {int(media.read_metadata(p)["seed"]) for p in evaluation.results.glob("clips/*")}
-    assert seeds == {0, 1, 2, 3, 4} | {i + TAKE_STRIDE for i in range(3)}
+    assert seeds == {0, 1, 2, 3, 4} | {i + REPEAT_STRIDE for i in range(3)}
     clip = world.clip(0, 1, "heldout")
     captions = [world.clip(0, 0, "heldout").caption, clip.caption]
-    pair = frames(load(tiny_folder), captions, seed=TAKE_STRIDE, num_inference_steps=1)
-    assert takes[1][1]["features"] == judge(pair[1])[0]
-    assert takes[0][1]["truth_features"] == judge(clip.frames_THWC)[0]
+    pair = frames(load(tiny_folder), captions, seed=REPEAT_STRIDE, num_inference_steps=1)
+    assert takes[1][1]["features"] == scorer(pair[1])[0]
+    assert takes[0][1]["truth_features"] == scorer(clip.frames_THWC)[0]
     assert takes[1][1]["truth_features"] != takes[0][1]["truth_features"]
 
 
 def test_the_reference_is_made_of_other_true_clips_of_the_same_prompts(done):
     evaluation, table = done
-    how, judge = evaluation.how, Judge(hub.ZOO / CLASSIFIER)
+    how, scorer = evaluation.how, Scorer(hub.ZOO / CLASSIFIER)
     world = World(height=how.height, width=how.width, num_frames=how.num_frames, fps=how.fps)
     made = Records(evaluation.results / "made.jsonl").first(5)
     clip = world.clip(0, 4, "heldout")
     anew = world.render(clip.truth, rng.numpy_generator(0, "evaluation/heldout/take 0", 4))
     assert not np.array_equal(anew, clip.frames_THWC)
-    assert made[4]["reference_features"] == judge(anew)[0]
-    assert made[4]["labels"] == judge(world.clip(0, 4, "heldout").frames_THWC)[1]
+    assert made[4]["reference_features"] == scorer(anew)[0]
+    assert made[4]["labels"] == scorer(world.clip(0, 4, "heldout").frames_THWC)[1]
     assert table.features.made is None, "5 clips are too few for a covariance"
     assert set(table.features.classifier.truth) == {*ATTRIBUTES, "all"}
 

@@ -306,6 +306,9 @@ def test_a_sampler_that_the_student_was_not_distilled_for_is_refused_before_the_
         validator(tiny("dmd", *words, "validate.scheduler.args.renoise=true"), Path())
     with pytest.raises(ValueError, match=r"\[validate\] of .* 10 steps are not .* nearest: 3"):
         validator(tiny("perflow", *words, "validate.steps=10"), Path())
-    with pytest.raises(ValueError, match=r"\[export\] of .* guidance 4 would guide"):
+    with pytest.raises(
+        ValueError,
+        match=r"\[export\] of .* guidance 4 must be 1: the student is guidance-distilled",
+    ):
         check(tiny("perflow", *words, "export.defaults.guidance_scale=4"))
     check(tiny("perflow", *words))

@@ -270,7 +270,7 @@ def test_torchrun_trains_prints_once_stops_on_a_signal_to_one_rank_and_goes_on(t
     finally:
         first.kill()
     out = seen + out
-    assert out.count("step 1: loss") == 1 and out.count("the same command goes on") == 1
+    assert out.count("step 1: loss") == 1 and out.count("the same command resumes") == 1
     assert "exitcode  : 130" in err and "Traceback (most recent call last)" not in out
     done = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
     assert f"stopped at step {done};" in out

@@ -107,7 +107,7 @@ def test_a_stopped_run_saves_exits_130_and_keeps_others_out(tmp_path: Path, caps
         assert running.wait(60) == 130
     finally:
         running.kill()
-    assert "saved" in rest and "the same command goes on" in rest
+    assert "saved" in rest and "the same command resumes" in rest
     assert (tmp_path / "r" / "checkpoints" / "latest").is_file()
 
 

@@ -44,7 +44,7 @@ def check(recipe: Recipe, degrees: Degrees, *, dims: memory.Dims = origins.dims)
 
 def check_positions(recipe: Recipe, dims: memory.Dims = origins.dims) -> None:
     """Raise `ValueError` for more tokens on an axis than a denoiser's rotary table has."""
-    clip, told_by = memory.clip_of(recipe)
+    clip, origin = memory.clip_of(recipe)
     for name, spec in recipe.roles.items():
         if clip is None or spec.kind != "dit":
             continue
@@ -53,7 +53,7 @@ def check_positions(recipe: Recipe, dims: memory.Dims = origins.dims) -> None:
         longest = clip.tokens(config.patch_size).longest
         if longest > config.rope_max_seq_len:
             raise ValueError(
-                f"clips of {told_by} make {longest} positions on an axis; the denoiser of"
+                f"clips of {origin} make {longest} positions on an axis; the denoiser of"
                 f" roles.{name} has {config.rope_max_seq_len}"
             )
 
@@ -113,16 +113,18 @@ def dims_here(spec: RoleSpec, name: str) -> dict[str, Any]:
 
 def _nearest(bytes_of_device: int, recipe: Recipe, degrees: Degrees, dims: memory.Dims) -> str:
     """Name the first of the remedies, from cheap to dear, that fits; or how far they all reach."""
-    least, told = 0, ""
+    least, least_words = 0, ""
     for words in _remedies(recipe, degrees):
         changed, cut = _changed(recipe, degrees, words)  # may add a batch to the words
         total = memory.of(changed, cut, dims=dims).total
         if total <= bytes_of_device:
             devices = f" on {cut.world_size} devices" if cut != degrees else ""
             return f"nearest that fits: {', '.join(words)}{devices} ({total / GIB:.1f} GiB)"
-        if not told or total < least:
-            least, told = total, ", ".join(words)
-    return f"even {told} needs {least / GIB:.1f} GiB" if told else "nothing here would shrink it"
+        if not least_words or total < least:
+            least, least_words = total, ", ".join(words)
+    if not least_words:
+        return "nothing here would shrink it"
+    return f"even {least_words} needs {least / GIB:.1f} GiB"
 
 
 def _remedies(recipe: Recipe, degrees: Degrees) -> Iterator[list[str]]:

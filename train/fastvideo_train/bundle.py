@@ -51,8 +51,8 @@ def check_scheduler(
         raise ValueError(f"{source} {steps} steps are not those that are distilled; nearest: {own}")
     if guidance != sampler.guidance_scale:
         raise ValueError(
-            f"{source} guidance {guidance:g} would guide a student that is distilled without;"
-            " nearest: 1"
+            f"{source} guidance {guidance:g} must be {sampler.guidance_scale:g}: the student is"
+            " guidance-distilled"
         )
 
 
@@ -124,7 +124,7 @@ def bundle(
     """
     dit, text = of_kind(roles, "dit"), of_kind(roles, "text")
     method: Any = make_method(recipe)
-    told = defaults.model_dump(exclude_unset=True) if defaults else {}
+    export_defaults = defaults.model_dump(exclude_unset=True) if defaults else {}
     trained_on = {
         "max_text_tokens": method.config.max_text_tokens,
         "negative_prompt": method.config.negative_prompt,
@@ -137,7 +137,7 @@ def bundle(
         compression=layout.compression(asdict(dit.net.config), asdict(vae.config)),
         scheduler=scheduler,
         attention=attention_after(dit.attention, step),
-        defaults=Defaults(**{**trained_on, **told}),
+        defaults=Defaults(**{**trained_on, **export_defaults}),
         provenance=provenance or Provenance(),
     )
     first = next(dit.net.parameters())

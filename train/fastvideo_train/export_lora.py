@@ -63,7 +63,7 @@ def write(
     scale = there.lora.scale
     maps = {name: LowRank(a, b, scale) for name, (a, b) in lora.pairs(learned).items()}
     first = origins.first_weights(there, role.name)
-    base = {  # what a file lacks was born zero
+    base = {  # zero-initialised, unless the file has it
         name: first[name] if name in first else torch.zeros_like(tensor)
         for name, tensor in role.net.state_dict().items()
     }
@@ -128,6 +128,6 @@ def _forward(role: Role, net: Any) -> Tensor:
     shape = (1, c.in_channels, grid.frames, grid.height, grid.width)
     x = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
     text = torch.linspace(-1, 1, NUM_TOKENS * c.text_dim).reshape(1, NUM_TOKENS, c.text_dim)
-    told = role.attend(grid, num_text_tokens=NUM_TOKENS, step=0)
-    v: Tensor = net(x, torch.full((1, 1), 500.0), role.family.Conditioning(text), **told)
+    attn_kwargs = role.attend(grid, num_text_tokens=NUM_TOKENS, step=0)
+    v: Tensor = net(x, torch.full((1, 1), 500.0), role.family.Conditioning(text), **attn_kwargs)
     return v.double()

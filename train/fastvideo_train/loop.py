@@ -337,7 +337,7 @@ def _validate(job: Job, validate: Validate, logs: Logs | None) -> Validated:
 
 
 def _validated(validate: Validate, roles: Mapping[str, Role], step: int) -> dict[str, float]:
-    """Return the numbers of a validation, none if its clips are not finite; training goes on."""
+    """Return the numbers of a validation, none if its clips are not finite; training continues."""
     try:
         return dict(validate(roles, step=step))
     except NotFiniteError as error:

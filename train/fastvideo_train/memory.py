@@ -143,7 +143,7 @@ def of(recipe: Recipe, degrees: Degrees, *, dims: Dims = origins.dims) -> Estima
         host = sum(_built(one) for one in networks)
         parts += _gathered([n for n in networks if n.learns or n.spec.kind in CUT_WHEN_FROZEN])
     if any(one.learns for one in networks if one.spec.kind != "dit") or clip is None:
-        notes.append("activations of what is no denoiser are not estimated")
+        notes.append("activation memory is estimated for DiTs only")
     if recipe.run.device.startswith("cuda"):
         parts.append(Part("", "CUDA, NCCL and the allocator (allowance)", RESERVE))
     return Estimate(
@@ -164,10 +164,12 @@ def clip_of(recipe: Recipe) -> tuple[LatentShape | None, str]:
         return None, ""
     if (Path(data.folder) / "manifest.json").is_file():
         return _largest_stored(data), data.folder
-    told = recipe.export.get("defaults", {})
-    if not {"num_frames", "height", "width"} <= told.keys():
+    export_defaults = recipe.export.get("defaults", {})
+    if not {"num_frames", "height", "width"} <= export_defaults.keys():
         return None, ""
-    pixels = PixelShape(told["num_frames"], told["height"], told["width"])
+    pixels = PixelShape(
+        export_defaults["num_frames"], export_defaults["height"], export_defaults["width"]
+    )
     clip = pixels.latent(Compression())
     frames = data.spread or clip.frames
     return replace(clip, frames=frames), f"[export.defaults], as {data.folder} is not here yet"

@@ -120,7 +120,7 @@ def first(spec: RoleSpec, name: str) -> First:
 def check_text(recipe: Recipe) -> None:
     """Refuse a frozen denoiser whose model has another text encoder than the run has.
 
-    It would be told text states that it never saw, and no number would show it.
+    Its text states would differ from those of its training, and no number would show it.
     """
     text = next((r for r in recipe.roles.values() if r.kind == "text"), None)
     if text is None or text.trainable or not text.from_:

@@ -278,14 +278,14 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _completed(weights: dict[str, Tensor], role: Role) -> dict[str, Tensor]:
-    """Add zeros for what a learning network has by birth and its first weights may lack."""
-    born = role.family.BORN_ZERO if role.kind == "dit" and role.trainable else ()
+    """Add zero-initialised tensors that a learning network has and its first weights may lack."""
+    added = role.family.ZERO_INITIALISED if role.kind == "dit" and role.trainable else ()
     zeros = {
         name: torch.zeros(1).expand(tensor.shape)  # without memory of their own
         for name, tensor in role.net.state_dict().items()
-        if any(part in name for part in born)
+        if any(part in name for part in added)
     }
     if not zeros or any(name in weights for name in zeros):  # some but not all is a damaged file
         return weights
-    logger.info("%s starts with %d tensors at zero: %s", role.name, len(zeros), ", ".join(born))
+    logger.info("%s starts with %d tensors at zero: %s", role.name, len(zeros), ", ".join(added))
     return {**zeros, **weights}

@@ -26,7 +26,7 @@ from fastvideo.shapes import LatentShape, TokenGrid
 
 KEEP_FLOAT32: tuple[str, ...] = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of parameter names that stay float32 when the rest of the network is cast."""
-BORN_ZERO: tuple[str, ...] = ("to_gate_compress",)
+ZERO_INITIALISED: tuple[str, ...] = ("to_gate_compress",)
 """Parts of names that a checkpoint may lack when training starts from it: they begin at zero."""
 
 KeysValues = tuple[Tensor, Tensor]
@@ -217,7 +217,7 @@ class Blocks(nn.ModuleList):
 
 
 class WanDiT(nn.Module):
-    """Velocity of noisy latents at a time, given a text; born with `init_weights`."""
+    """Velocity of noisy latents at a time, given a text; new with `init_weights`."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class WanDiT(nn.Module):
         """Return the velocity (noise - clean), in the shape and dtype of `x_BCTHW`.
 
         `t_BT` is in 0..1000, (B, 1) or one per token frame (B, T). `layout` defaults to dense,
-        but a network with gates must be told: under a dense layout they would not count.
+        but VSA-gated models need an explicit VSA layout.
         `frame_T` says which frames of a longer clip these are; the default is the first T.
         """
         assert cache is None, "this network keeps no cache between calls"

@@ -52,7 +52,7 @@ def doctor(
     for name, check in checks.items():
         try:
             facts[name] = check()
-        except Exception as error:  # a doctor reports what is broken and goes on
+        except Exception as error:  # a doctor reports what is broken and continues
             facts[name] = f"FAILED: {type(error).__name__}: {error}"
             problems.append(name)
     facts["problems"] = problems

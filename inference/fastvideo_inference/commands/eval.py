@@ -68,7 +68,7 @@ def evaluate(
 ) -> int:
     """Measure how faithfully a model follows its prompts, or compare settings of models.
 
-    A stopped evaluation goes on with the same command; a finished one gives its table again.
+    A stopped evaluation resumes with the same command; a finished one gives its table again.
     """
     typed = {k: v for k, v in locals().items() if v is not None and k not in _EVERYWHERE}
     place = {"output": output, "device": device, "dtype": dtype}
@@ -146,8 +146,8 @@ def _text(table: Table | Contrast) -> str:
     small = table.recipe.get("decoder")
     what = f"VAE with decoder {small['name_or_path']}" if small else "VAE"
     vae = f"{what} on {table.num_reconstructions} held-out clips: {table.psnr:.2f} dB"
-    unrest = [f"{x:.2f}" for x in (table.flicker, table.flicker_truth) if x is not None]
-    flicker = [f"flicker: made {unrest[0]}, truth {unrest[1]}"] if unrest else []
+    known = [f"{x:.2f}" for x in (table.flicker, table.flicker_truth) if x is not None]
+    flicker = [f"flicker: made {known[0]}, truth {known[1]}"] if known else []
     several = ["intervals count each object as a clip of its own, and are narrow for that"]
     ends = several if any(line.n != n for line in table.lines) else []
     ends += [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_features(table.features)]

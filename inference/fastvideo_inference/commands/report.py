@@ -12,7 +12,7 @@ from fastvideo.stages import Event, Notice, Progress
 
 
 class Report:
-    """A listener to one batch; this one tells nothing, as another process tells it too."""
+    """A listener to one batch; this one reports nothing: another process does."""
 
     def start(self, *, index: int, total: int, prompt: str, seed: int) -> None:
         """A clip begins."""

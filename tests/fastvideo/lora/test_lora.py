@@ -320,7 +320,10 @@ def _pair(rank: int = 4, other: int = 4) -> dict[str, Tensor]:
         ({"a.hada_w1_a": torch.ones(4, 4)}, "is LoHa"),
         ({"a.lokr_w1": torch.ones(4, 4)}, "is LoKr"),
         ({"a.lora_mid.weight": torch.ones(4, 4)}, "is LoRA with a middle map"),
-        ({"blocks.0.self_attn.q.weight": torch.ones(4, 4)}, "1 tensors of no LoRA: blocks.0"),
+        (
+            {"blocks.0.self_attn.q.weight": torch.ones(4, 4)},
+            "1 tensors are not LoRA weights: blocks.0",
+        ),
         ({**_pair(), "blocks.0.self_attn.q.alpha": torch.ones(2)}, "alpha of blocks.0"),
         ({"a.diff": torch.full((2,), float("nan"))}, "diff of a must hold finite"),
     ],

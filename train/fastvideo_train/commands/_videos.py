@@ -184,7 +184,7 @@ def encode(
     prompts: Sequence[str],
     smoke: bool,
 ) -> int:
-    """Encode a folder's videos and captions; the same command goes on after a kill."""
+    """Encode a folder's videos and captions; the same command resumes after a kill."""
     output = output.with_name(f"{output.name}-smoke") if smoke else output
     with refusing():
         found, rules = asked.find()

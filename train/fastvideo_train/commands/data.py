@@ -211,7 +211,7 @@ def encode(
 ) -> int:
     """Encode clips into shards of latents, which `data.folder` of a recipe names.
 
-    Of a folder of videos also the text states of their captions. The same command goes on after a
+    Of a folder of videos also the text states of their captions. The same command resumes after a
     kill; a larger --clips adds a world's clips to the folder.
     """
     if videos is not None:
@@ -279,7 +279,7 @@ def _encode_world(
 
 
 def _asked(**typed: Any) -> _videos.Asked:
-    """Return what a command on videos was told, among all that was typed."""
+    """Return the options of a command on videos, among all that were typed."""
     own = {name: typed[name] for name in _videos.Asked.__dataclass_fields__}
     return _videos.Asked(**own)
 

@@ -129,7 +129,7 @@ def _train(job: Job, stopped: Callable[[], bool], *, max_seconds: float) -> int:
         for event in run(job, stop=stopped, max_seconds=max_seconds):
             show(event)
     if job.step < job.recipe.run.steps and is_first:
-        print(f"stopped at step {job.step}; the same command goes on from there")
+        print(f"stopped at step {job.step}; the same command resumes there")
     (is_stopped,) = job.world.any(stopped())
     job.strategy.close()
     return INTERRUPTED if is_stopped else OK

@@ -84,7 +84,7 @@ def encode_world(
 ) -> Manifest:
     """Render clips 0 .. num_clips - 1, encode them, and write what is not there yet.
 
-    The same call after a kill goes on with the first unfinished shard; a larger `num_clips` adds
+    The same call after a kill resumes with the first unfinished shard; a larger `num_clips` adds
     to the folder. `report(done, total)` is called after every batch. Raises `RefusedError` if the
     folder holds latents of anything else (another encoder, world, size, seed), naming what differs.
     """
@@ -160,7 +160,7 @@ class LatentBatches:
 
     With `spread`, each batch holds that many latent frames of its clips at an equal distance: of
     every distance that fits, then of every place, one is as likely as another. A network that is
-    told the frames' distances sees whole motions at a fraction of the tokens.
+    conditioned on the frames' distances sees whole motions at a fraction of the tokens.
     """
 
     def __init__(

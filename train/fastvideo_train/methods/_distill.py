@@ -52,7 +52,7 @@ class StudentConfig(TextConfig):
 
 @dataclass(frozen=True)
 class Clips:
-    """A micro-batch as the roles see it: its text, and what every call of a denoiser is told.
+    """A micro-batch as the roles see it: its text, and keyword arguments of the denoiser.
 
     `frame_T` says which frames of a longer clip these are.
     """
@@ -85,11 +85,11 @@ class Clips:
 
     def features(self, role: Role, num_layers: int) -> Velocity:
         """Return what makes tokens (B, L, C) of latents and times: the role's first layers."""
-        told, cond = self._told(role), self._cond(role, self.text_BLC)
+        model_kwargs, cond = self._model_kwargs(role), self._cond(role, self.text_BLC)
 
         def call(x_BCTHW: Tensor, t_BT: Tensor) -> Tensor:
             x = x_BCTHW.to(role.dtype)
-            out: Tensor = role.net.features(x, t_BT, cond, num_layers=num_layers, **told)
+            out: Tensor = role.net.features(x, t_BT, cond, num_layers=num_layers, **model_kwargs)
             return out
 
         return call
@@ -97,7 +97,7 @@ class Clips:
     def _cond(self, role: Role, states_BLC: Tensor) -> Any:
         return role.family.Conditioning(states_BLC.to(role.dtype))
 
-    def _told(self, role: Role) -> dict[str, Any]:
+    def _model_kwargs(self, role: Role) -> dict[str, Any]:
         attend = role.attend(
             LatentShape(*self.clean.shape[2:]),
             num_text_tokens=self.text_BLC.shape[1],
@@ -106,11 +106,11 @@ class Clips:
         return {**attend, "frame_T": self.frame_T}
 
     def _denoiser(self, role: Role) -> Denoiser[Any]:
-        told = self._told(role)
+        model_kwargs = self._model_kwargs(role)
 
         def call(x_BCTHW: Tensor, t_BT: Tensor, cond: Any, cache: Any = None) -> Tensor:
             x = x_BCTHW.to(role.dtype)
-            out: Tensor = role.denoise(x, t_BT, cond, **told)
+            out: Tensor = role.denoise(x, t_BT, cond, **model_kwargs)
             return out
 
         return call
@@ -165,7 +165,7 @@ def _float32(velocity: Velocity) -> Velocity:
 
 
 def at(sigma: float | Tensor, like_BCTHW: Tensor) -> Tensor:
-    """Return the times (B, 1) that networks are told: 1000 sigma, for one sigma or one a clip."""
+    """Return the timesteps (B, 1), 1000 sigma, for one sigma or one a clip."""
     sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=like_BCTHW.device)
     return flow.timestep(sigma_B.expand(len(like_BCTHW))[:, None])
 

@@ -254,7 +254,7 @@ class Masters:
         for name, one in self._trained.items():
             if "adamw" not in state[name]["optimizer"]:
                 how = " ".join(state[name]["optimizer"].values())
-                raise ValueError(f"{source} was saved {how}, and goes on as it was alone")
+                raise ValueError(f"{source} was saved {how}; resume with the same strategy")
             _restore(one, state[name], self.recipe.decay_of(name))
 
     def check_roles(

@@ -6,8 +6,8 @@
 
 For those who have DeepSpeed's settings or its offloading to start from; FSDP2 serves more. One
 engine holds one role. Its AdamW is torch's own, so that nothing is compiled for it. What is cut is
-known to DeepSpeed alone, so its checkpoints go on with as many processes as wrote them; weights and
-averages stand in them whole beside it, so that every export reads them.
+known to DeepSpeed alone, so its checkpoints resume with as many processes as wrote them; weights
+and averages stand in them whole beside it, so that every export reads them.
 
 An average costs whole float32 weights on each process and gathering them once an update.
 """
@@ -179,7 +179,7 @@ class Strategy(Masters):
             if stored != self._cut:
                 how = stored or "by another strategy"
                 raise ValueError(
-                    f"{source} was saved {how}, and goes on as it was; this run is {self._cut}"
+                    f"{source} was saved {how}; resume with the same, this run is {self._cut}"
                 )
             one.num_updates = state[name]["num_updates"]
             if one.ema is not None and state[name]["ema"] is not None:
