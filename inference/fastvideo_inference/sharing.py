@@ -32,7 +32,7 @@ def read(
             return Degrees()
         choices = list(filter(is_legal, _choices(world_size)))[:2]
         raise ValueError(
-            f"{origin} must say how {world_size} processes share the work: "
+            f"{origin}: the product of degrees must equal the world size {world_size}: "
             + (" or ".join(map(write, choices)) or "this request can only be made by one")
         )
     degrees = parse(text)

@@ -181,7 +181,7 @@ REFUSED = [
     (["--parallel", "shard=2"], "shard=2, which cuts the weights of a training"),
     (["--parallel", "data=2"], "data=2 exceeds the number of prompts (1); nearest: data=1"),
     (["--parallel", "guidance=2", "--guidance", "1"], "no second forward to run"),
-    ([], "--parallel must say how 2 processes share the work: ulysses=2 or guidance=2"),
+    ([], "degrees must equal the world size 2: ulysses=2 or guidance=2"),
     (["--guidance", "1"], ": ulysses=2 or ring=2"),
     (["--parallel", "ulysses=2", "--device", "cuda:1"], "one device for 2 processes"),
 ]
