@@ -65,12 +65,12 @@ class Verb(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words; list repeated flags, of which the last counts, in `ctx.meta`."""
-        from fastvideo.sampling import typed_whole  # late: --help needs no pydantic
-
         words, _, order = self.make_parser(ctx).parse_args(args=list(args))
         twice = (one.opts[0] for one in order if not one.multiple)
         ctx.meta["given_twice"] = log.warned(log.given_twice(twice))
         rest = list(super().parse_args(ctx, args))
+        from fastvideo.sampling import typed_whole  # late: --help, which ends above, does without
+
         for one in order:
             word: Any = words.get(one.name)
             # some releases of Typer read 1.0 as a whole number
