@@ -1,6 +1,6 @@
 """One command in the several processes of a launcher: they join, and the first error ends all.
 
-with together(torch.device("cuda")) as own:
+with init_distributed(torch.device("cuda")) as own:
     ...  # all processes, each with its own device
 """
 
@@ -24,7 +24,7 @@ _GONE = ("closed by peer", "reset by peer", "remote process exit", "communicator
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[torch.device]:
+def init_distributed(device: torch.device) -> Iterator[torch.device]:
     """Join the others for the time of a block; yields this process's own device.
 
     An error ends the process at once; only the first failing rank reports, as the errors of the

@@ -15,12 +15,12 @@ T = TypeVar("T")
 _FAILED = "fastvideo/failed"
 
 
-def everybody() -> Axis:
+def world_group() -> Axis:
     """Return all processes that have joined, as one axis."""
     return Axis("world", dist.get_world_size(), dist.get_rank(), weakref.ref(dist.group.WORLD))
 
 
-def with_first(value: T, axis: Axis, device: torch.device) -> T:
+def broadcast_object(value: T, axis: Axis, device: torch.device) -> T:
     """Return the value that the axis' first process has; it is pickled, its tensors on the CPU."""
     if axis.size == 1:
         return value

@@ -20,7 +20,7 @@ RUNS = {
 works on the same clips, who on the same sequences."""
 
 
-class Degrees(Strict):
+class ParallelConfig(Strict):
     """Ways to split: their product is the number of processes.
 
     data: replicas of the weights; each sees batches of its own.
@@ -62,7 +62,7 @@ class Degrees(Strict):
             f" {world_size}; {nearest}"
         )
 
-    def filled(self, world_size: int, axis: str = "data") -> Degrees:
+    def filled(self, world_size: int, axis: str = "data") -> ParallelConfig:
         """Return these degrees with `axis`, if it is 1, as large as the processes allow."""
         others = self.world_size
         if self.of(axis) > 1 or world_size % others:
@@ -71,7 +71,7 @@ class Degrees(Strict):
         return self.model_copy(update={axis: world_size // others})
 
 
-def parse(text: str) -> Degrees:
+def parse(text: str) -> ParallelConfig:
     """Read "ulysses=2,guidance=2"; `ValueError` names an unknown axis."""
     from fastvideo.config import parse as validated
 
@@ -81,4 +81,4 @@ def parse(text: str) -> Degrees:
         if not is_given or not value.strip().isdigit():
             raise ValueError(f"parallel {word!r} must be an axis and a number, such as ulysses=2")
         tree[name.strip()] = int(value)
-    return validated(Degrees, tree, source="parallel")
+    return validated(ParallelConfig, tree, source="parallel")

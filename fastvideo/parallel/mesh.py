@@ -1,7 +1,7 @@
 """Degrees become named meshes: who works with whom, as values that are passed, never globals.
 
 with joined(device) as own:
-    meshes = build(Degrees(ulysses=2, guidance=2), own)
+    meshes = build(ParallelConfig(ulysses=2, guidance=2), own)
     axis = meshes.axis("ulysses")        # size, this process's place, its group
 """
 
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo import env
 from fastvideo.parallel.axis import Axis
-from fastvideo.parallel.degrees import AXES, RUNS, Degrees
+from fastvideo.parallel.degrees import AXES, RUNS, ParallelConfig
 
 _Groups = tuple[tuple[int, ...], ...]
 
@@ -33,7 +33,7 @@ _Groups = tuple[tuple[int, ...], ...]
 class Meshes:
     """Every axis of the degrees, and every run of axes that something is spread over."""
 
-    degrees: Degrees
+    degrees: ParallelConfig
     axes: Mapping[str, Axis]
     device: torch.device
     rank: int = 0
@@ -57,10 +57,10 @@ class Meshes:
 def alone(device: torch.device | str = "cpu") -> Meshes:
     """Return the meshes of one process."""
     names = (*AXES, *RUNS)
-    return Meshes(Degrees(), {name: Axis(name) for name in names}, torch.device(device))
+    return Meshes(ParallelConfig(), {name: Axis(name) for name in names}, torch.device(device))
 
 
-def build(degrees: Degrees, device: torch.device) -> Meshes:
+def build(degrees: ParallelConfig, device: torch.device) -> Meshes:
     """Make the meshes of a process group that exists; all its processes call this together.
 
     Raises `ValueError` if the group has another size than the degrees' product.
@@ -143,7 +143,7 @@ def _own_group(groups: _Groups) -> Any:
     return next(group for ranks, group in made.items() if dist.get_rank() in ranks)
 
 
-def _groups(degrees: Degrees, name: str) -> _Groups:
+def _groups(degrees: ParallelConfig, name: str) -> _Groups:
     """Return the ranks that an axis or a run of neighbouring ones puts together, all its groups."""
     run = RUNS.get(name, (name,))
     first, last = AXES.index(run[0]), AXES.index(run[-1])

@@ -8,10 +8,10 @@ from fastvideo.attention.pattern import Dense, Pattern, write
 from fastvideo.log import logger
 
 if TYPE_CHECKING:
-    from fastvideo.parallel.degrees import Degrees
+    from fastvideo.parallel.degrees import ParallelConfig
 
 
-def check(degrees: Degrees, pattern: Pattern, *, num_heads: int | None = None) -> None:
+def check(degrees: ParallelConfig, pattern: Pattern, *, num_heads: int | None = None) -> None:
     """Raise `ValueError` if `pattern` cannot be computed on sequences that are split like this.
 
     A ring never brings a whole sequence to one process, which VSA and STA need. Logs a warning if

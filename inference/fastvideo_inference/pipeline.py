@@ -28,7 +28,7 @@ from fastvideo import resolve as resolving
 from fastvideo.config import parse
 from fastvideo.hub import OpenModel
 from fastvideo.log import warned
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import check_lora_samplers, find_lora
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, read_layers
@@ -102,7 +102,7 @@ class VideoPipeline:
         device: str = "auto",
         dtype: str = "auto",
         decoder: DecoderId | None = None,
-        degrees: Degrees | None = None,
+        degrees: ParallelConfig | None = None,
     ) -> VideoPipeline:
         """Load a model that was opened before; see `from_pretrained`."""
         from fastvideo.model import load
@@ -288,7 +288,7 @@ class VideoPipeline:
 
         A seed that each had drawn for itself would make another clip on each.
         """
-        from fastvideo.parallel.agree import with_first
+        from fastvideo.parallel.agree import broadcast_object
 
         meshes = self.model.meshes
         if meshes.axis("sample").size == 1:
@@ -299,7 +299,7 @@ class VideoPipeline:
                 " must make them in the same order"
             )
         asked = (params, None if latents is None else latents.cpu())
-        return with_first(asked, meshes.axis("sample"), meshes.device)
+        return broadcast_object(asked, meshes.axis("sample"), meshes.device)
 
     def load_lora(self, path: str | Path, *, strength: float = 1.0, name: str | None = None) -> str:
         """Let every clip use a LoRA (a file, a folder or a hub name), and return its name here.
@@ -409,7 +409,7 @@ class VideoPipeline:
         )
 
 
-def _joined(degrees: Degrees, device: str) -> Meshes:
+def _joined(degrees: ParallelConfig, device: str) -> Meshes:
     """Join the launcher's processes until the script ends, and make the meshes."""
     from fastvideo.model import pick_device
     from fastvideo.parallel import mesh

@@ -19,7 +19,7 @@ from fastvideo.config import Keys, Source, assignments, read_toml, repeated, tom
 from fastvideo.errors import refusing
 from fastvideo.hub import OpenModel
 from fastvideo.log import given_twice, warned
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import GenerateRequest, Layer, SamplingParams
@@ -76,7 +76,7 @@ class Batch:
     decoder: DecoderId | None
     device: str
     dtype: str
-    degrees: Degrees
+    degrees: ParallelConfig
     jobs: tuple[Job, ...]
     numbered: bool
     overwrite: bool
@@ -338,8 +338,8 @@ def _resolved(row: Layer, layers: list[Layer], model: OpenModel, *, count: int) 
 
 def _degrees(
     text: str | None, params: list[SamplingParams], model: OpenModel, *, has_small_decoder: bool
-) -> Degrees:
-    def check(degrees: Degrees) -> None:
+) -> ParallelConfig:
+    def check(degrees: ParallelConfig) -> None:
         if degrees.data > len(params):
             raise ValueError(
                 f"--parallel: data={degrees.data} exceeds the number of prompts ({len(params)});"
@@ -348,7 +348,7 @@ def _degrees(
         for one in params:
             sharing.check(degrees, one, model.spec, has_small_decoder=has_small_decoder)
 
-    def is_legal(degrees: Degrees) -> bool:
+    def is_legal(degrees: ParallelConfig) -> bool:
         try:
             check(degrees)
         except ValueError:

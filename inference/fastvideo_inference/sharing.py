@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from fastvideo import attention as patterns
 from fastvideo.parallel import rules
-from fastvideo.parallel.degrees import AXES, Degrees, parse
+from fastvideo.parallel.degrees import AXES, ParallelConfig, parse
 from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
 
@@ -20,8 +20,8 @@ def read(
     *,
     world_size: int,
     origin: str = "parallel",
-    is_legal: Callable[[Degrees], bool] = lambda _: True,
-) -> Degrees:
+    is_legal: Callable[[ParallelConfig], bool] = lambda _: True,
+) -> ParallelConfig:
     """Return the degrees in "ulysses=2,guidance=2"; None is one process.
 
     Raises `ValueError` for another number of processes than there are, for a `shard`, and for None
@@ -29,7 +29,7 @@ def read(
     """
     if text is None:
         if world_size == 1:
-            return Degrees()
+            return ParallelConfig()
         choices = list(filter(is_legal, _choices(world_size)))[:2]
         raise ValueError(
             f"{origin}: the product of degrees must equal the world size {world_size}: "
@@ -50,7 +50,7 @@ def read(
 
 
 def check(
-    degrees: Degrees, params: SamplingParams, spec: Spec, *, has_small_decoder: bool = False
+    degrees: ParallelConfig, params: SamplingParams, spec: Spec, *, has_small_decoder: bool = False
 ) -> None:
     """Raise `ValueError` if a clip cannot be made by so many processes; torch-free."""
     if degrees.guidance > 1 and params.guidance_scale == 1:
@@ -66,23 +66,23 @@ def check(
         rules.check_rows(shape.height, degrees.of("sample"))
 
 
-def warn_of_idle(degrees: Degrees, spec: Spec) -> None:
+def warn_of_idle(degrees: ParallelConfig, spec: Spec) -> None:
     """Log a warning if there are more ways to split the heads than heads."""
     num_heads = spec.dit.config.get("num_attention_heads")
-    rules.check(Degrees(ulysses=degrees.ulysses), patterns.Dense(), num_heads=num_heads)
+    rules.check(ParallelConfig(ulysses=degrees.ulysses), patterns.Dense(), num_heads=num_heads)
 
 
-def write(degrees: Degrees) -> str:
+def write(degrees: ParallelConfig) -> str:
     """Return the text that `read` takes; one process is the empty one."""
     sizes = {axis: degrees.of(axis) for axis in AXES}
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
-def _choices(world_size: int) -> Iterator[Degrees]:
-    yield Degrees(ulysses=world_size)
+def _choices(world_size: int) -> Iterator[ParallelConfig]:
+    yield ParallelConfig(ulysses=world_size)
     if world_size == 2:
-        yield Degrees(guidance=2)
+        yield ParallelConfig(guidance=2)
     elif world_size % 2 == 0:
-        yield Degrees(guidance=2, ulysses=world_size // 2)
-    yield Degrees(ring=world_size)
-    yield Degrees(data=world_size)
+        yield ParallelConfig(guidance=2, ulysses=world_size // 2)
+    yield ParallelConfig(ring=world_size)
+    yield ParallelConfig(data=world_size)

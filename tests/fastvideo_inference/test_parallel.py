@@ -20,7 +20,7 @@ from fastvideo_inference import recipe, sharing
 from fastvideo_inference.pipeline import Video
 
 from fastvideo import VideoPipeline, cli, hub, media
-from fastvideo.parallel.degrees import Degrees, parse
+from fastvideo.parallel.degrees import ParallelConfig, parse
 from fastvideo.resolve import resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams
 from fastvideo.spec import Spec
@@ -150,12 +150,12 @@ def test_a_clip_that_so_many_processes_cannot_make_is_refused(
 ):
     params, spec = params_of(tiny_folder, **fields)
     with pytest.raises(ValueError, match=text):
-        sharing.check(Degrees(**degrees), params, spec)
+        sharing.check(ParallelConfig(**degrees), params, spec)
 
 
 def test_a_small_decoder_needs_no_row_for_each_process(tiny_folder: Path):
     params, spec = params_of(tiny_folder, height=32)
-    sharing.check(Degrees(ulysses=5), params, spec, has_small_decoder=True)
+    sharing.check(ParallelConfig(ulysses=5), params, spec, has_small_decoder=True)
 
 
 def test_processes_without_degrees_are_refused_with_two_that_are_legal():
@@ -167,7 +167,7 @@ def test_processes_without_degrees_are_refused_with_two_that_are_legal():
         sharing.read(None, world_size=3)
     with pytest.raises(ValueError, match=r": ulysses=2 or ring=2$"):
         sharing.read(None, world_size=2, is_legal=lambda degrees: degrees.guidance == 1)
-    assert sharing.read(None, world_size=1) == Degrees()
+    assert sharing.read(None, world_size=1) == ParallelConfig()
 
 
 def test_degrees_are_written_as_they_are_read():

@@ -21,7 +21,7 @@ from fastvideo_train.loop import Job, make_method
 from rank_runs import losses, small
 from tiny_recipes import finish, tiny
 
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 OTHERS = ("method.args.gan_critic=9.0", "method.args.gan_layers=2")
 
@@ -157,10 +157,10 @@ def test_what_does_not_fit_is_refused(words, message, tmp_path):
 
 def test_the_term_needs_its_role_and_whole_sequences():
     with pytest.raises(ValueError, match=r"needs a \[roles.discriminator\] of kind"):
-        loop.check(tiny("dmd", GAN[0]), Degrees())
+        loop.check(tiny("dmd", GAN[0]), ParallelConfig())
     with pytest.raises(ValueError, match=r"gan 0 needs no roles.discriminator; leave it out"):
-        loop.check(tiny("dmd", *GAN, "method.args.gan=0"), Degrees())
+        loop.check(tiny("dmd", *GAN, "method.args.gan=0"), ParallelConfig())
     with pytest.raises(ValueError, match="ulysses 2 must be 1; use data or shard"):
-        loop.check(tiny("dmd", *GAN), Degrees(ulysses=2))
+        loop.check(tiny("dmd", *GAN), ParallelConfig(ulysses=2))
     assert "discriminator" in make_method(tiny("dmd", *GAN)).wants
     assert "discriminator" not in make_method(tiny("dmd")).wants

@@ -23,7 +23,7 @@ from fastvideo import capacity, hub
 from fastvideo.cli import main
 from fastvideo.config import parse
 from fastvideo.models.dit import wan
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 WAN = ROOT / "configs" / "train" / "wan-1.3b"
 DIMS = ("attention_head_dim=96", "num_layers=4", "ffn_dim=768", "in_channels=16", "out_channels=16")
@@ -41,7 +41,7 @@ def sized(method: str, *sets: str, muon: bool = False) -> Recipe:
     return parse(Recipe, tree, source="test")
 
 
-def published(name: str, *sets: str) -> tuple[Recipe, Degrees]:
+def published(name: str, *sets: str) -> tuple[Recipe, ParallelConfig]:
     recipe = recipes.load(WAN / f"{name}.toml", sets=sets)
     return recipe, recipe.parallel
 
@@ -72,7 +72,7 @@ def test_the_state_of_a_single_process_is_counted_to_the_byte(dtype, muon, tmp_p
     recipe = sized("flow_matching", f"run.dtype={dtype}", "run.steps=1", muon=muon)
     job = Job.open(recipe, tmp_path)
     list(train(job))
-    estimate = memory.of(recipe, Degrees())
+    estimate = memory.of(recipe, ParallelConfig())
     one = job.strategy._trained["student"]  # type: ignore[attr-defined]
     counted = held(one)
     for what in ("masters", "weights", "optimizer", "average"):
@@ -113,7 +113,7 @@ def test_the_estimate_bounds_the_peak_of_a_run_closely(method, dtype, recompute,
     recipe = sized(method, *words)
     with Alive() as alive:
         list(train(Job.open(recipe, tmp_path)))
-    assert 1.0 <= memory.of(recipe, Degrees()).total / alive.peak <= 1.15
+    assert 1.0 <= memory.of(recipe, ParallelConfig()).total / alive.peak <= 1.15
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -130,7 +130,7 @@ def test_scores_that_attention_keeps_on_a_cpu_are_counted(recompute, tmp_path):
         recipe = sized("flow_matching", *words)
         with Alive() as alive:
             list(train(Job.open(recipe, tmp_path / backend)))
-        totals[backend] = memory.of(recipe, Degrees()).total
+        totals[backend] = memory.of(recipe, ParallelConfig()).total
         assert 0.99 <= totals[backend] / alive.peak <= 1.2  # batches are not in it
     assert totals["bmm"] > 1.08 * totals["sdpa"]
 

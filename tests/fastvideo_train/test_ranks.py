@@ -24,7 +24,7 @@ from test_strategies_deepspeed import runs as deepspeed_runs
 from tiny_recipes import CONFIGS, ROOT, finish, tiny
 
 from fastvideo.parallel import mesh
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +36,7 @@ VSA = "configs/train/wan-1.3b/vsa.toml"
 
 
 def _agreement(rank: int, size: int) -> list[object]:
-    world = World(mesh.build(Degrees(data=size), torch.device("cpu")))
+    world = World(mesh.build(ParallelConfig(data=size), torch.device("cpu")))
     seen = {"loss": [float(rank)], **({"rare": [7.0, 9.0]} if rank == 1 else {})}
     answers: list[object] = [
         world.any(rank == 2, False),
@@ -83,7 +83,7 @@ def test_processes_that_find_other_checkpoints_are_refused_on_each(ranks, tmp_pa
 def test_one_device_for_all_processes_is_refused():
     recipe = small("flow_matching", "run.strategy=accelerate", "run.device=cuda:1")
     with pytest.raises(ValueError, match="cuda:1 would be that of all 2 processes; nearest: cuda,"):
-        loop.check(recipe, Degrees(data=2))
+        loop.check(recipe, ParallelConfig(data=2))
 
 
 # Their parts of a batch

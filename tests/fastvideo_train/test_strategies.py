@@ -25,7 +25,7 @@ from fastvideo_train.recipe import OptimSpec, Recipe
 from rank_runs import Numbers, losses, losses_of_each, opened, same, small, trained, weights
 from tiny_recipes import tiny
 
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from tests.ranks import RankError, Ranks
 
 METHODS = ["flow_matching", "vae", "dmd"]
@@ -380,14 +380,14 @@ def test_an_impossible_recipe_is_refused_before_a_process_joins(sets, size, mess
 def test_a_torch_in_which_it_was_not_seen_to_work_is_refused_by_fsdp2(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu128")
     recipe = tiny("flow_matching", "run.strategy=fsdp2")
-    loop.check(recipe, Degrees())
+    loop.check(recipe, ParallelConfig())
     with pytest.raises(ValueError, match=r"fsdp2' needs torch 2\.13 or newer, not 2\.11\.0"):
-        loop.check(recipe, Degrees(shard=2))
+        loop.check(recipe, ParallelConfig(shard=2))
 
 
 def test_a_method_without_sequences_cannot_split_them():
     with pytest.raises(ValueError, match="method vae has no sequences; use data or shard"):
-        loop.check(tiny("vae", "run.strategy=accelerate"), Degrees(ulysses=2))
+        loop.check(tiny("vae", "run.strategy=accelerate"), ParallelConfig(ulysses=2))
 
 
 def test_recomputation_without_a_denoiser_is_refused(tmp_path):
@@ -400,7 +400,7 @@ def test_a_missing_package_is_refused_with_the_extra_that_brings_it(package, mon
     monkeypatch.setitem(sys.modules, package, None)
     recipe = tiny("vae", f"run.strategy={package}")
     with pytest.raises(ValueError, match=rf"needs the package {package}; .*pip install -e '\.\["):
-        strategies.find(recipe).check(recipe, Degrees())
+        strategies.find(recipe).check(recipe, ParallelConfig())
 
 
 def test_damaged_parts_are_one_line_that_names_them(ranks, tmp_path):

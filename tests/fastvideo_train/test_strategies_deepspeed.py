@@ -16,7 +16,7 @@ from fastvideo_train.export import load_run
 from rank_runs import losses, opened, small, weights
 from tiny_recipes import tiny
 
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from tests.fastvideo_train.test_strategies import same, worst
 from tests.ranks import Ranks
 
@@ -104,11 +104,11 @@ def test_what_it_cannot_serve_is_refused_before_a_process_joins(method, sets, me
 def test_muon_is_refused_by_name():
     recipe = tiny("vae", "run.strategy=deepspeed")
     with pytest.raises(ValueError, match=r"muon of role 'vae' needs matrices; take \[optim\.muon"):
-        loop.check(recipe, Degrees())
+        loop.check(recipe, ParallelConfig())
 
 
 def test_a_missing_package_is_refused_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setattr("fastvideo_train.strategies.deepspeed.deepspeed", None)
     recipe = small("vae", "run.strategy=deepspeed")
     with pytest.raises(ValueError, match=r"needs the package deepspeed; .*pip install -e '\.\["):
-        strategies.find(recipe).check(recipe, Degrees())
+        strategies.find(recipe).check(recipe, ParallelConfig())

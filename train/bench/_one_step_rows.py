@@ -25,7 +25,7 @@ from fastvideo import attention, rng, weights
 from fastvideo.attention import sparse
 from fastvideo.config import merge, parse
 from fastvideo.models.dit import wan
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.shapes import LatentShape
 
 Draws = tuple[Tensor, Tensor]
@@ -167,7 +167,7 @@ class Ours:
         self.work = case.work(pattern=layout.pattern, executed=executed, needed=needed)
         self.says = f"{'Muon and AdamW' if muon else 'AdamW'}, {attention.write(layout.pattern)}"
         self.says += f" by {backend.__name__.rpartition('.')[2]}"
-        self.estimate = memory.of(plan, Degrees()).total
+        self.estimate = memory.of(plan, ParallelConfig()).total
         self.is_dense, self.is_paired = not vsa, not (vsa or muon)
 
     def step(self, draws: Draws | None = None) -> float:

@@ -25,7 +25,7 @@ from fastvideo_train.memory import GIB
 from fastvideo_train.recipe import Recipe
 
 from fastvideo.models.dit.wan import Config
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.shapes import LatentShape
 
 GROUP = 8
@@ -42,7 +42,7 @@ class Machine:
 
 
 def seconds(
-    recipe: Recipe, degrees: Degrees, clip: LatentShape, machine: Machine
+    recipe: Recipe, degrees: ParallelConfig, clip: LatentShape, machine: Machine
 ) -> dict[str, Any]:
     """Return the seconds of a step: of arithmetic, and of what is sent."""
     run, work = recipe.run, flops.passes(recipe)
@@ -55,7 +55,12 @@ def seconds(
 
 
 def _sent(
-    recipe: Recipe, degrees: Degrees, role: str, clip: LatentShape, n: float, machine: Machine
+    recipe: Recipe,
+    degrees: ParallelConfig,
+    role: str,
+    clip: LatentShape,
+    n: float,
+    machine: Machine,
 ) -> float:
     """Return the seconds that a micro-batch sends for a role, its `n` passes."""
     spec, cut = recipe.roles[role], degrees.of("weights")
@@ -82,7 +87,7 @@ def row(path: str, devices: int, machine: Machine) -> str:
         shape = {**dict.fromkeys(shape, 1), "shard": devices}
     data = devices // math.prod([*shape.values()]) * shape["data"]
     words = [f"parallel.{axis}={size}" for axis, size in {**shape, "data": data}.items()]
-    degrees = Degrees(**{**shape, "data": data})
+    degrees = ParallelConfig(**{**shape, "data": data})
     batch = degrees.of("batch")
     words += [f"run.batch={batch}", f"run.accumulate={max(1, total // batch)}"]
     recipe = recipes.load(path, sets=words)

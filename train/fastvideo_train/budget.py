@@ -10,7 +10,7 @@ import torch
 
 from fastvideo import capacity, env, hub, registry
 from fastvideo.config import assignments, merge, parse
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo_train import memory, origins
 from fastvideo_train.memory import GIB, Estimate
 from fastvideo_train.recipe import ClipsSpec, Recipe, RoleSpec, dump
@@ -33,7 +33,7 @@ def limit(recipe: Recipe) -> int | None:
     return min(known, default=None)
 
 
-def check(recipe: Recipe, degrees: Degrees, *, dims: memory.Dims = origins.dims) -> None:
+def check(recipe: Recipe, degrees: ParallelConfig, *, dims: memory.Dims = origins.dims) -> None:
     """Raise `ValueError` for a run that needs more memory, or positions, than there are."""
     check_positions(recipe, dims)
     check_pixels(recipe)
@@ -82,7 +82,7 @@ def refuse(
     estimate: Estimate,
     bytes_of_device: int,
     recipe: Recipe,
-    degrees: Degrees,
+    degrees: ParallelConfig,
     dims: memory.Dims = origins.dims,
 ) -> None:
     """Raise `ValueError`, naming the largest parts and the nearest remedy, if it does not fit."""
@@ -111,7 +111,9 @@ def dims_here(spec: RoleSpec, name: str) -> dict[str, Any]:
     return spec.config
 
 
-def _nearest(bytes_of_device: int, recipe: Recipe, degrees: Degrees, dims: memory.Dims) -> str:
+def _nearest(
+    bytes_of_device: int, recipe: Recipe, degrees: ParallelConfig, dims: memory.Dims
+) -> str:
     """Name the first of the remedies, from cheap to dear, that fits; or how far they all reach."""
     least, least_words = 0, ""
     for words in _remedies(recipe, degrees):
@@ -127,7 +129,7 @@ def _nearest(bytes_of_device: int, recipe: Recipe, degrees: Degrees, dims: memor
     return f"even {least_words} needs {least / GIB:.1f} GiB"
 
 
-def _remedies(recipe: Recipe, degrees: Degrees) -> Iterator[list[str]]:
+def _remedies(recipe: Recipe, degrees: ParallelConfig) -> Iterator[list[str]]:
     """Yield changes of a recipe: each alone, then those that cost no device under the others."""
     run, free = recipe.run, list[str]()
     clips = run.batch // degrees.of("batch")
@@ -149,14 +151,16 @@ def _remedies(recipe: Recipe, degrees: Degrees) -> Iterator[list[str]]:
             size *= 2
 
 
-def _changed(recipe: Recipe, degrees: Degrees, words: list[str]) -> tuple[Recipe, Degrees]:
+def _changed(
+    recipe: Recipe, degrees: ParallelConfig, words: list[str]
+) -> tuple[Recipe, ParallelConfig]:
     """Return a changed recipe and its degrees.
 
     A batch that its processes cannot share is changed too, and `words` are told.
     """
     base = {**dump(recipe), "parallel": degrees.model_dump()}
     tree = merge(base, assignments(words))
-    degrees, run = Degrees(**tree["parallel"]), tree["run"]
+    degrees, run = ParallelConfig(**tree["parallel"]), tree["run"]
     parts, clips = degrees.of("batch"), run["batch"] * run["accumulate"]
     batch = max(1, run["batch"] // parts) * parts
     if batch != run["batch"]:

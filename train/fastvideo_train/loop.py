@@ -29,7 +29,7 @@ from fastvideo.config import parse
 from fastvideo.errors import NotFiniteError
 from fastvideo.log import logger
 from fastvideo.parallel import rules
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.parallel.mesh import alone
 from fastvideo.parallel.sequence import spread
 from fastvideo_train import recipe as recipes
@@ -178,7 +178,7 @@ class Job:
         logger.info("resumed %s at step %d", path, self.step)
 
 
-def check(recipe: Recipe, degrees: Degrees) -> None:
+def check(recipe: Recipe, degrees: ParallelConfig) -> None:
     """Raise `ValueError` for what is impossible, before a weight is loaded or a process joined."""
     method = make_method(recipe)
     method.check(recipe, degrees)

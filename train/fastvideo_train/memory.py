@@ -52,7 +52,7 @@ import torch
 from torch import nn
 
 from fastvideo import attention, registry, weights
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.shapes import Compression, LatentShape, PixelShape, TokenGrid
 from fastvideo_train import lora, origins
 from fastvideo_train.data._manifest import VideoManifest, latent_frames, read_manifest
@@ -126,7 +126,7 @@ class _Network:
         return self.e < 4 and any(part in name for part in self.keep_float32)
 
 
-def of(recipe: Recipe, degrees: Degrees, *, dims: Dims = origins.dims) -> Estimate:
+def of(recipe: Recipe, degrees: ParallelConfig, *, dims: Dims = origins.dims) -> Estimate:
     """Estimate what a recipe takes of each of its devices; networks are built on meta.
 
     dims: returns a role's dims. Raises `ValueError` for dims that make no network.
@@ -210,7 +210,7 @@ def _built(one: _Network) -> int:
     return sum(p.numel() for p in new) * (4 if one.learns else one.e)
 
 
-def _state(one: _Network, recipe: Recipe, degrees: Degrees) -> list[Part]:
+def _state(one: _Network, recipe: Recipe, degrees: ParallelConfig) -> list[Part]:
     """Return what a role takes for the whole of a run, by its strategy."""
     low, wide = (one.count(learning=True, wide=w) for w in (False, True))
     frozen = one.e * one.count(learning=False, wide=False)
@@ -260,7 +260,7 @@ def _optimizer(one: _Network, recipe: Recipe) -> Fraction:
 
 
 def _activations(
-    denoisers: list[_Network], recipe: Recipe, degrees: Degrees, clip: LatentShape
+    denoisers: list[_Network], recipe: Recipe, degrees: ParallelConfig, clip: LatentShape
 ) -> list[Part]:
     """Return what the hungriest learning denoiser keeps, and what passes beside it at its most."""
     kept = passing = exchanged = Part("", "", 0)
@@ -285,7 +285,7 @@ class _Work:
     exchanged: float
 
     @classmethod
-    def of(cls, one: _Network, recipe: Recipe, degrees: Degrees, clip: LatentShape) -> _Work:
+    def of(cls, one: _Network, recipe: Recipe, degrees: ParallelConfig, clip: LatentShape) -> _Work:
         c: Any = one.net.config
         grid = clip.tokens(c.patch_size)
         clips = recipe.run.batch // degrees.of("batch")

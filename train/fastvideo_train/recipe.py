@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fastvideo import attention as patterns
 from fastvideo import sampling
 from fastvideo.config import Strict, assignments, merge, parse, read_toml
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 Kind = Literal["dit", "vae", "text", "classifier", "decoder", "discriminator"]
 Dtype = Literal["float32", "bfloat16"]
@@ -230,7 +230,7 @@ class Recipe(Strict):
     data: DataSpec
     optim: OptimSpec
     ema: EmaSpec = EmaSpec()
-    parallel: Degrees = Degrees()
+    parallel: ParallelConfig = ParallelConfig()
     validation: dict[str, Any] = Field(default_factory=dict, alias="validate")
     export: dict[str, Any] = Field(default_factory=dict)
 
@@ -251,7 +251,7 @@ class Recipe(Strict):
             )
         return self
 
-    def degrees(self, world_size: int) -> Degrees:
+    def degrees(self, world_size: int) -> ParallelConfig:
         """Return `[parallel]` with what it leaves of the processes given to its strategy.
 
         Raises `ValueError` if they do not fit, or the batch cannot be cut into equal parts.

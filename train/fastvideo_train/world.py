@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fastvideo.parallel.agree import everybody, with_first
+from fastvideo.parallel.agree import broadcast_object, world_group
 from fastvideo.parallel.mesh import Meshes, alone
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class World:
                 error = caught
                 is_users = isinstance(caught, (ValueError, OSError))
                 answer = (f"{'user' if is_users else 'own'}:{caught}", None)
-        words, result = with_first(answer, everybody(), self.meshes.device)
+        words, result = broadcast_object(answer, world_group(), self.meshes.device)
         if error is not None:
             raise error
         whose, is_failure, text = words.partition(":")

@@ -137,14 +137,14 @@ def _run_in_many(args: CliArgs, *, as_json: bool) -> int:
     with refusing():
         check_place(args.device, args.dtype, num_processes=env.world_size())
         batch = read(args) if env.rank() == 0 else None
-    from fastvideo.launched import together  # torch comes in here
+    from fastvideo.launched import init_distributed  # torch comes in here
     from fastvideo.model import pick_device
     from fastvideo.parallel import agree
 
     with ExitStack() as held:
-        device = held.enter_context(together(pick_device(args.device or "auto")))
+        device = held.enter_context(init_distributed(pick_device(args.device or "auto")))
         mine = held.enter_context(claimed(batch)) if batch else None
-        batch = agree.with_first(mine, agree.everybody(), device)
+        batch = agree.broadcast_object(mine, agree.world_group(), device)
         assert batch is not None, "the first process has read it"
         return _run(dataclasses.replace(batch, device=str(device)), as_json=as_json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from fastvideo.parallel.degrees import Degrees, parse
+from fastvideo.parallel.degrees import ParallelConfig, parse
 from fastvideo.resolve import resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams
 from fastvideo.spec import Spec
@@ -71,5 +71,5 @@ def tiny(model: str, spec: Spec, pools: Sequence[WorkerConfig], *, seed: int) ->
 
 
 @lru_cache
-def _degrees(text: str) -> Degrees:
+def _degrees(text: str) -> ParallelConfig:
     return parse(text)

@@ -136,7 +136,7 @@ class Worker:
     def _must_stop(self, task: Task) -> bool:
         with self._lock:
             is_asked = self._stop == Stop(task.job_id, task.attempt)
-        return agree.with_first(is_asked, self._meshes.axis("sample"), self._meshes.device)
+        return agree.broadcast_object(is_asked, self._meshes.axis("sample"), self._meshes.device)
 
     def _finish(self, task: Task, model: Model, state: State) -> None:
         self._say("progress", stage=SAVE, index=0, total=1)

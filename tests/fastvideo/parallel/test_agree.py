@@ -4,15 +4,15 @@ import torch
 import torch.distributed as dist
 
 from fastvideo.parallel import agree, mesh
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 
 def asked(rank: int, size: int) -> tuple[object, object, bool]:
     device = torch.device("cpu")
-    meshes = mesh.build(Degrees(data=2, guidance=2), device)
+    meshes = mesh.build(ParallelConfig(data=2, guidance=2), device)
     own = {"seed": rank, "noise": torch.full((2,), float(rank))}
-    of_clip = agree.with_first(own, meshes.axis("sample"), device)
-    of_all = agree.with_first(own, agree.everybody(), device)
+    of_clip = agree.broadcast_object(own, meshes.axis("sample"), device)
+    of_all = agree.broadcast_object(own, agree.world_group(), device)
     is_first = agree.is_first_to_fail()
     dist.barrier()  # the store lives with the first process
     return (of_clip["seed"], of_clip["noise"].tolist()), of_all["seed"], is_first
@@ -27,4 +27,4 @@ def test_the_first_of_an_axis_decides_and_one_process_tells_why_all_failed(ranks
 
 def test_one_process_keeps_its_own_value():
     value = object()
-    assert agree.with_first(value, mesh.alone().axis("sample"), torch.device("cpu")) is value
+    assert agree.broadcast_object(value, mesh.alone().axis("sample"), torch.device("cpu")) is value

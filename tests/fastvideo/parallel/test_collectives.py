@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from fastvideo.parallel import collectives, mesh
 from fastvideo.parallel.collectives import exchange, gather, own, replicated, shares
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 
 def axis_of(size: int) -> mesh.Axis:
-    return mesh.build(Degrees(ulysses=size), torch.device("cpu")).axis("ulysses")
+    return mesh.build(ParallelConfig(ulysses=size), torch.device("cpu")).axis("ulysses")
 
 
 def numbered(*shape: int) -> Tensor:

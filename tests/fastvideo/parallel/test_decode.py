@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvideo.models.vae.wan import WanVae, WanVaeConfig
 from fastvideo.parallel import decode, mesh, rules
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 WAN21 = {
     "base_dim": 8,
@@ -59,7 +59,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def together(
-    rank: int, size: int, degrees: Degrees, shape: tuple[int, ...], dtype: torch.dtype
+    rank: int, size: int, degrees: ParallelConfig, shape: tuple[int, ...], dtype: torch.dtype
 ) -> dict[Any, list[Tensor]]:
     torch.manual_seed(rank)
     axis = mesh.build(degrees, torch.device("cpu")).axis("sample")
@@ -77,7 +77,7 @@ def test_bands_of_rows_give_the_frames_of_one_process_piece_by_piece_on_every_ra
     ranks, size: int, batch: int, frames: int, height: int, width: int
 ):
     shape = (batch, 4, frames, height, width)
-    everywhere = ranks(size, together, Degrees(ulysses=size), shape, torch.float32)
+    everywhere = ranks(size, together, ParallelConfig(ulysses=size), shape, torch.float32)
     for (layout, chunk), parts in everywhere[0].items():
         alone = list(network(layout).stream(latents(*shape), chunk))
         whole = torch.cat(alone, dim=2)
@@ -92,7 +92,7 @@ def test_bands_of_rows_give_the_frames_of_one_process_piece_by_piece_on_every_ra
 
 def test_bands_in_bfloat16_are_as_close_as_bfloat16_is(ranks):
     shape = (1, 4, 2, 5, 3)
-    (parts, *_) = ranks(2, together, Degrees(guidance=2), shape, torch.bfloat16)
+    (parts, *_) = ranks(2, together, ParallelConfig(guidance=2), shape, torch.bfloat16)
     for (layout, _), pieces in parts.items():
         exact = network(layout).decode(latents(*shape))
         rough = network(layout, torch.bfloat16).decode(latents(*shape)).float()
@@ -103,7 +103,7 @@ def test_bands_in_bfloat16_are_as_close_as_bfloat16_is(ranks):
 
 def halves_of_two_clips(rank: int, size: int, shape: tuple[int, ...]) -> Tensor:
     """Two pairs of processes, each pair with a clip of its own."""
-    meshes = mesh.build(Degrees(data=2, ring=2), torch.device("cpu"))
+    meshes = mesh.build(ParallelConfig(data=2, ring=2), torch.device("cpu"))
     z = latents(2, *shape)[meshes.axis("data").rank, None]
     return torch.cat(list(decode.stream(network("wan21"), z, meshes.axis("sample"))), dim=2)
 
@@ -118,7 +118,7 @@ def test_processes_that_work_on_other_clips_are_left_alone(ranks):
 
 
 def silent_neighbour(rank: int, size: int) -> str:
-    axis = mesh.build(Degrees(ring=2), torch.device("cpu")).axis("sample")
+    axis = mesh.build(ParallelConfig(ring=2), torch.device("cpu")).axis("sample")
     rows = decode.Rows(axis, (2, 1))
     x = torch.arange(3.0)[rows.axis.rank * 2 :][: rows.each[rank]].view(1, 1, 1, -1, 1) + 1
     padded = rows.pad(x.expand(1, 1, 3, -1, 1), skip=1)

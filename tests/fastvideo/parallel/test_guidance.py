@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvideo.models.dit.wan import WanConditioning, WanConfig, WanDiT
 from fastvideo.parallel import guidance, mesh
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.sample import guide, sample
 from fastvideo.schedulers import unipc
 
@@ -43,7 +43,7 @@ def run(velocity: Any, dtype: torch.dtype) -> Tensor:
     return list(steps)[-1].x
 
 
-def apart(rank: int, size: int, degrees: Degrees, dtype: torch.dtype) -> tuple[Tensor, int]:
+def apart(rank: int, size: int, degrees: ParallelConfig, dtype: torch.dtype) -> tuple[Tensor, int]:
     torch.manual_seed(rank)
     dit, batches = network(dtype), []
     dit.register_forward_hook(lambda *_: batches.append(1))
@@ -59,7 +59,7 @@ def together(rank: int, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def with_gradients(rank: int, size: int) -> str:
-    axis = mesh.build(Degrees(guidance=2), torch.device("cpu")).axis("guidance")
+    axis = mesh.build(ParallelConfig(guidance=2), torch.device("cpu")).axis("guidance")
     velocity = guidance.guide(network(torch.float32), axis, **texts(torch.float32))
     with pytest.raises(AssertionError, match="would carry no gradient") as error:
         velocity(draw(3, *SHAPE), torch.full((2, 1), 500.0))
@@ -69,9 +69,9 @@ def with_gradients(rank: int, size: int) -> str:
 @pytest.mark.parametrize(
     ("degrees", "dtype"),
     [
-        (Degrees(guidance=2), torch.float32),
-        (Degrees(guidance=2), torch.bfloat16),
-        (Degrees(guidance=2, ulysses=2), torch.float32),
+        (ParallelConfig(guidance=2), torch.float32),
+        (ParallelConfig(guidance=2), torch.bfloat16),
+        (ParallelConfig(guidance=2, ulysses=2), torch.float32),
     ],
     ids=["float32", "bfloat16", "beside-another-axis"],
 )

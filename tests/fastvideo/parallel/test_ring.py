@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvideo.parallel import mesh, partial, ring
 from fastvideo.parallel.collectives import own, shares
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 
 def drawn(tokens: int, dtype: torch.dtype) -> list[Tensor]:
@@ -29,7 +29,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def errors(rank: int, size: int, tokens: int, dtype: torch.dtype) -> list[float]:
     """Return the errors of the output and the gradients of q, k, v, relative to the largest."""
-    axis = mesh.build(Degrees(ring=size), torch.device("cpu")).axis("ring")
+    axis = mesh.build(ParallelConfig(ring=size), torch.device("cpu")).axis("ring")
     sizes = shares(tokens, size)
     *inputs, grad = drawn(tokens, dtype)
     whole = [x.float().clone().requires_grad_() for x in inputs]

@@ -26,7 +26,7 @@ from fastvideo.attention import Dense, Pattern, Sta, Vsa, plan, select
 from fastvideo.models.dit.wan import Conditioning, Config, DiT
 from fastvideo.parallel import mesh, rules
 from fastvideo.parallel.collectives import sum_gradients
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.parallel.sequence import spread
 from fastvideo.shapes import LatentShape
 from tests.drawn import drawn
@@ -124,7 +124,7 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float
     )
 
 
-def built(degrees: Degrees) -> mesh.Meshes:
+def built(degrees: ParallelConfig) -> mesh.Meshes:
     return mesh.build(degrees, torch.device("cpu"))
 
 
@@ -166,7 +166,7 @@ def of_one_process(
 
 
 def compared(
-    rank: int, size: int, degrees: Degrees, wanted: dict[Key, dict[str, np.ndarray]]
+    rank: int, size: int, degrees: ParallelConfig, wanted: dict[Key, dict[str, np.ndarray]]
 ) -> list[tuple[float, str]]:
     meshes, errors = built(degrees), []
     for key, arrays in wanted.items():
@@ -177,7 +177,9 @@ def compared(
     return errors
 
 
-def in_bfloat16(rank: int, size: int, degrees: Degrees, pattern: Pattern) -> tuple[float, str]:
+def in_bfloat16(
+    rank: int, size: int, degrees: ParallelConfig, pattern: Pattern
+) -> tuple[float, str]:
     """Return how many times as far from float32 a tensor is as on one process, at most."""
     one, exact = (case(3, pattern, 1, dtype=t) for t in (torch.bfloat16, torch.float32))
     meshes = built(degrees)
@@ -189,7 +191,7 @@ def in_bfloat16(rank: int, size: int, degrees: Degrees, pattern: Pattern) -> tup
     return max((a / b, name) for name, (a, b) in apart.items())
 
 
-def in_a_row(rank: int, size: int, degrees: Degrees) -> tuple[float, str]:
+def in_a_row(rank: int, size: int, degrees: ParallelConfig) -> tuple[float, str]:
     """Give a call's result to a second call, so that gradients pass through latents."""
     one, meshes = case(3, VSA, 1), built(degrees)
 
@@ -204,7 +206,9 @@ def in_a_row(rank: int, size: int, degrees: Degrees) -> tuple[float, str]:
     return worst(found(one, twice(spread(one.net, meshes)), meshes), expected)
 
 
-def checkpointed(rank: int, size: int, degrees: Degrees, pattern: Pattern) -> tuple[float, str]:
+def checkpointed(
+    rank: int, size: int, degrees: ParallelConfig, pattern: Pattern
+) -> tuple[float, str]:
     one, meshes = case(3, pattern, 1), built(degrees)
     expected = found(one, one.net, mesh.alone())
     for block in one.net.blocks:
@@ -216,7 +220,7 @@ def again(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: checkpoint(forward, *args, use_reentrant=False)
 
 
-def sharded(rank: int, size: int, degrees: Degrees) -> tuple[float, str]:
+def sharded(rank: int, size: int, degrees: ParallelConfig) -> tuple[float, str]:
     """Shard the weights of a spread network (FSDP2), which averages gradients over processes."""
     one, meshes = case(3, VSA, 1), built(degrees)
     expected = found(one, one.net, mesh.alone())
@@ -235,7 +239,7 @@ def sharded(rank: int, size: int, degrees: Degrees) -> tuple[float, str]:
 
 def families(rank: int, size: int) -> dict[str, tuple[float, str]]:
     """Compare every family of the library at a small size."""
-    meshes, errors = built(Degrees(ulysses=size)), {}
+    meshes, errors = built(ParallelConfig(ulysses=size)), {}
     for name in registry.names("fastvideo.models.dit"):
         family = registry.module("fastvideo.models.dit", name)
         fields = {field.name for field in dataclasses.fields(family.Config)}
@@ -254,10 +258,10 @@ def families(rank: int, size: int) -> dict[str, tuple[float, str]]:
 def refused(rank: int, size: int) -> list[str]:
     one = case(3, VSA, 1)
     few = {"x_BCTHW": one.x[:, :, :1, :2, :2], "attend": one.told["attend"]}
-    wrong: list[tuple[Degrees, dict[str, Any]]] = [
-        (Degrees(ring=size), {"x_BCTHW": one.x, **one.told}),
+    wrong: list[tuple[ParallelConfig, dict[str, Any]]] = [
+        (ParallelConfig(ring=size), {"x_BCTHW": one.x, **one.told}),
         (
-            Degrees(ulysses=size),
+            ParallelConfig(ulysses=size),
             {**few, "layout": plan(VSA, LatentShape(1, 2, 2).tokens((1, 2, 2)))},
         ),
     ]
@@ -278,18 +282,18 @@ def worst_of(results: list[Any]) -> tuple[float, str]:
 def test_ulysses_equals_one_process_under_every_pattern(ranks, size, latents):
     every = ((12, 10, 3), (1, 2) if latents == LATENTS else (1,), (latents,))
     wanted = of_one_process(*every, False)
-    error, name = worst_of(ranks(size, compared, Degrees(ulysses=size), wanted))
+    error, name = worst_of(ranks(size, compared, ParallelConfig(ulysses=size), wanted))
     assert error <= BOUND, name
 
 
 @pytest.mark.parametrize(
     "degrees",
     [
-        Degrees(ring=2),
-        Degrees(ring=3),
-        Degrees(ring=4),
-        Degrees(ring=2, ulysses=2),
-        Degrees(ring=3, ulysses=2),
+        ParallelConfig(ring=2),
+        ParallelConfig(ring=3),
+        ParallelConfig(ring=4),
+        ParallelConfig(ring=2, ulysses=2),
+        ParallelConfig(ring=3, ulysses=2),
     ],
 )
 def test_a_ring_and_its_product_with_ulysses_equal_one_process(ranks, degrees):
@@ -303,11 +307,11 @@ def test_a_ring_and_its_product_with_ulysses_equal_one_process(ranks, degrees):
 def test_a_process_without_heads_takes_part_in_a_ring_of_others(ranks):
     every = ((1,), (2,), (LATENTS,))
     wanted = of_one_process(*every, True)
-    error, name = worst_of(ranks(4, compared, Degrees(ring=2, ulysses=2), wanted))
+    error, name = worst_of(ranks(4, compared, ParallelConfig(ring=2, ulysses=2), wanted))
     assert error <= BOUND, name
 
 
-@pytest.mark.parametrize("degrees", [Degrees(ulysses=4), Degrees(ulysses=3)])
+@pytest.mark.parametrize("degrees", [ParallelConfig(ulysses=4), ParallelConfig(ulysses=3)])
 def test_gradients_through_latents_equal_one_process(ranks, degrees):
     error, name = max(ranks(degrees.world_size, in_a_row, degrees))
     assert error <= BOUND, name
@@ -315,7 +319,11 @@ def test_gradients_through_latents_equal_one_process(ranks, degrees):
 
 @pytest.mark.parametrize(
     "degrees, pattern",
-    [(Degrees(ulysses=2), VSA), (Degrees(ulysses=4), VSA), (Degrees(ring=2, ulysses=2), DENSE)],
+    [
+        (ParallelConfig(ulysses=2), VSA),
+        (ParallelConfig(ulysses=4), VSA),
+        (ParallelConfig(ring=2, ulysses=2), DENSE),
+    ],
 )
 def test_checkpointed_blocks_equal_one_process(ranks, degrees, pattern):
     error, name = max(ranks(degrees.world_size, checkpointed, degrees, pattern))
@@ -324,7 +332,11 @@ def test_checkpointed_blocks_equal_one_process(ranks, degrees, pattern):
 
 @pytest.mark.parametrize(
     "degrees, pattern",
-    [(Degrees(ulysses=2), VSA), (Degrees(ulysses=2), DENSE), (Degrees(ring=2), DENSE)],
+    [
+        (ParallelConfig(ulysses=2), VSA),
+        (ParallelConfig(ulysses=2), DENSE),
+        (ParallelConfig(ring=2), DENSE),
+    ],
 )
 def test_bfloat16_is_as_exact_as_on_one_process(ranks, degrees, pattern):
     times, name = max(ranks(2, in_bfloat16, degrees, pattern))
@@ -332,7 +344,7 @@ def test_bfloat16_is_as_exact_as_on_one_process(ranks, degrees, pattern):
 
 
 def test_sharded_weights_gather_for_a_spread_network_and_average_its_gradients(ranks):
-    error, name = max(ranks(2, sharded, Degrees(ulysses=2)))
+    error, name = max(ranks(2, sharded, ParallelConfig(ulysses=2)))
     assert error <= BOUND, name
 
 
@@ -355,14 +367,14 @@ def test_calls_that_cannot_be_spread_are_refused(ranks):
 def test_patterns_that_need_whole_sequences_are_refused_under_a_ring_before_weights_load():
     for pattern in (VSA, sta(1)):
         with pytest.raises(ValueError, match=r"needs whole; nearest: ulysses=4 without ring"):
-            rules.check(Degrees(ring=2, ulysses=2), pattern)
-        rules.check(Degrees(ulysses=4), pattern)
-    rules.check(Degrees(ring=2), DENSE)
+            rules.check(ParallelConfig(ring=2, ulysses=2), pattern)
+        rules.check(ParallelConfig(ulysses=4), pattern)
+    rules.check(ParallelConfig(ring=2), DENSE)
 
 
 def test_processes_without_heads_are_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
-        rules.check(Degrees(ulysses=3), DENSE, num_heads=3)
+        rules.check(ParallelConfig(ulysses=3), DENSE, num_heads=3)
         assert not caplog.records
-        rules.check(Degrees(ulysses=4), DENSE, num_heads=3)
+        rules.check(ParallelConfig(ulysses=4), DENSE, num_heads=3)
     assert "1 of its processes take no part" in caplog.text

@@ -10,7 +10,7 @@ from fastvideo.errors import refusing
 from fastvideo_train.recipe import LatentsSpec, Recipe
 
 if TYPE_CHECKING:
-    from fastvideo.parallel.degrees import Degrees
+    from fastvideo.parallel.degrees import ParallelConfig
     from fastvideo_train.memory import Estimate
 
 GIB = 1 << 30
@@ -41,7 +41,7 @@ def plan(recipe: Recipe, folder: Path) -> None:
             budget.refuse(estimate, device, recipe, degrees, budget.dims_here)
 
 
-def _check(recipe: Recipe, folder: Path, degrees: Degrees) -> None:
+def _check(recipe: Recipe, folder: Path, degrees: ParallelConfig) -> None:
     from fastvideo_train import batches, export, loop
     from fastvideo_train.validate import validator
 
@@ -66,7 +66,7 @@ def _has_data(recipe: Recipe) -> bool:
     return not isinstance(data, LatentsSpec) or Path(data.folder).exists()
 
 
-def _print_run(recipe: Recipe, folder: Path, degrees: Degrees, estimate: Estimate) -> None:
+def _print_run(recipe: Recipe, folder: Path, degrees: ParallelConfig, estimate: Estimate) -> None:
     from fastvideo_train.checkpoints import Checkpoints
 
     run, store = recipe.run, Checkpoints(folder / "checkpoints")

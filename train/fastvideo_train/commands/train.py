@@ -22,7 +22,7 @@ from fastvideo_train.commands._plan import plan
 from fastvideo_train.lock import locked
 
 if TYPE_CHECKING:
-    from fastvideo.parallel.degrees import Degrees
+    from fastvideo.parallel.degrees import ParallelConfig
     from fastvideo_train.loop import Event, Job
     from fastvideo_train.recipe import Recipe
     from fastvideo_train.world import World
@@ -68,7 +68,7 @@ def train(
         degrees = parsed.degrees(env.world_size())
         parsed = _placed(parsed)
     limit = math.inf if max_minutes is None else 60 * max_minutes
-    with _together(parsed, degrees) as world:
+    with _joined(parsed, degrees) as world:
         with refusing():
             world.on_first(lambda: _settle(folder, resume))
         return _run(parsed, folder, world, max_seconds=limit)
@@ -85,11 +85,11 @@ def _placed(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def _together(recipe: Recipe, degrees: Degrees) -> Iterator[World]:
+def _joined(recipe: Recipe, degrees: ParallelConfig) -> Iterator[World]:
     """Join the other processes of the run for the time of a block."""
     import torch
 
-    from fastvideo.launched import together
+    from fastvideo.launched import init_distributed
     from fastvideo.parallel import mesh
     from fastvideo_train import strategies
     from fastvideo_train.world import World
@@ -97,7 +97,7 @@ def _together(recipe: Recipe, degrees: Degrees) -> Iterator[World]:
     with ExitStack() as stack:
         with refusing():  # more processes than devices
             strategies.find(recipe)  # a package may keep the group that is there on its import
-            own = stack.enter_context(together(torch.device(recipe.run.device)))
+            own = stack.enter_context(init_distributed(torch.device(recipe.run.device)))
         yield World(mesh.build(degrees, own))
 
 

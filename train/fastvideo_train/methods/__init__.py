@@ -22,7 +22,7 @@ import torch
 from fastvideo import rng
 
 if TYPE_CHECKING:
-    from fastvideo.parallel.degrees import Degrees
+    from fastvideo.parallel.degrees import ParallelConfig
     from fastvideo_train.recipe import Recipe
     from fastvideo_train.roles import Role
 
@@ -97,7 +97,7 @@ class Method(Protocol):
 
     wants: Mapping[str, Wants]
 
-    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+    def check(self, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Raise `ValueError` for a recipe that the method cannot serve, before weights load."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:

@@ -15,7 +15,7 @@ from fastvideo import registry
 from fastvideo.config import Strict
 from fastvideo.models.text import encode_prompts
 from fastvideo.models.text.tokenizer import Tokenizer, build_word_tokenizer
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.spec import Scheduler
 from fastvideo_train.origins import tokenizer_folder
 from fastvideo_train.recipe import Recipe
@@ -59,7 +59,7 @@ class Prompted(Generic[C]):
         with tempfile.TemporaryDirectory() as folder:
             return build_word_tokenizer(registry.load("fastvideo.worlds", name, "words")(), folder)
 
-    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+    def check(self, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Accept every recipe."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:

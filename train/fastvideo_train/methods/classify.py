@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvideo.config import Strict
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
@@ -37,7 +37,7 @@ class Method:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+    def check(self, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Accept every recipe."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvideo.config import Strict
 from fastvideo.models.decoder import check_fits
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.shapes import Compression
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
 from fastvideo_train.methods.vae import gradient_l1, to_unit
@@ -50,7 +50,7 @@ class Method:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+    def check(self, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Accept every recipe."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:

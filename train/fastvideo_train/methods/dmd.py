@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastvideo import flow
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.schedulers import few_step
 from fastvideo.spec import Scheduler
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
@@ -79,7 +79,7 @@ class Method(Distillation[Config]):
             judge = Wants("discriminator", trainable=True)
             self.wants = {**self.wants, "critic": critic, "discriminator": judge}
 
-    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+    def check(self, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Refuse a run in which the student would never move, and a GAN term of cut sequences."""
         steps, every = recipe.run.steps, self.config.student_every
         if steps < every:

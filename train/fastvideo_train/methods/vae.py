@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastvideo.config import Strict
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo_train.methods import Batch, StepKey, Update, Wants
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.roles import Role
@@ -38,7 +38,7 @@ class Method:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def check(self, recipe: Recipe, degrees: Degrees) -> None:
+    def check(self, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Accept every recipe."""
 
     def initialise(self, roles: Mapping[str, Role]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from fastvideo import registry
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 
 if TYPE_CHECKING:
     from fastvideo_train.recipe import Recipe
@@ -25,7 +25,7 @@ class Strategy(Protocol):
     """Back-propagates, updates and saves the roles of a run, on all its processes alike."""
 
     @classmethod
-    def check(cls, recipe: Recipe, degrees: Degrees) -> None:
+    def check(cls, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Raise `ValueError` for a recipe, or a number of processes, that this way cannot serve."""
 
     @property

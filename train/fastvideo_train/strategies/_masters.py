@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.config import Strict, parse
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.parallel.mesh import Meshes, alone
 from fastvideo_train.ema import Ema
 from fastvideo_train.optim import Optimizer, Rows
@@ -167,7 +167,7 @@ class Masters:
         return parse(cls.Config, recipe.run.strategy_args, source=source)
 
     @classmethod
-    def check(cls, recipe: Recipe, degrees: Degrees) -> None:
+    def check(cls, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Raise `ValueError` for arguments that the strategy does not have."""
         cls.parsed(recipe)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.parallel.mesh import Meshes
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.strategies._masters import Masters, Trained, change_flat
@@ -22,7 +22,7 @@ class Strategy(Masters):
         self.accelerator: Any = _accelerator(self.meshes)
 
     @classmethod
-    def check(cls, recipe: Recipe, degrees: Degrees) -> None:
+    def check(cls, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Refuse weights in parts, and a missing package."""
         super().check(recipe, degrees)
         if degrees.shard > 1:

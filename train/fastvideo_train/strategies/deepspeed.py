@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvideo.config import Strict
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.parallel.mesh import Meshes
 from fastvideo_train.ema import Ema
 from fastvideo_train.optim import rate
@@ -91,7 +91,7 @@ class Strategy(Masters):
         self._engines: dict[str, _Engine] = {}
 
     @classmethod
-    def check(cls, recipe: Recipe, degrees: Degrees) -> None:
+    def check(cls, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Refuse what ZeRO cannot serve, and a missing package."""
         super().check(recipe, degrees)
         config: Config = cls.parsed(recipe)

@@ -35,7 +35,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo.parallel.mesh import Meshes
 from fastvideo_train.optim import Optimizer, Rows
 from fastvideo_train.recipe import OptimSpec, Recipe
@@ -162,7 +162,7 @@ class Strategy(Masters):
         self._outlines: dict[str, nn.Module] = {}
 
     @classmethod
-    def check(cls, recipe: Recipe, degrees: Degrees) -> None:
+    def check(cls, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Refuse what is not served."""
         super().check(recipe, degrees)
         version = tuple(int(x) for x in torch.__version__.split(".")[:2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvideo.parallel.degrees import Degrees
+from fastvideo.parallel.degrees import ParallelConfig
 from fastvideo_train.recipe import Recipe
 from fastvideo_train.strategies._masters import Masters
 
@@ -11,7 +11,7 @@ class Strategy(Masters):
     """Trains in this process alone."""
 
     @classmethod
-    def check(cls, recipe: Recipe, degrees: Degrees) -> None:
+    def check(cls, recipe: Recipe, degrees: ParallelConfig) -> None:
         """Refuse more processes than one."""
         super().check(recipe, degrees)
         if degrees.world_size > 1:
