@@ -100,23 +100,10 @@ def generate(
     api_key: ApiKey = None,
 ) -> int:
     """Make clips from prompts. What is not given is the model's default."""
-    typed = {**locals(), "lora": lora or None}
-    args = CliArgs(
-        fields={name: typed[name] for name in _FIELDS},
-        prompts=prompts,
-        model=model,
-        decoder=decoder,
-        config=config,
-        settings=tuple(settings or ()),
-        repeat=repeat,
-        output=output,
-        overwrite=overwrite,
-        device=device,
-        dtype=dtype,
-        parallel=parallel,
-        count=count,
-        notices=ctx.meta["given_twice"],
-    )
+    typed = {**locals(), "lora": lora or None, "settings": tuple(settings or ())}
+    typed["fields"] = {name: typed[name] for name in _FIELDS}
+    typed["notices"] = ctx.meta["given_twice"]
+    args = CliArgs(**{name: typed[name] for name in CliArgs.__dataclass_fields__})
     if server is not None:
         from fastvideo_inference.commands import remote
 
