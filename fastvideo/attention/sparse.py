@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,7 @@ def attend(
     q_BLHD: Tensor,
     k_BLHD: Tensor,
     v_BLHD: Tensor,
-    layout: Layout,
+    layout: Layout | None,
     gate_BLHD: Tensor | None = None,
     means: Callable[[Tensor, Tiles], Tensor] | None = None,
 ) -> Tensor:
@@ -38,6 +39,7 @@ def attend(
     For VSA, `gate_BLHD` weighs the coarse branch, which is left out without one. `means` is a
     backend's own way to do what `mean` does.
     """
+    assert layout is not None, "cross-attention is dense"
     tiles = layout.tiles
     assert tiles is not None, f"{layout.pattern} has no tiles"
     if layout.lists is not None:
@@ -53,6 +55,20 @@ def attend(
     coarse_BNHD = coarse(scores_BHNN, (means or mean)(v_BLHD, tiles))
     spread_BLHD = coarse_BNHD.to(out_BLHD.dtype).index_select(1, tiles.tile_L)
     return torch.addcmul(out_BLHD, spread_BLHD, gate_BLHD)
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """The `attend` of a backend that is no more than its `fine`, and its `means` of tiles."""
+
+    fine: Fine
+    means: Callable[[Tensor, Tiles], Tensor] | None = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, gate: Tensor | None = None
+    ) -> Tensor:
+        """Attend under a sparse pattern, (B, L, H, D)."""
+        return attend(self.fine, q, k, v, layout, gate, self.means)
 
 
 def scores(q_BNHD: Tensor, k_BNHD: Tensor) -> Tensor:
@@ -120,6 +136,12 @@ def work(tiles: Tiles, lists: Lists, *, multiple: int = 1) -> tuple[int, int]:
             size_BHNK = size_BHNK.where(place_K < count[..., None], 0)
         found.append(int((size_BHNK.sum(-1) * size_N).sum()))
     return found[0], found[1]
+
+
+def dense_share(tiles: Tiles, lists: Lists) -> float:
+    """Return all pairs of a query and a key, over those that have to be multiplied."""
+    all_pairs = len(tiles.tile_L) ** 2 * math.prod(lists.index_BHNK.shape[:2])
+    return all_pairs / work(tiles, lists)[1]
 
 
 def pairs(layout: Layout, backend: Any = None) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastvideo.attention import sparse
 from fastvideo.attention.choice import Need
 from fastvideo.attention.first_calls import FirstCalls
-from fastvideo.attention.layout import Layout, Lists, Tiles
+from fastvideo.attention.layout import Lists, Tiles
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILE_S = 10.0
@@ -44,18 +44,6 @@ def describe(need: Need) -> str:
     return f"compiled FlexAttention; the first call of a size takes about {compile_s():.0f} s more"
 
 
-def attend(
-    q_BLHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    layout: Layout | None,
-    gate_BLHD: Tensor | None = None,
-) -> Tensor:
-    """Attend under a sparse pattern."""
-    assert layout is not None, "cross-attention is dense"
-    return sparse.attend(fine, q_BLHD, k_BSHD, v_BSHD, layout, gate_BLHD)
-
-
 def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Lists) -> Tensor:
     """Attend block by block; log the seconds of a call that compiles."""
     batch, _, heads, _ = q_BLHD.shape
@@ -76,6 +64,9 @@ def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Li
         out_BXHD = _first_calls().timed(key, lambda: _compiled(key)(*arguments, block))
     place_L = tiles.tile_L * block + torch.arange(len(tiles.tile_L), device=q_BLHD.device)
     return out_BXHD.index_select(1, place_L - tiles.starts_N[tiles.tile_L])
+
+
+attend = sparse.Tiled(fine)
 
 
 def issued(tiles: Tiles, lists: Lists) -> float:

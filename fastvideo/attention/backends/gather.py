@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvideo.attention import sparse
 from fastvideo.attention.choice import Need
-from fastvideo.attention.layout import Layout, Lists, Tiles
+from fastvideo.attention.layout import Lists, Tiles
 
 _CHUNK_NUMBERS = 1 << 21
 """Gathered keys, values and scores that exist at a time: few enough for a core's cache."""
@@ -46,18 +46,6 @@ def describe(need: Need) -> str:
     return "gathered tiles, bmm, softmax, bmm"
 
 
-def attend(
-    q_BLHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    layout: Layout | None,
-    gate_BLHD: Tensor | None = None,
-) -> Tensor:
-    """Attend under a sparse pattern."""
-    assert layout is not None, "cross-attention is dense"
-    return sparse.attend(fine, q_BLHD, k_BSHD, v_BSHD, layout, gate_BLHD, means)
-
-
 def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Lists) -> Tensor:
     """Attend chunk by chunk of query tiles; the backward pass makes the weights again."""
     call = _attended if _is_unwatched(q_BLHD, k_BLHD, v_BLHD) else _fine
@@ -72,6 +60,9 @@ def means(x_BLHD: Tensor, tiles: Tiles) -> Tensor:
     call = _tile_means if _is_unwatched(x_BLHD) else _means
     out: Tensor = call(x_BLHD, tiles.tile_L, tiles.sizes_N)
     return out
+
+
+attend = sparse.Tiled(fine, means)
 
 
 def issued(tiles: Tiles, lists: Lists) -> float:

@@ -17,7 +17,7 @@ from fastvideo.attention.backends import gather
 from fastvideo.attention.choice import Backend, Need
 from fastvideo.attention.layout import Layout, Lists, Tiles
 
-means = gather.means
+means, issued = gather.means, sparse.dense_share
 MAX_KEYS = 2048
 _BLOCK_SCORES = 1 << 18
 """Scores made at a time in inference, few enough for a core's cache, but those of a head."""
@@ -46,8 +46,7 @@ def attend(
     gate_BLHD: Tensor | None = None,
 ) -> Tensor:
     """Attend under a sparse pattern."""
-    assert layout is not None, "cross-attention is dense"
-    inner = _whole if layout.sees_all else fine
+    inner = _whole if layout and layout.sees_all else fine
     return sparse.attend(inner, q_BLHD, k_BSHD, v_BSHD, layout, gate_BLHD, means)
 
 
@@ -75,12 +74,6 @@ def _attend(
     mask_RLL = mask_RNN.index_select(-2, tile_L).index_select(-1, tile_L)
     weights_RLL = torch.baddbmm(mask_RLL, q_RLD, k_RLD.transpose(1, 2)).softmax(-1)
     return torch.bmm(weights_RLL, v_RLD)
-
-
-def issued(tiles: Tiles, lists: Lists) -> float:
-    """Return the pairs of a query and a key that are multiplied, over those that have to be."""
-    all_pairs = len(tiles.tile_L) ** 2 * math.prod(lists.index_BHNK.shape[:2])
-    return all_pairs / sparse.work(tiles, lists)[1]
 
 
 def _whole(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Lists) -> Tensor:

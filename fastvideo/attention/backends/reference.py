@@ -15,6 +15,7 @@ from fastvideo.attention.choice import Need
 from fastvideo.attention.layout import Layout, Lists, Tiles
 
 MAX_KEYS = 4096
+issued = sparse.dense_share
 
 
 def unsupported(need: Need) -> str | None:
@@ -48,12 +49,6 @@ def attend(
 def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Lists) -> Tensor:
     """Attend with a mask of who sees whom."""
     return _attend(q_BLHD, k_BLHD, v_BLHD, sparse.mask(tiles, lists))
-
-
-def issued(tiles: Tiles, lists: Lists) -> float:
-    """Return the pairs of a query and a key that are multiplied, over those that have to be."""
-    all_pairs = len(tiles.tile_L) ** 2 * math.prod(lists.index_BHNK.shape[:2])
-    return all_pairs / sparse.work(tiles, lists)[1]
 
 
 def _attend(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, seen_BHLS: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvideo.attention import sparse
 from fastvideo.attention.choice import Need
 from fastvideo.attention.first_calls import FirstCalls
-from fastvideo.attention.layout import Layout, Lists, Tiles
+from fastvideo.attention.layout import Lists, Tiles
 
 _CHUNK = 16
 _BLOCK = 64
@@ -74,18 +74,6 @@ def describe(need: Need) -> str:
     return f"Triton kernels; compiling and tuning each at its first call {told}"
 
 
-def attend(
-    q_BLHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    layout: Layout | None,
-    gate_BLHD: Tensor | None = None,
-) -> Tensor:
-    """Attend under a sparse pattern."""
-    assert layout is not None, "cross-attention is dense"
-    return sparse.attend(fine, q_BLHD, k_BSHD, v_BSHD, layout, gate_BLHD, means)
-
-
 def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Lists) -> Tensor:
     """Attend with one program for each block of queries and each head."""
     return _apply(_Fine, q_BLHD, k_BLHD, v_BLHD, tiles, lists)
@@ -94,6 +82,9 @@ def fine(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, tiles: Tiles, lists: Li
 def means(x_BLHD: Tensor, tiles: Tiles) -> Tensor:
     """Do what `sparse.mean` does without copies in float32."""
     return _apply(_Means, x_BLHD, tiles)
+
+
+attend = sparse.Tiled(fine, means)
 
 
 def issued(tiles: Tiles, lists: Lists) -> float:
