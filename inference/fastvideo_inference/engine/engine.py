@@ -375,7 +375,7 @@ class Engine:
     def _hear(self, slot: Slot, report: Report) -> None:
         record = self._records.get(report.job_id)
         is_current = record and (record.slot, record.job.attempt) == (slot, report.attempt)
-        if record and is_current and not record.is_over:
+        if record and is_current:
             self._take(record, report)
         elif report.kind == "finished":  # of a job that was cancelled
             self._ledger.discard(report.job_id, report.attempt)
@@ -407,6 +407,7 @@ class Engine:
             case "finished":
                 if not record.is_warmup:  # those are one for each worker
                     self._skip_warm_up(record.model)
+                record.is_over = True
                 self._ledger.later(self._complete(record, values))
             case "failed":
                 self._fail(record, values["code"], values["message"])
@@ -452,10 +453,6 @@ class Engine:
 
     async def _complete(self, record: Record, values: Mapping[str, Any]) -> None:
         """Publish a clip under the job's name, then commit its end."""
-        if record.is_over:  # cancelled meanwhile
-            self._ledger.discard(record.id, record.job.attempt)
-            return
-        record.is_over = True
         seconds = {**record.job.stage_seconds, "save": values["save_s"]}
         try:
             path = await self._ledger.publish(record)

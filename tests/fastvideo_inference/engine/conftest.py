@@ -67,6 +67,14 @@ async def until(engine: Engine, job: Job, *, step: int) -> None:
     raise AssertionError(f"{job.id} ended before step {step}")
 
 
+async def at(engine: Engine, job: Job, stage: str) -> None:
+    """Wait until a worker says that it has begun a stage of a job."""
+    async for event in engine.events(job.id):
+        if event.kind == "progress" and event.values["stage"] == stage:
+            return
+    raise AssertionError(f"{job.id} ended before {stage}")
+
+
 async def settled(engine: Engine) -> None:
     """Wait until workers have done what they may, and nothing moves."""
     before = None

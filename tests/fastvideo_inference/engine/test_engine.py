@@ -6,19 +6,23 @@ import asyncio
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastvideo_inference.engine.job import ConflictError, EngineStoppingError, QueueFullError
+from fastvideo_inference.engine.ledger import WORK
 from fastvideo_inference.recipe import read_recipe
+from fastvideo_inference.video import Video
 from tiny_loras import pairs, write_as
 
 from fastvideo import VideoPipeline, hub
 from fastvideo.model import load
-from fastvideo.stages import decode
+from fastvideo.stages import Progress, decode
 from tests.fastvideo_inference.engine.conftest import (
     MONOLITH,
     PAIR,
     SPLIT,
+    at,
     ended,
     running,
     settled,
@@ -84,7 +88,12 @@ def test_a_restart_fails_interrupted_jobs_if_so_configured(tiny_folder: Path, tm
             long = submission(tiny_folder, num_inference_steps=300)
             jobs = [await engine.submit(long), await engine.submit(submission(tiny_folder))]
             await until(engine, jobs[0], step=2)
+        named, part = tmp_path / f"{jobs[0].id}.mp4", tmp_path / WORK / "part.mp4"
+        part.parent.mkdir()
+        for path in (named, part):  # as after a power cut: one of them not committed
+            path.write_bytes(b"half")
         async with running(tiny_folder, tmp_path, interrupted="fail") as engine:
+            assert not named.exists() and not part.exists()
             return [await ended(engine, job) for job in jobs]
 
     interrupted, waited = asyncio.run(main())
@@ -230,6 +239,83 @@ def test_an_urgent_job_stops_another_at_a_step_which_goes_on_to_the_same_frames(
     assert long.attempt == urgent.attempt + 1
     assert (urgent.status, long.deaths) == ("completed", 0)
     assert long.frames_sha256 == expected(num_inference_steps=60)
+
+
+def test_an_urgent_job_waits_for_a_decode_which_could_not_go_on_from_its_middle(
+    tiny_folder: Path, tmp_path: Path, monkeypatch
+):
+    classes = [{"name": "batch"}, {"name": "clip", "deadline_s": 5}]
+    run, held = decode.run, threading.Event()
+
+    def slow(model, state):
+        events = run(model, state)
+        yield next(events)
+        if state.params.seed:
+            held.wait(30)
+        yield Progress("decode", 1, 2)  # a boundary
+        yield from events
+
+    monkeypatch.setattr(decode, "run", slow)
+
+    async def main():
+        config = {"class": classes, "policy": "deadline"}
+        async with running(tiny_folder, tmp_path, **config) as engine:
+            await engine.ready()
+            first = await engine.submit(submission(tiny_folder, seed=1))
+            await at(engine, first, "decode")
+            urgent = submission(tiny_folder, beside={"slo_class": "clip"})
+            jobs = [first, await engine.submit(urgent)]
+            held.set()
+            return [await ended(engine, job) for job in jobs]
+
+    assert [job.attempt for job in asyncio.run(main())] == [1, 1]
+
+
+def test_a_job_that_is_cancelled_while_its_file_is_written_leaves_none(
+    tiny_folder: Path, tmp_path: Path, monkeypatch
+):
+    save, began, held = Video.save, threading.Event(), threading.Event()
+
+    def slow(self: Video, path: Path, **words: Any) -> Path:
+        began.set()
+        held.wait(30)
+        return save(self, path, **words)
+
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            monkeypatch.setattr(Video, "save", slow)
+            first = await engine.submit(submission(tiny_folder))
+            await asyncio.to_thread(began.wait, 30)
+            await engine.cancel(first.id)
+            held.set()
+            last = await ended(engine, await engine.submit(submission(tiny_folder)))
+            assert engine.job(first.id).status == "cancelled"
+            assert not [*(tmp_path / WORK).glob("*.mp4")]
+            assert [*tmp_path.glob("*.mp4")] == [last.path]
+
+    asyncio.run(main())
+
+
+def test_a_cancel_that_comes_with_the_end_changes_nothing(tiny_folder: Path, tmp_path: Path):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            cancels, hear = [], engine._fleet._hear
+
+            def cancel_late(slot, report):
+                hear(slot, report)
+                if report.kind == "finished":
+                    cancels.append(asyncio.ensure_future(engine.cancel(report.job_id)))
+
+            engine._fleet._hear = cancel_late
+            job = await ended(engine, await engine.submit(submission(tiny_folder)))
+            assert (await cancels[0]).status == job.status == "completed"
+            counts = engine.stats()
+            assert (counts["completed"], counts["cancelled"]) == (1, 0)
+            assert [*tmp_path.glob("*.mp4")] == [job.path]
+
+    asyncio.run(main())
 
 
 def test_a_drain_ends_what_was_begun_and_leaves_the_rest_to_the_next_start(

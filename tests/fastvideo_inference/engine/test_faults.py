@@ -10,18 +10,28 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastvideo_inference.engine import book
 from fastvideo_inference.engine.engine import Engine
-from fastvideo_inference.engine.executors import local
+from fastvideo_inference.engine.executors import local, process
 from fastvideo_inference.engine.job import Job
+from fastvideo_inference.engine.ledger import WORK
 from fastvideo_inference.video import Video
 
-from fastvideo.stages import decode
-from tests.fastvideo_inference.engine.conftest import PAIR, SPLIT, ended, running, submission, until
+from fastvideo.stages import Progress, decode, denoise
+from tests.fastvideo_inference.engine.conftest import (
+    PAIR,
+    SPLIT,
+    at,
+    ended,
+    running,
+    submission,
+    until,
+)
 from tests.processes import has_ended
 
 BIG = {"num_frames": 33, "height": 64, "width": 64}  # long enough to be hit in the middle
@@ -35,14 +45,6 @@ GROUP = [
 def pids(engine: Engine, stage: str) -> tuple[int, ...]:
     (found,) = (w["pids"] for w in engine.stats()["workers"] if stage in w["stages"])
     return tuple(found)
-
-
-async def at(engine: Engine, job: Job, stage: str) -> None:
-    """Wait until a worker says that it has begun a stage of a job."""
-    async for event in engine.events(job.id):
-        if event.kind == "progress" and event.values["stage"] == stage:
-            return
-    raise AssertionError(f"{job.id} ended before {stage}")
 
 
 async def replaced(engine: Engine, stage: str, old: tuple[int, ...]) -> None:
@@ -225,9 +227,122 @@ def test_a_worker_s_states_are_dropped_if_they_are_of_an_older_attempt(
             slot.handle._report(report)
             await asyncio.sleep(0.1)  # what either might have begun is done beside this
             assert record.slot is slot and not record.is_over
+            assert slot.task.attempt == record.job.attempt
             assert engine.job(job.id).status == "in_progress"
 
     asyncio.run(main())
+
+
+def test_a_worker_that_was_replaced_is_heard_no_more(tiny_folder: Path, tmp_path: Path):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            old = engine._fleet.slots[0].handle
+            for _ in range(2):
+                old._report(local.Report("dead", values={"reason": "test"}))
+            job = await ended(engine, await engine.submit(submission(tiny_folder)))
+            assert job.status == "completed"
+            assert engine.stats()["worker_deaths"] == 1
+
+    asyncio.run(main())
+
+
+def test_a_job_goes_on_from_its_last_checkpoint(
+    tiny_folder: Path, tmp_path: Path, expected, monkeypatch
+):
+    run, faults = denoise.run, [RuntimeError("the device fell off the bus")]
+
+    def failing(model, state):
+        for event in run(model, state):
+            yield event
+            if isinstance(event, Progress) and event.index == 5 and faults:
+                raise faults.pop()
+
+    async def main():
+        async with running(tiny_folder, tmp_path, SPLIT, checkpoint_every=3) as engine:
+            await engine.ready()
+            monkeypatch.setattr(denoise, "run", failing)
+            asked = submission(tiny_folder, num_inference_steps=8)
+            job = await engine.submit(asked)
+            events = [event.values async for event in engine.events(job.id)]
+            steps = [values["index"] for values in events if values.get("stage") == "denoise"]
+            return steps, engine.job(job.id)
+
+    steps, job = asyncio.run(main())
+    assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8]
+    assert (job.deaths, job.frames_sha256) == (1, expected(num_inference_steps=8))
+
+
+def test_a_worker_that_crashes_again_and_again_is_started_less_and_less_often(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def main():
+        async with running(tiny_folder, tmp_path, [{"devices": ["no-device"]}]) as engine:
+            started = time.monotonic()
+            with pytest.raises(ValueError, match="does not start"):
+                await engine.ready()  # at its third crash: at once, then a second later
+            assert time.monotonic() - started >= 1
+            assert engine.stats()["worker_deaths"] == 3
+        epoch = engine._fleet.slots[0].epoch
+        await asyncio.sleep(2.1)  # the next start would have been in two seconds
+        assert engine._fleet.slots[0].epoch == epoch
+
+    asyncio.run(main())
+
+
+def test_workers_are_not_blamed_for_the_time_in_which_the_engine_stood_still(
+    tiny_folder: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(book, "STEP_LIMIT_S", 2.0)
+
+    async def main():
+        config = {"executor": "process", "heartbeat_s": 2}
+        async with running(tiny_folder, tmp_path, **config) as engine:
+            await engine.ready()
+            job = await engine.submit(submission(tiny_folder, num_inference_steps=500))
+            await until(engine, job, step=2)
+            (pid,) = pids(engine, "denoise")
+            os.kill(pid, signal.SIGSTOP)  # as when the whole machine sleeps
+            time.sleep(3)
+            await asyncio.sleep(1)  # the watch is over them again
+            os.kill(pid, signal.SIGCONT)
+            assert (await engine.cancel(job.id)).deaths == 0
+            assert pids(engine, "denoise") == (pid,)
+
+    asyncio.run(main())
+
+
+@pytest.mark.full
+def test_a_worker_that_is_stopped_and_replaced_publishes_nothing_when_it_goes_on(
+    tiny_folder: Path, tmp_path: Path, expected, monkeypatch
+):
+    kill = process._Group.kill
+
+    async def main():
+        config = {"executor": "process", "heartbeat_s": 2}
+        async with running(tiny_folder, tmp_path, PAIR, **config) as engine:
+            await engine.ready()
+            job = await engine.submit(submission(tiny_folder, seed=2, **BIG))
+            await at(engine, job, "decode")
+            old, handle = pids(engine, "decode"), engine._fleet.slots[0].handle
+            monkeypatch.setattr(process._Group, "kill", lambda self: None)  # no kill reaches it
+            os.kill(old[0], signal.SIGSTOP)
+            while pids(engine, "decode") == old:
+                await asyncio.sleep(0.05)
+            monkeypatch.setattr(process._Group, "kill", kill)
+            job = await ended(engine, job)
+            written = job.path.stat()
+            os.kill(old[0], signal.SIGCONT)
+            while not [*(tmp_path / WORK).glob(f"{job.id}-*.mp4")]:  # what it made meanwhile
+                await asyncio.sleep(0.05)
+            os.kill(old[0], signal.SIGKILL)
+            await asyncio.to_thread(handle.wait)
+            other = await ended(engine, await engine.submit(submission(tiny_folder, seed=3, **BIG)))
+            assert engine.job(job.id) == job and job.path.stat() == written
+            assert engine.stats()["worker_deaths"] == 1
+            return [job, other]
+
+    check(asyncio.run(main()), tmp_path, expected)
 
 
 SCRIPT = """
