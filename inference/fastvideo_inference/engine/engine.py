@@ -261,7 +261,6 @@ class Engine:
         for record in made:
             await record.ended.wait()
             del self._records[record.id]
-            self._ledger.path(record).unlink(missing_ok=True)
             if record.job.failure:
                 raise ValueError(f"{model} made no clip: {record.job.failure.message}")
 
@@ -316,11 +315,10 @@ class Engine:
         if end == len(record.row):
             return True
         follows = record.row[end]
-        wait = [r for r in self._waiting if r.is_handed and r.row[r.index] == follows]
-        ahead = self._order([*wait, record]).index(record)
+        wait = sum(r.is_handed and r.row[r.index] == follows for r in self._waiting)
         tasks = (other.task for other in self._fleet.slots)
         come = sum(task is not None and task.later[:1] == (follows,) for task in tasks)
-        return ahead + come < max(self.config.in_flight, slot.config.count)
+        return wait + come < max(self.config.in_flight, slot.config.count)
 
     def _dispatch(self, record: Record, slot: Slot) -> None:
         job, now = record.job, time.time()
@@ -453,6 +451,10 @@ class Engine:
 
     async def _complete(self, record: Record, values: Mapping[str, Any]) -> None:
         """Publish a clip under the job's name, then commit its end."""
+        if record.is_warmup:
+            self._ledger.discard(record.id, record.job.attempt)
+            await self._commit_end(record, status="completed")
+            return
         seconds = {**record.job.stage_seconds, "save": values["save_s"]}
         try:
             path = await self._ledger.publish(record)
@@ -460,8 +462,7 @@ class Engine:
             failure = Failure("io_error", f"the clip cannot be published: {error.strerror}")
             await self._commit_end(record, status="failed", failure=failure)
             return
-        if not record.is_warmup:
-            self._book.note_clip(record.model, record.total, seconds)
+        self._book.note_clip(record.model, record.total, seconds)
         made = {name: values[name] for name in ("frames_sha256", "recipe")}
         made |= {"path": path, "progress": 1.0, "stage_seconds": seconds}
         await self._commit_end(record, status="completed", **made)

@@ -19,7 +19,7 @@ from fastvideo_inference.engine.job import Job
 
 FILE = "journal.sqlite"
 _VERSION = 1
-_DELETED_S = 24 * 3600.0
+KEPT_S = 24 * 3600.0  # idempotency keys, and the rows of jobs without a file
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, status TEXT NOT NULL, accepted_at_s REAL NOT NULL,
@@ -30,8 +30,9 @@ _PUT = """
 INSERT INTO jobs (id, status, accepted_at_s, job) VALUES (?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET status = excluded.status, job = excluded.job
 """
-_KEPT = """
-SELECT job, deleted FROM jobs WHERE deleted = 0 OR accepted_at_s > ? ORDER BY accepted_at_s, rowid
+_PRUNE = """
+DELETE FROM jobs WHERE (deleted OR status IN ('failed', 'cancelled'))
+    AND json_extract(job, '$.finished_at_s') < ?
 """
 
 
@@ -66,13 +67,16 @@ class Journal:
             self._rows.execute(_PUT, (job.id, job.status, job.accepted_at_s, text))
 
     def delete(self, job_id: str) -> None:
-        """Mark a job as deleted; its row keeps how it ended."""
+        """Mark a job as deleted; its row keeps for a day how it ended."""
         with self._committing():
             self._rows.execute("UPDATE jobs SET deleted = 1 WHERE id = ?", (job_id,))
+            self._rows.execute(_PRUNE, (time.time() - KEPT_S,))
 
     def jobs(self) -> list[tuple[Job, bool]]:
-        """Return jobs, oldest first, and whether each was deleted, of which only the last day's."""
-        rows = self._rows.execute(_KEPT, (time.time() - _DELETED_S,))
+        """Return jobs, oldest first, and whether each was deleted; forget those of `_PRUNE`."""
+        with self._committing():
+            self._rows.execute(_PRUNE, (time.time() - KEPT_S,))
+        rows = self._rows.execute("SELECT job, deleted FROM jobs ORDER BY accepted_at_s, rowid")
         return [(self._json.validate_json(text), bool(deleted)) for text, deleted in rows]
 
     def close(self) -> None:

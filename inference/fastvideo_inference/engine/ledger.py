@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -12,10 +13,9 @@ from typing import Any
 
 from fastvideo.log import logger
 from fastvideo_inference.engine.job import ConflictError, Job, Submission
-from fastvideo_inference.engine.journal import Journal
+from fastvideo_inference.engine.journal import KEPT_S, Journal
 from fastvideo_inference.engine.record import Record
 
-KEY_TTL_S = 24 * 3600.0
 WORK = ".work"  # of what is not published yet; emptied by every start and stop
 _RETRY_S = 1.0
 
@@ -109,9 +109,9 @@ class Ledger:
                 self._keys.pop((submission.owner, submission.idempotency_key), None)
 
     async def publish(self, record: Record) -> Path:
-        """Give the file of the current attempt the job's name."""
+        """Give the file of the current attempt the job's name, which outlives a power cut."""
         path = self.path(record)
-        await self._on_disk(self.part(record.id, record.job.attempt).rename, path)
+        await self._on_disk(_rename, self.part(record.id, record.job.attempt), path)
         return path
 
     def later(self, work: Awaitable[Any]) -> asyncio.Future[Any]:
@@ -144,5 +144,14 @@ def log_error(future: asyncio.Future[Any]) -> None:
         logger.error("engine: %s", error, exc_info=error)
 
 
+def _rename(old: Path, new: Path) -> None:
+    old.rename(new)
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def _is_old(job: Job) -> bool:
-    return time.time() - job.accepted_at_s > KEY_TTL_S
+    return time.time() - job.accepted_at_s > KEPT_S

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastvideo_inference.engine.job import ConflictError, EngineStoppingError, QueueFullError
+from fastvideo_inference.engine.job import (
+    ConflictError,
+    EngineStoppingError,
+    Job,
+    QueueFullError,
+)
+from fastvideo_inference.engine.journal import Journal
 from fastvideo_inference.engine.ledger import WORK
 from fastvideo_inference.recipe import read_recipe
 from fastvideo_inference.video import Video
@@ -189,7 +196,10 @@ def test_events_tell_the_way_of_a_job_with_previews_if_asked(preview_folder: Pat
 
 
 @pytest.mark.full
-def test_few_states_wait_between_two_stages(tiny_folder: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("policy", ["fifo", "deadline"])
+def test_few_states_wait_between_two_stages(
+    tiny_folder: Path, tmp_path: Path, monkeypatch, policy: str
+):
     held = threading.Event()
     run = decode.run
 
@@ -201,10 +211,16 @@ def test_few_states_wait_between_two_stages(tiny_folder: Path, tmp_path: Path, m
     monkeypatch.setattr(decode, "run", slow)
 
     async def main():
-        async with running(tiny_folder, tmp_path, SPLIT, in_flight=2) as engine:
+        classes = [{"name": "batch"}, {"name": "clip", "deadline_s": 5}]
+        config = {"class": classes, "policy": policy, "in_flight": 2}
+        async with running(tiny_folder, tmp_path, SPLIT, **config) as engine:
             await engine.ready()
-            jobs = [await engine.submit(submission(tiny_folder, seed=s)) for s in range(1, 9)]
-            await settled(engine)
+            jobs = []
+            for name in ("batch", "clip"):  # the urgent ones come when the row is full
+                beside = {"slo_class": name}
+                asked = [submission(tiny_folder, seed=s, beside=beside) for s in range(1, 7)]
+                jobs += [await engine.submit(one) for one in asked]
+                await settled(engine)
             begun = [job for job in engine.jobs() if job.status == "in_progress"]
             held.set()
             made = [await ended(engine, job) for job in jobs]
@@ -316,6 +332,31 @@ def test_a_cancel_that_comes_with_the_end_changes_nothing(tiny_folder: Path, tmp
             assert [*tmp_path.glob("*.mp4")] == [job.path]
 
     asyncio.run(main())
+
+
+def test_a_file_has_its_name_on_the_disk_before_the_journal_says_so(
+    tiny_folder: Path, tmp_path: Path, monkeypatch
+):
+    sync, put, order = os.fsync, Journal.put, []
+
+    def noting_sync(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == tmp_path.stat().st_ino:
+            order.append([path.name for path in tmp_path.glob("*.mp4")])
+        sync(descriptor)
+
+    def noting_put(self: Journal, job: Job) -> None:
+        order.append(job.status)
+        put(self, job)
+
+    monkeypatch.setattr(os, "fsync", noting_sync)
+    monkeypatch.setattr(Journal, "put", noting_put)
+
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            return await ended(engine, await engine.submit(submission(tiny_folder)))
+
+    job = asyncio.run(main())
+    assert order == ["queued", "in_progress", [job.path.name], "completed"]
 
 
 def test_a_drain_ends_what_was_begun_and_leaves_the_rest_to_the_next_start(
