@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
@@ -11,7 +12,14 @@ from fastvideo.spec import Spec
 STEP_LIMIT_S, TIMES_USUAL = 30.0, 5.0
 _ALIKE = 4.0  # sizes of clips, of which one tells how long the other takes
 _FORGET = 0.3  # how fast a slow interval is forgotten
-_Key = tuple[object, ...]
+
+
+class Key(NamedTuple):
+    """Whose steps are compared: those of a pool's workers, at a stage of a model."""
+
+    pool: int
+    model: str
+    stage: str
 
 
 def work(params: SamplingParams, spec: Spec) -> float:
@@ -28,17 +36,17 @@ class Book:
     """Seconds between two signs of progress, by pool, model and stage; seconds of whole clips."""
 
     def __init__(self) -> None:
-        self._intervals: dict[_Key, dict[float, float]] = {}
+        self._intervals: dict[Key, dict[float, float]] = {}
         self._clips: dict[str, dict[float, float]] = {}
-        self._shares: dict[str, dict[str, float]] = {}
+        self._stages: dict[str, dict[str, float]] = {}
 
-    def note(self, key: _Key, work: float, seconds: float) -> None:
+    def note(self, key: Key, work: float, seconds: float) -> None:
         """Keep an interval; a longer one counts at once, a shorter one slowly."""
         known = self._intervals.setdefault(key, {})
         old = known.get(work, seconds)
         known[work] = max(seconds, old + _FORGET * (seconds - old))
 
-    def limit_s(self, key: _Key, work: float) -> float | None:
+    def limit_s(self, key: Key, work: float) -> float | None:
         """Return after how long a step of this size is given up; None if none was ever seen."""
         known = self._intervals.get(key)
         if not known:
@@ -49,7 +57,7 @@ class Book:
     def note_clip(self, model: str, work: float, stage_seconds: dict[str, float]) -> None:
         """Keep the seconds of a finished clip."""
         self._clips.setdefault(model, {})[work] = sum(stage_seconds.values())
-        self._shares[model] = dict(stage_seconds)
+        self._stages[model] = dict(stage_seconds)
 
     def clip_s(self, model: str, work: float) -> float | None:
         """Return about how many seconds of work a clip is; None before one of about its size."""
@@ -60,7 +68,7 @@ class Book:
 
     def progress(self, model: str, row: Sequence[str], index: int, fraction: float) -> float:
         """Return how much of a clip is done, 0 to 1, by what stages took of the one before."""
-        shares = [self._shares.get(model, {}).get(stage, 0.0) for stage in row]
+        shares = [self._stages.get(model, {}).get(stage, 0.0) for stage in row]
         if not sum(shares):
             shares = [1.0] * len(row)
         done = sum(shares[:index]) + (shares[index] * fraction if index < len(row) else 0.0)

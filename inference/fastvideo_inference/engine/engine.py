@@ -108,7 +108,7 @@ class Engine:
             record = await self._new(submission)
             self._check_room(record)
             await self._ledger.commit(record.job)
-            self._ledger.add(record)
+            self._records[record.id] = record
         self._counts.admitted += 1
         self._waiting.append(record)
         self._pump()
@@ -225,7 +225,7 @@ class Engine:
         if job.slo_class not in self._classes:  # the config has changed
             job = replace(job, slo_class=self.config.class_[0].name)
         record = Record(job, is_over=is_over, is_deleted=is_deleted)
-        self._ledger.add(record)
+        self._records[record.id] = record
         if is_over:
             record.ended.set()
             return
@@ -243,10 +243,7 @@ class Engine:
         self._waiting.append(record)
 
     async def _warm_up(self) -> None:
-        """Make tiny clips, as many at once as the largest pool has workers.
-
-        They come last: a whole clip of the same model that is done before will do as well.
-        """
+        """Make tiny clips, as many at once as the largest pool has workers, behind all others."""
         model = self.config.worker[0].model or hub.DEFAULT_MODEL
         spec, made = await self._spec(model), []
         workers = self.config.worker
@@ -264,12 +261,6 @@ class Engine:
             if record.job.failure:
                 raise ValueError(f"{model} made no clip: {record.job.failure.message}")
 
-    def _skip_warm_up(self, model: str) -> None:
-        """End tiny clips that wait, since a whole one is made."""
-        for record in [r for r in self._waiting if r.is_warmup and r.model == model]:
-            self._waiting.remove(record)
-            self._ledger.later(self._end(record, status="completed"))
-
     # Jobs go to workers
 
     def _pump(self) -> None:
@@ -279,22 +270,14 @@ class Engine:
             found = self._cache.get(record.prompt_key) if record.index == 0 else None
             if found:
                 record.index, (record.state, notices, _) = 1, found
-                told = (*record.job.notices, *notices)
-                record.job = replace(record.job, notices=told, stage_seconds={ENCODE: 0.0})
-        for slot in self._fleet.idle():
-            ordered = self._order(self._fitting(slot))
-            first = next((record for record in ordered if self._room(record, slot)), None)
-            if first:
+                notices = (*record.job.notices, *notices)
+                record.job = replace(record.job, notices=notices, stage_seconds={ENCODE: 0.0})
+        for slot in [slot for slot in reversed(self._fleet.slots) if slot.state == "idle"]:
+            kept = [r for r in self._waiting if not (self._is_draining and r.is_queued)]
+            ordered = self._order([record for record in kept if self._fits(record, slot)])
+            if first := next((record for record in ordered if self._room(record, slot)), None):
                 self._dispatch(first, slot)
         self._preempt()
-
-    def _fitting(self, slot: Slot) -> list[Record]:
-        """Return the jobs whose next stage a worker can run."""
-        return [
-            record
-            for record in self._waiting
-            if not (self._is_draining and record.is_queued) and self._fits(record, slot)
-        ]
 
     def _fits(self, record: Record, slot: Slot) -> bool:
         stage, submission = record.row[record.index], record.job.submission
@@ -309,16 +292,22 @@ class Engine:
     def _room(self, record: Record, slot: Slot) -> bool:
         """Tell whether few enough states wait, or will, for the stage after those of a worker.
 
-        That is one for each worker of its pool at least, or some of them could never work.
+        That is one for each worker of its pool at least, or some of them could never work. Under a
+        policy that preempts, the last place is for a job that goes ahead of all these.
         """
         end = record.index + len(pools.run_on(slot.config, record.row, record.index))
         if end == len(record.row):
             return True
         follows = record.row[end]
-        wait = sum(r.is_handed and r.row[r.index] == follows for r in self._waiting)
-        tasks = (other.task for other in self._fleet.slots)
-        come = sum(task is not None and task.later[:1] == (follows,) for task in tasks)
-        return wait + come < max(self.config.in_flight, slot.config.count)
+        others = [r for r in self._waiting if r.is_handed and r.row[r.index] == follows]
+        for other in self._fleet.slots:
+            running = None if other is slot else self._at(other)
+            if running and other.task and other.task.later[:1] == (follows,):
+                others.append(running)
+        places = max(self.config.in_flight, slot.config.count)
+        if self._policy.PREEMPTS and self._order([*others, record])[0] is not record:
+            places = max(places - 1, slot.config.count)
+        return len(others) < places
 
     def _dispatch(self, record: Record, slot: Slot) -> None:
         job, now = record.job, time.time()
@@ -331,14 +320,11 @@ class Engine:
         task = Task(
             job_id=job.id,
             attempt=attempt,
-            model=record.model,
-            decoder=job.submission.decoder,
-            params=job.submission.params,
+            submission=job.submission,
             notices=job.notices,
             stages=stages,
             later=record.row[record.index + len(stages) :],
             output=self._ledger.part(job.id, attempt),
-            previews=job.submission.previews,
             checkpoint_every=self.config.checkpoint_every,
             is_quiet=record.is_warmup,
             state=record.state,
@@ -354,7 +340,7 @@ class Engine:
 
     def _preempt(self) -> None:
         """Ask for a worker back whose job the policy puts behind one that waits."""
-        for record in self._waiting:
+        for record in self._waiting if self._policy.PREEMPTS else ():
             for slot in self._fleet.slots:
                 running = self._at(slot)
                 if running and running.job.stage == "denoise" and self._fits(record, slot):
@@ -381,10 +367,10 @@ class Engine:
             self._pump()
 
     def _take(self, record: Record, report: Report) -> None:
-        values = dict(report.values)
+        values = report.values
         record.state = report.state or record.state
         if "transfer_s" in values:
-            add(self._counts.transfer_s, values.pop("transfer_s"))
+            add(self._counts.transfer_s, values["transfer_s"])
             self._counts.transfer_bytes += values["num_bytes"]
         if report.kind in LAST:
             record.slot = None
@@ -403,8 +389,6 @@ class Engine:
                 record.is_handed = report.kind == "handed"
                 self._waiting.append(record)
             case "finished":
-                if not record.is_warmup:  # those are one for each worker
-                    self._skip_warm_up(record.model)
                 record.is_over = True
                 self._ledger.later(self._complete(record, values))
             case "failed":

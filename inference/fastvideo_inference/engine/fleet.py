@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from fastvideo.log import logger
-from fastvideo_inference.engine.book import Book
+from fastvideo_inference.engine.book import Book, Key
 from fastvideo_inference.engine.config import ServeConfig, WorkerConfig
 from fastvideo_inference.engine.messages import LAST, Executor, Handle, Report, Setup, Stop, Task
 
@@ -38,15 +38,14 @@ class Slot:
     task: Task | None = None
     work: float = 1.0
     has_begun: bool = False
-    is_stopping: bool = False
     handle: Handle | None = None
     epoch: int = 0
     beats: dict[int, float] = field(default_factory=dict)
     num_ready: int = 0
-    mark: tuple[str, int] | None = None
+    mark: tuple[Key, int] | None = None
     since: float = 0.0
     limit_s: float | None = None
-    ran: set[tuple[str, str]] = field(default_factory=set)
+    ran: set[Key] = field(default_factory=set)
     crashes: int = 0
     failed_starts: int = 0
 
@@ -91,24 +90,17 @@ class Fleet:
         handles = [slot.handle for slot in self.slots if slot.handle]
         await asyncio.gather(*(asyncio.to_thread(handle.wait) for handle in handles))
 
-    def idle(self) -> Iterator[Slot]:
-        """Yield workers without a task, those of late stages first."""
-        for slot in reversed(self.slots):
-            if slot.state == "idle":
-                yield slot
-
     def assign(self, slot: Slot, task: Task, *, work: float) -> None:
         """Give a task of so much work a step to an idle worker."""
         assert slot.handle is not None and slot.state == "idle", "an idle worker is alive"
         slot.task, slot.work, slot.state = task, work, "busy"
         slot.mark, slot.since, slot.limit_s = None, time.monotonic(), None
-        slot.has_begun = slot.is_stopping = False
+        slot.has_begun = False
         slot.handle.send(task)
 
     def stop_task(self, slot: Slot) -> None:
-        """Ask a worker, once, to give its task back at the next step boundary."""
-        if slot.task and slot.handle and not slot.is_stopping:
-            slot.is_stopping = True
+        """Ask a worker to give its task back at the next step boundary."""
+        if slot.task and slot.handle:
             slot.handle.send(Stop(slot.task.job_id, slot.task.attempt))
 
     def lose(self, slot: Slot, reason: str) -> None:
@@ -141,7 +133,6 @@ class Fleet:
         epoch = slot.epoch
         setups = [
             Setup(
-                stages=config.stages,
                 device=device,
                 memory=config.memory if config.model else config.memory or "half",
                 heartbeat_s=self._config.heartbeat_s,
@@ -180,22 +171,17 @@ class Fleet:
         slot.has_begun = True
         if report.kind == "loading":
             slot.state, slot.mark, slot.since, slot.limit_s = "loading", None, now, LOAD_LIMIT_S
-            return
-        if report.kind not in ("progress", *LAST):
-            return
-        if slot.mark is not None:
-            stage, index = slot.mark
-            is_same = report.values.get("stage") == stage
-            if (is_same and report.values["index"] > index) or report.kind == "finished":
-                self._book.note((slot.pool, task.model, stage), slot.work, now - slot.since)
-                slot.ran.add((task.model, stage))
-        slot.state, slot.since = "busy", now
-        if report.kind == "progress":
-            stage = report.values["stage"]
-            slot.mark = stage, report.values["index"]
-            key = (slot.pool, task.model, stage)
-            is_known = (task.model, stage) in slot.ran  # its first step may compile
-            slot.limit_s = self._book.limit_s(key, slot.work) if is_known else None
+        elif report.kind in ("progress", *LAST):
+            stage, index = report.values.get("stage", ""), report.values.get("index", 0)
+            key = Key(slot.pool, task.submission.model, stage)
+            if slot.mark is not None:
+                before, last = slot.mark
+                if (key == before and index > last) or report.kind == "finished":
+                    self._book.note(before, slot.work, now - slot.since)
+                    slot.ran.add(before)
+            slot.state, slot.since, slot.mark = "busy", now, (key, index)
+            # the first step of a worker may compile
+            slot.limit_s = self._book.limit_s(key, slot.work) if key in slot.ran else None
 
     async def _watching(self) -> None:
         pause = min(1.0, self._config.heartbeat_s / 4)
@@ -227,8 +213,8 @@ class Fleet:
         if slot.state == "idle" or slot.limit_s is None or now - slot.since <= slot.limit_s:
             return None
         if slot.state == "busy":
-            stage = slot.mark[0] if slot.mark else "stage"
-            return f"a step of {stage} took more than {slot.limit_s:.0f} s"
+            assert slot.mark is not None, "a limit is of a stage"
+            return f"a step of {slot.mark[0].stage} took more than {slot.limit_s:.0f} s"
         return f"not done {slot.state} after {slot.limit_s:.0f} s"
 
     def stats(self) -> list[dict[str, Any]]:

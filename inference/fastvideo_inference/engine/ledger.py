@@ -21,13 +21,12 @@ _RETRY_S = 1.0
 
 
 class Ledger:
-    """Records by id and by idempotency key; what it awaits is done once it is on disk."""
+    """Records by id; what it awaits is done once it is on disk."""
 
     def __init__(self, folder: Path) -> None:
         self.records: dict[str, Record] = {}
         self.folder = folder.absolute()
         self.work = self.folder / WORK
-        self._keys: dict[tuple[str, str], Record] = {}
         self._journal: Journal | None = None
         self._disk = ThreadPoolExecutor(1, "journal")
         self._pending: set[asyncio.Future[Any]] = set()
@@ -57,21 +56,14 @@ class Ledger:
 
         Raises `ConflictError` if that was another request.
         """
-        record = self._keys.get((submission.owner, submission.idempotency_key))
-        if record is None or _is_old(record.job):
-            return None
-        if record.job.submission.body_sha256 != submission.body_sha256:
-            raise ConflictError("this idempotency key was used for another request")
-        return record.job
-
-    def add(self, record: Record) -> None:
-        """Keep a record; of one that was deleted only the idempotency key counts, for its time."""
-        submission = record.job.submission
-        has_key = bool(submission.idempotency_key) and not _is_old(record.job)
-        if has_key:
-            self._keys[submission.owner, submission.idempotency_key] = record
-        if has_key or not record.is_deleted:
-            self.records[record.id] = record
+        own = submission.owner, submission.idempotency_key
+        for record in self.records.values() if submission.idempotency_key else ():
+            earlier = record.job.submission
+            if (earlier.owner, earlier.idempotency_key) == own and not _is_old(record.job):
+                if earlier.body_sha256 == submission.body_sha256:
+                    return record.job
+                raise ConflictError("this idempotency key was used for another request")
+        return None
 
     async def commit(self, job: Job) -> None:
         """Write a job as it is; `OSError` if the disk refuses."""
@@ -91,22 +83,16 @@ class Ledger:
                 await asyncio.sleep(_RETRY_S)
 
     async def delete(self, record: Record) -> None:
-        """Forget a job that has ended, and its file; the journal keeps a row."""
+        """Remove the file of a job that has ended; memory and journal keep it for a day, since its
+        idempotency key counts for so long.
+        """
         assert self._journal is not None, "open() comes first"
         record.is_deleted = True
         await self._on_disk(self._journal.delete, record.id)
         await self._on_disk(self.path(record).unlink, True)
-        if not record.job.submission.idempotency_key:
-            self.records.pop(record.id, None)
-        self._purge()
-
-    def _purge(self) -> None:
-        """Forget deleted jobs whose idempotency keys count no more."""
-        for record in [one for one in self.records.values() if one.is_deleted]:
-            if _is_old(record.job):
-                submission = record.job.submission
-                del self.records[record.id]
-                self._keys.pop((submission.owner, submission.idempotency_key), None)
+        old = [r.id for r in self.records.values() if r.is_deleted and _is_old(r.job)]
+        for job_id in old:
+            del self.records[job_id]
 
     async def publish(self, record: Record) -> Path:
         """Give the file of the current attempt the job's name, which outlives a power cut."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from fastvideo.sampling import SamplingParams
+from fastvideo_inference.engine.job import Submission
 
 Kind: TypeAlias = Literal[
     # of a worker
@@ -53,14 +53,11 @@ class Task:
 
     job_id: str
     attempt: int
-    model: str
-    decoder: str
-    params: SamplingParams
+    submission: Submission
     notices: tuple[str, ...]
     stages: tuple[str, ...]
     later: tuple[str, ...]
     output: Path
-    previews: bool
     checkpoint_every: int
     is_quiet: bool = False
     state: Any = None
@@ -78,7 +75,6 @@ class Stop:
 class Setup:
     """What a worker, or one rank of a group, is started with."""
 
-    stages: tuple[str, ...]
     device: str
     memory: float | Literal["half"] | None
     heartbeat_s: float
@@ -97,7 +93,7 @@ class Handle(Protocol):
         """Pass a command on; to a worker that is gone, nothing happens."""
 
     def kill(self) -> None:
-        """End it at once, stopped processes too. Nothing that it still says is heard."""
+        """End it at once, stopped processes too; what it still says, its owner drops."""
 
     def wait(self) -> None:
         """Wait, `PATIENCE_S` at most, until what was killed is gone."""

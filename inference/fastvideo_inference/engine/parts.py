@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,46 +23,40 @@ _FIELDS = {"text": ("text", "tokenizer"), "dit": ("dit", "loras"), "vae": ("vae"
 _Key = tuple[str, str, str]  # model, part, path of a small decoder in place of the VAE's
 
 
-@dataclass(frozen=True)
-class _Base:
-    """A model without weights."""
-
-    found: OpenModel
-    model: Model
-
-
 class Parts:
     """Loaded parts of any number of models, the least recently used freed first."""
 
     def __init__(
-        self, meshes: Meshes, *, memory: float | None, loading: Callable[[Sequence[str]], None]
+        self, meshes: Meshes, *, memory: float | None, loading: Callable[[], None]
     ) -> None:
         self._meshes = meshes
         self._limit = None if memory is None else memory * _GIB
         self._loading = loading
-        self._bases: dict[str, _Base] = {}
+        self._bases: dict[str, tuple[OpenModel, Model]] = {}  # without weights
         self._parts: OrderedDict[_Key, Model] = OrderedDict()
         self._ids: dict[str, ModelId] = {}
 
     def model(self, name: str, parts: Sequence[str], *, decoder: str = "") -> Model:
         """Return a model whose `parts` are loaded; with a `decoder`, it is in the VAE's place."""
-        base = self._base(name)
+        found, base = self._base(name)
+        device = self._meshes.device
         keys: list[_Key] = [(name, part, decoder if part == "vae" else "") for part in parts]
         missing = [key for key in keys if key not in self._parts]
         if missing:
-            self._loading([part for _, part, _ in missing])
+            self._loading()
         for key in missing:
-            self._make_room(_size(base.model, key), keep=keys)
-            self._parts[key] = _load(base.found, key, self._meshes.device)
+            self._make_room(_size(base, key), keep=keys)
+            own = () if key[2] else (key[1],)
+            self._parts[key] = load(found, device=device, parts=own, decoder=key[2] or None)
         fields: dict[str, Any] = {}
         for key in keys:
             self._parts.move_to_end(key)
             fields |= {name: getattr(self._parts[key], name) for name in _FIELDS[key[1]]}
-        return replace(base.model, meshes=self._meshes, **fields)
+        return replace(base, meshes=self._meshes, **fields)
 
     def ids(self, name: str, *, decoder: str = "") -> tuple[ModelId, DecoderId | None]:
         """Return what a recipe says of a model and its decoder."""
-        found = self._base(name).found
+        found, _ = self._base(name)
         if name not in self._ids:
             digest = recipe.fingerprint(found.folder)
             self._ids[name] = ModelId(
@@ -70,10 +64,10 @@ class Parts:
             )
         return self._ids[name], recipe.decoder_id(decoder or None, found.spec, found.folder)
 
-    def _base(self, name: str) -> _Base:
+    def _base(self, name: str) -> tuple[OpenModel, Model]:
         if name not in self._bases:
             found = hub.open_model(name, weights=True)
-            self._bases[name] = _Base(found, load(found, device=self._meshes.device, parts=()))
+            self._bases[name] = found, load(found, device=self._meshes.device, parts=())
         return self._bases[name]
 
     def _make_room(self, size: int, *, keep: Sequence[_Key]) -> None:
@@ -89,11 +83,6 @@ class Parts:
             gc.collect()
             if self._meshes.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
-def _load(found: OpenModel, key: _Key, device: torch.device) -> Model:
-    _, part, decoder = key
-    return load(found, device=device, parts=() if decoder else (part,), decoder=decoder or None)
 
 
 def _size(model: Model, key: _Key) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-from fastvideo.parallel.degrees import ParallelConfig, parse
+from fastvideo.parallel.degrees import parse
 from fastvideo.resolve import resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams
 from fastvideo.spec import Spec
@@ -25,7 +24,7 @@ def unfit(pool: WorkerConfig, stage: str, submission: Submission, spec: Spec) ->
         return None
     try:
         has_small = bool(submission.decoder) or stage != "decode"
-        sharing.check(_degrees(pool.parallel), submission.params, spec, has_small_decoder=has_small)
+        sharing.check(parse(pool.parallel), submission.params, spec, has_small_decoder=has_small)
     except ValueError as error:
         return str(error)
     return None
@@ -68,8 +67,3 @@ def tiny(model: str, spec: Spec, pools: Sequence[WorkerConfig], *, seed: int) ->
             continue
         return params
     return resolve(GenerateRequest(prompt=_PROMPT, seed=seed), spec)
-
-
-@lru_cache
-def _degrees(text: str) -> ParallelConfig:
-    return parse(text)

@@ -113,7 +113,7 @@ class PromptCache:
         self._entries: OrderedDict[_Key, tuple[Any, tuple[str, ...], int]] = OrderedDict()
 
     def get(self, key: _Key) -> tuple[Any, tuple[str, ...], int] | None:
-        """Return what was kept under a key."""
+        """Return the entry of a key, which is the last used from now on."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
@@ -121,11 +121,11 @@ class PromptCache:
     def put(self, key: _Key, state: Any, notices: tuple[str, ...], num_bytes: int) -> None:
         """Keep a state, and let the oldest go that are too much."""
         self._entries[key] = state, notices, num_bytes
-        while len(self._entries) > _CACHE_ENTRIES or self._num_bytes() > _CACHE_BYTES:
+        while (
+            len(self._entries) > _CACHE_ENTRIES
+            or sum(size for _, _, size in self._entries.values()) > _CACHE_BYTES
+        ):
             self._entries.popitem(last=False)
-
-    def _num_bytes(self) -> int:
-        return sum(size for _, _, size in self._entries.values())
 
 
 @dataclass

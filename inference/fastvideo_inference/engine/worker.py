@@ -10,9 +10,8 @@ A group of ranks runs the same tasks together; the first of them speaks.
 from __future__ import annotations
 
 import errno
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -48,15 +47,13 @@ class Worker:
         self._send = send
         self._meshes = _join(setup)
         memory = _half(self._meshes.device) if setup.memory == "half" else setup.memory
-        self._parts = Parts(self._meshes, memory=memory, loading=self._tell_loading)
+        self._parts = Parts(self._meshes, memory=memory, loading=lambda: self._say("loading"))
         self._task: Task | None = None
         self._stop: Stop | None = None
-        self._lock = threading.Lock()
 
     def stop(self, stop: Stop) -> None:
         """Give the task back at its next step boundary, if it is that one or is still to come."""
-        with self._lock:
-            self._stop = stop
+        self._stop = stop
 
     def run(self, task: Task) -> None:
         """Run a task to its end, its failure or a stop.
@@ -67,12 +64,14 @@ class Worker:
         self._task = task
         self._say("started")
         logger.disabled = task.is_quiet
-        state = task.state or State((task.params,))
+        params = (task.submission.params,)
+        state = task.state or State(params)
         if self._meshes.device.type != "cpu":
             state = unpack(*pack(state), device=self._meshes.device)
-        own = {"requests": (task.params,), "previews": task.previews, "notices": task.notices}
+        previews = task.submission.previews
+        state = replace(state, requests=params, previews=previews, notices=task.notices)
         try:
-            self._run(task, replace(state, **own))
+            self._run(task, state)
         except _Stopped:
             pass
         except Exception as error:
@@ -86,18 +85,13 @@ class Worker:
         finally:
             logger.disabled = False
 
-    @property
-    def job_id(self) -> str:
-        """The job of the task that it runs, or ran last."""
-        return self._task.job_id if self._task else "-"
-
     def _run(self, task: Task, state: State) -> None:
         model: Model | None
         for index, name in enumerate(task.stages):
             later = (*task.stages[index + 1 :], *task.later)
             needs = registry.module("fastvideo.stages", name).PARTS
             model = None  # else its parts stay in memory while others are loaded
-            model = self._parts.model(task.model, needs, decoder=task.decoder)
+            model = self._parts.model(task.submission.model, needs, decoder=task.submission.decoder)
             state = self._stage(task, model, name, state)
             seconds = state.timings[name]
             if later:
@@ -134,13 +128,13 @@ class Worker:
             raise _Stopped
 
     def _must_stop(self, task: Task) -> bool:
-        with self._lock:
-            is_asked = self._stop == Stop(task.job_id, task.attempt)
+        is_asked = self._stop == Stop(task.job_id, task.attempt)
         return agree.broadcast_object(is_asked, self._meshes.axis("sample"), self._meshes.device)
 
     def _finish(self, task: Task, model: Model, state: State) -> None:
         self._say("progress", stage=SAVE, index=0, total=1)
-        model_id, decoder_id = self._parts.ids(task.model, decoder=task.decoder)
+        asked = task.submission
+        model_id, decoder_id = self._parts.ids(asked.model, decoder=asked.decoder)
         video = VideoPipeline(model, model_id, decoder_id).video(state)
         if video.writes:
             started = time.perf_counter()
@@ -152,13 +146,10 @@ class Worker:
                 save_s=time.perf_counter() - started,
             )
 
-    def _tell_loading(self, parts: Sequence[str]) -> None:
-        self._say("loading", parts=tuple(parts))
-
     def _say(self, kind: Kind, state: State | None = None, **values: Any) -> None:
         if self._meshes.is_first:
             assert self._task is not None, "reports are about a task"
-            self._send(Report(kind, self.job_id, self._task.attempt, values, state))
+            self._send(Report(kind, self._task.job_id, self._task.attempt, values, state))
 
 
 def _join(setup: Setup) -> Meshes:
@@ -183,13 +174,10 @@ def _half(device: torch.device) -> float | None:
 
 def _slim(state: State, later: Sequence[str]) -> State:
     """Drop what no later stage needs, so that it is neither sent nor kept."""
-    needs = {field for name in later for field in _needs(name)}
+    stages_ = [registry.module("fastvideo.stages", name) for name in later]
+    needs = {field for stage in stages_ for field in stage.NEEDS}
     unneeded: dict[str, Any] = {field: None for field in _GIVEN if field not in needs}
     return replace(state, **unneeded)
-
-
-def _needs(stage: str) -> Iterator[str]:
-    yield from registry.module("fastvideo.stages", stage).NEEDS
 
 
 def _sheet(preview: Preview) -> bytes:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastvideo_inference.engine.book import STEP_LIMIT_S, Book, work
+from fastvideo_inference.engine.book import STEP_LIMIT_S, Book, Key, work
 
 from fastvideo import hub
 from tests.fastvideo_inference.engine.conftest import submission
 
 
 def test_a_step_has_five_times_its_usual_time_scaled_to_its_size_and_half_a_minute_at_least():
-    book, key = Book(), (0, "m", "denoise")
+    book, key = Book(), Key(0, "m", "denoise")
     assert book.limit_s(key, 100) is None
     book.note(key, 100, 0.1)
     assert book.limit_s(key, 100) == STEP_LIMIT_S
@@ -21,7 +21,7 @@ def test_a_step_has_five_times_its_usual_time_scaled_to_its_size_and_half_a_minu
     assert book.limit_s(key, 50) == 50
     book.note(key, 100, 10.0)
     assert 50 < book.limit_s(key, 100) < 100  # a slow one is forgotten slowly
-    assert book.limit_s((0, "m", "decode"), 100) is None
+    assert book.limit_s(Key(0, "m", "decode"), 100) is None
 
 
 def test_the_seconds_of_a_clip_and_its_progress_are_those_of_one_before():

@@ -39,7 +39,6 @@ class _Thread:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self._last: Task | None = None
-        self._is_dead = False
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -52,8 +51,7 @@ class _Thread:
             self._worker.stop(command)
 
     def kill(self) -> None:
-        """Let the thread end after its step, unheard."""
-        self._is_dead = True
+        """Let the thread end after its step."""
         if self._worker and self._last:
             self._worker.stop(Stop(self._last.job_id, self._last.attempt))
         self._tasks.put(None)
@@ -74,9 +72,5 @@ class _Thread:
             self._say(Report("dead", values={"reason": one_line(error)}))
 
     def _say(self, report: Report) -> None:
-        if not self._is_dead and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._hear, report)
-
-    def _hear(self, report: Report) -> None:
-        if not self._is_dead:
-            self._report(report)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._report, report)

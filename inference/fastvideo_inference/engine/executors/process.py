@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from fastvideo import log
 from fastvideo.errors import one_line
@@ -32,11 +32,7 @@ from fastvideo_inference.engine import transport
 from fastvideo_inference.engine.messages import PATIENCE_S, Report, Setup, Stop, Task
 from fastvideo_inference.engine.transport import Segment
 
-if TYPE_CHECKING:
-    from fastvideo_inference.engine.worker import Worker
-
 _BEATS = 4  # in the time after which a worker is dead
-_LOG = "%(asctime)s %(levelname)s [%(job_id)s] %(message)s"
 _PR_SET_PDEATHSIG = 1
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
@@ -56,7 +52,7 @@ class Executor:
 
 class _Group:
     def __init__(self, setups: list[Setup], report: Callable[[Report], None]) -> None:
-        self._report: Callable[[Report], None] | None = report
+        self._report = report
         self._ranks: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
         self._listeners: list[threading.Thread] = []
         loop = asyncio.get_running_loop()
@@ -82,7 +78,6 @@ class _Group:
 
     def kill(self) -> None:
         """Kill all ranks; their listeners reap them."""
-        self._report = None
         for process, stream in self._ranks:
             process.kill()
             with suppress(OSError):
@@ -104,16 +99,12 @@ class _Group:
             while True:
                 report, segment = transport.receive(stream)
                 heard = dataclasses.replace(report, state=segment, rank=rank)
-                loop.call_soon_threadsafe(self._hear, heard)
+                loop.call_soon_threadsafe(self._report, heard)
         process.kill()  # it closed the stream, and is to be gone as well
         dead = Report("dead", values={"reason": _ended(process.wait())})
         stream.close()
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._hear, dead)
-
-    def _hear(self, report: Report) -> None:
-        if self._report is not None:
-            self._report(report)
+            loop.call_soon_threadsafe(self._report, dead)
 
 
 def _start(setup: Setup) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -148,7 +139,11 @@ def main(descriptor: int) -> None:
         """Send a report, its state by shared memory; without an engine, end."""
         segment = None
         if report.state is not None:
-            segment, values = _shared(report.state)
+            from fastvideo import packing  # torch is there by now
+
+            started, segment = time.perf_counter(), Segment.new()
+            num_bytes = packing.write(report.state, segment.descriptor)
+            values = {"num_bytes": num_bytes, "transfer_s": time.perf_counter() - started}
             report = dataclasses.replace(report, state=None, values={**report.values, **values})
         try:
             with lock:
@@ -170,13 +165,14 @@ def _work(setup: Setup, stream: socket.socket, send: Callable[[Report], None]) -
     from fastvideo_inference.engine.worker import Worker
 
     worker = Worker(setup, send)
-    for handler in logger.handlers:
-        handler.setFormatter(logging.Formatter(_LOG, defaults={"job_id": _JobId(worker)}))
     tasks: queue.SimpleQueue[tuple[Task, Segment | None]] = queue.SimpleQueue()
     threading.Thread(target=_obey, args=(stream, worker, tasks), daemon=True).start()
     send(Report("ready"))
     for number in itertools.count():
         task, segment = tasks.get()
+        form = logging.Formatter(f"%(asctime)s %(levelname)s [{task.job_id}] %(message)s")
+        for handler in logger.handlers:
+            handler.setFormatter(form)
         send(Report("started", task.job_id, task.attempt))  # its state may be what kills
         if segment is not None:
             task = dataclasses.replace(task, state=packing.read(segment.descriptor))
@@ -184,24 +180,6 @@ def _work(setup: Setup, stream: socket.socket, send: Callable[[Report], None]) -
         if number == 0:
             gc.freeze()  # what is loaded stays; imageio collects garbage twice a clip
     raise AssertionError("numbers do not end")
-
-
-class _JobId:
-    """The job that a worker is at, whenever a line is logged."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def __str__(self) -> str:
-        return self._worker.job_id
-
-
-def _shared(state: Any) -> tuple[Segment, dict[str, Any]]:
-    from fastvideo import packing
-
-    started, segment = time.perf_counter(), Segment.new()
-    num_bytes = packing.write(state, segment.descriptor)
-    return segment, {"num_bytes": num_bytes, "transfer_s": time.perf_counter() - started}
 
 
 def _beat(send: Callable[[Report], None], pause_s: float) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from fastvideo_inference.engine.job import Job
 
+PREEMPTS = True
+
 
 def order(
     waiting: Sequence[Job], running: Sequence[Job], deadlines_s: Mapping[str, float]

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from fastvideo_inference.engine.job import Job
 
+PREEMPTS = False
+
 
 def order(
     waiting: Sequence[Job], running: Sequence[Job], deadlines_s: Mapping[str, float]
@@ -22,8 +24,3 @@ def order(
 
     arrived = sorted(waiting, key=lambda job: job.accepted_at_s)
     return [job for _, job in sorted(((turn(job), job) for job in arrived), key=lambda one: one[0])]
-
-
-def preempts(waiting: Job, running: Job, deadlines_s: Mapping[str, float]) -> bool:
-    """Never interrupt."""
-    return False
