@@ -229,13 +229,13 @@ class Engine:
         if is_over:
             record.ended.set()
             return
+        self._ledger.path(record).unlink(missing_ok=True)  # published, and not committed
         try:
             record.known_spec = await self._spec(job.submission.model)
             pools.check(self.config.worker, job.submission, record.spec)
         except ValueError as error:
             self._fail(record, "invalid_request", str(error))
             return
-        self._ledger.path(record).unlink(missing_ok=True)  # published, and not committed
         if job.status == "in_progress" and self.config.interrupted == "fail":
             self._fail(record, "interrupted", "the server ended while the clip was made")
             return

@@ -158,10 +158,7 @@ def _join(setup: Setup) -> Meshes:
     device = mesh.join(
         pick_device(setup.device), rank=setup.rank, size=setup.size, file=setup.rendezvous
     )
-    split = degrees.parse(setup.parallel)
-    if split.of("batch") > 1:
-        raise ValueError(f"parallel {setup.parallel}: a worker makes one clip; use count for data")
-    return mesh.build(split, device)
+    return mesh.build(degrees.parse(setup.parallel), device)
 
 
 def _half(device: torch.device) -> float | None:

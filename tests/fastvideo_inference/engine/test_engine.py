@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastvideo_inference.engine import ledger
 from fastvideo_inference.engine.job import (
     ConflictError,
     EngineStoppingError,
@@ -120,8 +121,8 @@ def test_a_folder_has_one_engine(tiny_folder: Path, tmp_path: Path):
     asyncio.run(main())
 
 
-def test_an_idempotency_key_gives_its_first_job_again_also_after_a_restart(
-    tiny_folder: Path, tmp_path: Path
+def test_an_idempotency_key_gives_its_first_job_again_for_a_day_also_after_a_restart(
+    tiny_folder: Path, tmp_path: Path, monkeypatch
 ):
     def asked(seed: int, key: str = "k", owner: str = "me"):
         beside = {"idempotency_key": key, "body_sha256": str(seed), "owner": owner}
@@ -144,6 +145,11 @@ def test_an_idempotency_key_gives_its_first_job_again_also_after_a_restart(
             assert (again.id, again.status) == (others[0].id, "cancelled")
             assert engine.job(again.id) is None
             assert others[0].id not in [job.id for job in engine.jobs()]
+            monkeypatch.setattr(ledger, "KEPT_S", 0.0)  # a day later
+            new = await engine.submit(asked(2))
+            assert new.id not in (both[0].id, others[1].id)
+            await engine.delete(both[0].id)
+            assert not {both[0].id, others[0].id} & {*engine._records}
 
     asyncio.run(main())
 

@@ -295,6 +295,7 @@ def test_a_worker_that_crashes_again_and_again_is_started_less_and_less_often(
     asyncio.run(main())
 
 
+@pytest.mark.full
 def test_workers_are_not_blamed_for_the_time_in_which_the_engine_stood_still(
     tiny_folder: Path, tmp_path: Path, monkeypatch
 ):
