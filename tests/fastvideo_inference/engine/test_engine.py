@@ -136,6 +136,7 @@ def test_an_idempotency_key_gives_its_first_job_again_for_a_day_also_after_a_res
                 await engine.submit(asked(2, owner="you")),
             ]
             await engine.delete(others[0].id)
+            assert (await engine.submit(asked(2, "l"))).id == others[0].id
         async with running(tiny_folder, tmp_path) as engine:
             assert len({both[0].id, both[1].id, *(job.id for job in others)}) == 3
             assert (await engine.submit(asked(1))).id == both[0].id
@@ -150,6 +151,7 @@ def test_an_idempotency_key_gives_its_first_job_again_for_a_day_also_after_a_res
             assert new.id not in (both[0].id, others[1].id)
             await engine.delete(both[0].id)
             assert not {both[0].id, others[0].id} & {*engine._records}
+            assert engine.job(others[1].id)
 
     asyncio.run(main())
 
