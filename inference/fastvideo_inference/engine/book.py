@@ -10,7 +10,7 @@ from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
 
 STEP_LIMIT_S, TIMES_USUAL = 30.0, 5.0
-_ALIKE = 4.0  # sizes of clips, of which one tells how long the other takes
+_ALIKE = 4.0  # the largest ratio of FLOP at which a clip's time is scaled to another
 _FORGET = 0.3  # how fast a slow interval is forgotten
 
 
@@ -60,14 +60,14 @@ class Book:
         self._stages[model] = dict(stage_seconds)
 
     def clip_s(self, model: str, work: float) -> float | None:
-        """Return about how many seconds of work a clip is; None before one of about its size."""
+        """Return the estimated seconds of a clip; None before any of about its size."""
         known = self._clips.get(model)
         nearest = _nearest(known, work) if known else 0.0
         is_alike = known and max(nearest / work, work / nearest) <= _ALIKE
         return known[nearest] * work / nearest if known and is_alike else None
 
     def progress(self, model: str, row: Sequence[str], index: int, fraction: float) -> float:
-        """Return how much of a clip is done, 0 to 1, by what stages took of the one before."""
+        """Return the done fraction of a clip, by the stage seconds of the clip before."""
         shares = [self._stages.get(model, {}).get(stage, 0.0) for stage in row]
         if not sum(shares):
             shares = [1.0] * len(row)

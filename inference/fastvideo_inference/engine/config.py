@@ -61,7 +61,7 @@ class Limits(Strict):
 
 
 class ServeConfig(Strict):
-    """All that `fastvideo serve` is told; without a file these defaults."""
+    """The config of `fastvideo serve`; without a file, these defaults."""
 
     worker: tuple[WorkerConfig, ...] = Field(default=(WorkerConfig(),), min_length=1)
     class_: tuple[ClassConfig, ...] = Field(default=(ClassConfig(),), alias="class", min_length=1)

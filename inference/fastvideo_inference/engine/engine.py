@@ -5,10 +5,10 @@ await engine.start()
 job = await engine.submit(Submission(model="fastwan-nano", params=params))    # committed
 async for event in engine.events(job.id): ...
 
-A job is a row of stages. It waits, is dispatched to a worker that has its next stages, and comes
-back with a state from which the row goes on: on another worker, after a stop at a step boundary, or
-after its worker's death. Every dispatch has a number, by which what an earlier one still says is
-known and dropped. The engine alone publishes a clip, and tells its end once it is in the journal.
+A job is a row of stages. It waits, is dispatched to a worker that runs its next stages, and returns
+with a state from which the row resumes: on another worker, after preemption at a step boundary, or
+after its worker's death. Every dispatch has an attempt number; reports of older attempts are
+dropped. Only the engine publishes clips, and it announces an end once the journal has committed it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastvideo_inference.engine.ledger import Ledger, log_error
 from fastvideo_inference.engine.messages import LAST, Report, Task
 from fastvideo_inference.engine.record import ENCODE, Counts, PromptCache, Record, add
 
-MOST_DEATHS, _MOST_STARTS = 2, 3  # of a job's workers; of one that never gets to work
+MOST_DEATHS, _MOST_STARTS = 2, 3  # worker deaths of a job; failed starts of a worker in a row
 _GUESS_S = 10.0  # of a clip, before any was made
 _PACKAGE = "fastvideo_inference.engine"
 _DRAIN_PAUSE_S = 0.05
@@ -51,8 +51,8 @@ class Engine:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        self._classes = {one.name: one for one in config.class_}
-        self._deadlines_s = {one.name: one.deadline_s for one in config.class_ if one.deadline_s}
+        self._classes = {slo.name: slo for slo in config.class_}
+        self._deadlines_s = {s.name: s.deadline_s for s in config.class_ if s.deadline_s}
         self._policy: Any = registry.module(f"{_PACKAGE}.policies", config.policy)
         executor = registry.load(f"{_PACKAGE}.executors", config.executor, "Executor")()
         self._book = Book()
@@ -220,7 +220,7 @@ class Engine:
         raise QueueFullError(text, retry_after_s=max(1.0, clip_s / self._num_lines))
 
     async def _restore(self, job: Job, *, is_deleted: bool) -> None:
-        """Take a job from the journal; one that had not ended waits again, or has failed."""
+        """Take a job from the journal; requeue it, or fail it, if it had not ended."""
         is_over = job.status in TERMINAL
         if job.slo_class not in self._classes:  # the config has changed
             job = replace(job, slo_class=self.config.class_[0].name)
@@ -264,7 +264,7 @@ class Engine:
     # Jobs go to workers
 
     def _pump(self) -> None:
-        """Give idle workers what waits for them, those of late stages first."""
+        """Dispatch waiting jobs to idle workers, late stages first."""
         self._positions = None
         for record in self._waiting:
             found = self._cache.get(record.prompt_key) if record.index == 0 else None
@@ -290,10 +290,10 @@ class Engine:
         return [by_id[job.id] for job in jobs]
 
     def _room(self, record: Record, slot: Slot) -> bool:
-        """Tell whether few enough states wait, or will, for the stage after those of a worker.
+        """Tell whether another state may wait for the stage that follows those of a worker.
 
-        That is one for each worker of its pool at least, or some of them could never work. Under a
-        policy that preempts, the last place is for a job that goes ahead of all these.
+        At most `in_flight` wait, or as many as the pool has workers, which could not all run with
+        fewer. Under a preemptive policy the last place is kept for the most urgent job.
         """
         end = record.index + len(pools.run_on(slot.config, record.row, record.index))
         if end == len(record.row):
@@ -339,7 +339,7 @@ class Engine:
             self._ledger.later(self._ledger.commit(record.job))
 
     def _preempt(self) -> None:
-        """Ask for a worker back whose job the policy puts behind one that waits."""
+        """Stop a running job, at its next step boundary, for a waiting one that is more urgent."""
         for record in self._waiting if self._policy.PREEMPTS else ():
             for slot in self._fleet.slots:
                 running = self._at(slot)
@@ -406,11 +406,11 @@ class Engine:
         record.job = replace(job, stage_seconds={**job.stage_seconds, stage: seconds})
         record.index = min(record.index + 1, len(record.row) - 1)  # a lost file is decoded again
         if stage == ENCODE and record.index == 1:
-            told = job.notices[len(job.submission.notices) :]
-            self._cache.put(record.prompt_key, record.state, told, values.get("num_bytes", 0))
+            notices = job.notices[len(job.submission.notices) :]
+            self._cache.put(record.prompt_key, record.state, notices, values.get("num_bytes", 0))
 
     def _lost(self, slot: Slot, task: Task | None, reason: str) -> None:
-        """Let the job of a dead worker go on from its last state, unless it was its second one."""
+        """Requeue the job of a dead worker from its last state; fail it at its second death."""
         self._counts.worker_deaths += 1
         if slot.failed_starts >= _MOST_STARTS:
             for warmup in [record for record in self._records.values() if record.is_warmup]:

@@ -1,7 +1,7 @@
 """The workers: started, watched and replaced. Liveness and progress are two timers.
 
-A worker is dead if its process ended or has not beaten for `heartbeat_s`, or if a step takes far
-longer than usual. It is killed, whatever it was at, and another one takes its slot.
+A worker is dead if its process ended, sent no heartbeat for `heartbeat_s`, or if a step takes far
+longer than usual. It is killed and replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STALL_S = 1.0  # the loop itself was held up: no worker is blamed for it
 
 @dataclass(eq=False)
 class Slot:
-    """A place for a worker, and what is known of the one in it.
+    """A slot of a pool, and the state of the worker that fills it.
 
     `mark` is the last sign of progress of its task, at `since`; the next is due in `limit_s`.
     """

@@ -1,6 +1,6 @@
-"""The journal: one row a job, committed before anybody is told; sqlite, with one owner.
+"""The journal: a row per job, committed before the reply; sqlite (WAL), with one owner.
 
-Its methods wait for the disk. The engine calls them in one thread beside its event loop.
+Its methods block on the disk; the engine calls them in a thread beside its event loop.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Task:
     """Stages of one clip to run, from `state` (None: from the request).
 
     `later` are the stages of the row that follow elsewhere; without any the clip is written to
-    `output`. What is logged of a quiet one, a warm-up, is for nobody.
+    `output`. Quiet tasks (warm-ups) log nothing.
     """
 
     job_id: str
@@ -73,7 +73,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker, or one rank of a group, is started with."""
+    """The settings of a worker, or of a rank of a group."""
 
     device: str
     memory: float | Literal["half"] | None

@@ -20,10 +20,10 @@ _Key = tuple[object, ...]
 
 @dataclass(eq=False)
 class Record:
-    """A job, and what the engine alone knows: how far its row is, and the state to go on from.
+    """A job, the index of its next stage, and the last checkpoint, from which it resumes.
 
-    `is_handed`: it waits for the stage after the one it comes from. `is_over`: its end is decided;
-    `ended`, and all who ask, know it once the journal does.
+    `is_handed`: it waits between two stages. `is_over`: its end is decided; `ended` is set, and
+    readers hear it, once the journal has committed it.
     """
 
     job: Job
@@ -89,7 +89,7 @@ class Record:
         return queue
 
     def tell(self, kind: EventKind = "status", **values: Any) -> None:
-        """Tell readers of an event, or of the status; a slow one loses its oldest."""
+        """Send an event, or the status, to all readers; a slow reader loses its oldest events."""
         self._put(self._status() if kind == "status" else JobEvent(self.id, kind, values))
 
     def close(self) -> None:
@@ -154,6 +154,6 @@ class Counts:
 
 
 def add(pair: list[float], seconds: float) -> None:
-    """Count one more."""
+    """Count an interval."""
     pair[0] += 1
     pair[1] += seconds

@@ -52,14 +52,14 @@ class Worker:
         self._stop: Stop | None = None
 
     def stop(self, stop: Stop) -> None:
-        """Give the task back at its next step boundary, if it is that one or is still to come."""
+        """Stop a task at its next step boundary, whether it runs or is still to come."""
         self._stop = stop
 
     def run(self, task: Task) -> None:
         """Run a task to its end, its failure or a stop.
 
-        An error that says nothing of the request, such as one of a GPU, is raised: this process is
-        not to be trusted with other clips. So is lack of memory in a group, whose other ranks wait.
+        Errors that are not the request's, such as a GPU's, are raised: this process cannot be
+        trusted with other clips. So is lack of memory in a group, whose other ranks wait.
         """
         self._task = task
         self._say("started")
