@@ -261,6 +261,12 @@ class Engine:
             if record.job.failure:
                 raise ValueError(f"{model} made no clip: {record.job.failure.message}")
 
+    def _skip_warm_up(self, model: str) -> None:
+        """End waiting warm-ups: a clip was made, and others may keep the workers busy for long."""
+        for record in [r for r in self._waiting if r.is_warmup and r.model == model]:
+            self._waiting.remove(record)
+            self._ledger.later(self._end(record, status="completed"))
+
     # Jobs go to workers
 
     def _pump(self) -> None:
@@ -389,6 +395,8 @@ class Engine:
                 record.is_handed = report.kind == "handed"
                 self._waiting.append(record)
             case "finished":
+                if not record.is_warmup:
+                    self._skip_warm_up(record.model)
                 record.is_over = True
                 self._ledger.later(self._complete(record, values))
             case "failed":

@@ -371,6 +371,19 @@ def test_a_file_has_its_name_on_the_disk_before_the_journal_says_so(
     assert order == ["queued", "in_progress", [job.path.name], "completed"]
 
 
+def test_a_clip_stands_in_for_the_warm_up_which_comes_behind_all_others(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.submit(submission(tiny_folder))
+            long = await engine.submit(submission(tiny_folder, num_inference_steps=999))
+            await engine.ready()
+            assert engine.job(long.id).status in ("queued", "in_progress")
+
+    asyncio.run(main())
+
+
 def test_a_drain_ends_what_was_begun_and_leaves_the_rest_to_the_next_start(
     tiny_folder: Path, tmp_path: Path
 ):
