@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastvideo_inference.engine import ledger
+from fastvideo_inference.engine.executors import local
 from fastvideo_inference.engine.job import (
     ConflictError,
     EngineStoppingError,
@@ -372,12 +373,18 @@ def test_a_file_has_its_name_on_the_disk_before_the_journal_says_so(
 
 
 def test_a_clip_stands_in_for_the_warm_up_which_comes_behind_all_others(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, monkeypatch
 ):
+    run, held = local._Thread._run, threading.Event()
+    monkeypatch.setattr(local._Thread, "_run", lambda self: (held.wait(30), run(self)))
+
     async def main():
         async with running(tiny_folder, tmp_path) as engine:
             await engine.submit(submission(tiny_folder))
             long = await engine.submit(submission(tiny_folder, num_inference_steps=999))
+            while len(engine._waiting) < 3:
+                await asyncio.sleep(0.01)
+            held.set()
             await engine.ready()
             assert engine.job(long.id).status in ("queued", "in_progress")
 
