@@ -380,12 +380,13 @@ def test_a_clip_stands_in_for_the_warm_up_which_comes_behind_all_others(
 
     async def main():
         async with running(tiny_folder, tmp_path) as engine:
-            await engine.submit(submission(tiny_folder))
+            first = await engine.submit(submission(tiny_folder))
             long = await engine.submit(submission(tiny_folder, num_inference_steps=999))
             while len(engine._waiting) < 3:
                 await asyncio.sleep(0.01)
             held.set()
             await engine.ready()
+            assert engine._records[first.id].is_over
             assert engine.job(long.id).status in ("queued", "in_progress")
 
     asyncio.run(main())
