@@ -213,7 +213,7 @@ def test_few_states_wait_between_two_stages(
     run = decode.run
 
     def slow(model, state):
-        if state.params.seed:
+        if state.params.seed > 1:  # no warm-up
             held.wait(30)
         yield from run(model, state)
 
@@ -228,7 +228,7 @@ def test_few_states_wait_between_two_stages(
             jobs = []
             for name in ("batch", "clip"):  # the urgent ones come when the row is full
                 beside = {"slo_class": name}
-                asked = [submission(tiny_folder, seed=s, beside=beside) for s in range(1, 7)]
+                asked = [submission(tiny_folder, seed=s, beside=beside) for s in range(2, 8)]
                 jobs += [await engine.submit(one) for one in asked]
                 await settled(engine)
             begun = [job for job in engine.jobs() if job.status == "in_progress"]
