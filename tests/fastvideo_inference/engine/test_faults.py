@@ -160,6 +160,7 @@ def test_a_group_is_replaced_whole_when_one_of_its_ranks_is_lost(
     asyncio.run(main())
 
 
+@pytest.mark.full
 def test_a_request_that_kills_its_workers_fails_with_the_reason_and_others_are_made(
     tiny_folder: Path, tmp_path: Path, expected
 ):
