@@ -73,8 +73,8 @@ class Engine:
     async def start(self) -> None:
         """Claim the folder's journal, restore its jobs, start the workers; return at once."""
         try:
-            for job, is_deleted in await self._ledger.open():
-                await self._restore(job, is_deleted=is_deleted)
+            for job in await self._ledger.open():
+                await self._restore(job)
             self._fleet.start(self._ledger.work)
         except BaseException:
             await self.stop()
@@ -117,11 +117,11 @@ class Engine:
     def job(self, job_id: str) -> Job | None:
         """Return a job from memory; None if there is none (or it was deleted)."""
         record = self._records.get(job_id)
-        return record.job if record and not record.is_deleted else None
+        return record.job if record else None
 
     def jobs(self, *, owner: str | None = None) -> list[Job]:
         """Return jobs that are kept, newest first, of one owner or all."""
-        kept = (r.job for r in self._records.values() if not (r.is_deleted or r.is_warmup))
+        kept = (r.job for r in self._records.values() if not r.is_warmup)
         return [job for job in kept if owner in (None, job.submission.owner)][::-1]
 
     def queue_position(self, job_id: str) -> int | None:
@@ -219,12 +219,12 @@ class Engine:
         text = f"the queue of class {name} is full: {limit} jobs wait"
         raise QueueFullError(text, retry_after_s=max(1.0, clip_s / self._num_lines))
 
-    async def _restore(self, job: Job, *, is_deleted: bool) -> None:
+    async def _restore(self, job: Job) -> None:
         """Take a job from the journal; requeue it, or fail it, if it had not ended."""
         is_over = job.status in TERMINAL
         if job.slo_class not in self._classes:  # the config has changed
             job = replace(job, slo_class=self.config.class_[0].name)
-        record = Record(job, is_over=is_over, is_deleted=is_deleted)
+        record = Record(job, is_over=is_over)
         self._records[record.id] = record
         if is_over:
             record.ended.set()

@@ -34,6 +34,7 @@ _PRUNE = """
 DELETE FROM jobs WHERE (deleted OR status IN ('failed', 'cancelled'))
     AND json_extract(job, '$.finished_at_s') < ?
 """
+_KEPT = "SELECT job FROM jobs WHERE NOT deleted ORDER BY accepted_at_s, rowid"
 
 
 class Journal:
@@ -72,12 +73,11 @@ class Journal:
             self._rows.execute("UPDATE jobs SET deleted = 1 WHERE id = ?", (job_id,))
             self._rows.execute(_PRUNE, (time.time() - KEPT_S,))
 
-    def jobs(self) -> list[tuple[Job, bool]]:
-        """Return jobs, oldest first, and whether each was deleted; forget those of `_PRUNE`."""
+    def jobs(self) -> list[Job]:
+        """Return the jobs that were not deleted, oldest first; forget those of `_PRUNE`."""
         with self._committing():
             self._rows.execute(_PRUNE, (time.time() - KEPT_S,))
-        rows = self._rows.execute("SELECT job, deleted FROM jobs ORDER BY accepted_at_s, rowid")
-        return [(self._json.validate_json(text), bool(deleted)) for text, deleted in rows]
+        return [self._json.validate_json(text) for (text,) in self._rows.execute(_KEPT)]
 
     def close(self) -> None:
         """Let another engine own the folder."""

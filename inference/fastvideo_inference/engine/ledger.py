@@ -23,17 +23,18 @@ _RETRY_S = 1.0
 class Ledger:
     """Records by id; what it awaits is done once it is on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.records: dict[str, Record] = {}
         self.folder = folder.absolute()
         self.work = self.folder / WORK
+        self._clock = clock
         self._journal: Journal | None = None
         self._disk = ThreadPoolExecutor(1, "journal")
         self._pending: set[asyncio.Future[Any]] = set()
         self.is_closing = False
 
-    async def open(self) -> list[tuple[Job, bool]]:
-        """Claim the folder, and return the jobs of its journal, and whether each is deleted."""
+    async def open(self) -> list[Job]:
+        """Claim the folder, and return the jobs of its journal."""
         self._journal = await self._on_disk(Journal, self.folder)
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
@@ -52,14 +53,16 @@ class Ledger:
         self._disk.shutdown()
 
     def known(self, submission: Submission) -> Job | None:
-        """Return the job that its owner asked for under the same idempotency key before.
+        """Return the job that its owner asked for under the same idempotency key within a day.
 
-        Raises `ConflictError` if that was another request.
+        A key counts no longer than its job is kept. Raises `ConflictError` if that was another
+        request.
         """
         own = submission.owner, submission.idempotency_key
         for record in self.records.values() if submission.idempotency_key else ():
             earlier = record.job.submission
-            if (earlier.owner, earlier.idempotency_key) == own and not _is_old(record.job):
+            is_old = self._clock() - record.job.accepted_at_s > KEPT_S
+            if (earlier.owner, earlier.idempotency_key) == own and not is_old:
                 if earlier.body_sha256 == submission.body_sha256:
                     return record.job
                 raise ConflictError("this idempotency key was used for another request")
@@ -83,16 +86,11 @@ class Ledger:
                 await asyncio.sleep(_RETRY_S)
 
     async def delete(self, record: Record) -> None:
-        """Remove the file of a job that has ended; memory and journal keep it for a day, since its
-        idempotency key counts for so long.
-        """
+        """Forget a job that has ended, and its file; the journal keeps its row for a day."""
         assert self._journal is not None, "open() comes first"
-        record.is_deleted = True
         await self._on_disk(self._journal.delete, record.id)
+        self.records.pop(record.id, None)
         await self._on_disk(self.path(record).unlink, True)
-        old = [r.id for r in self.records.values() if r.is_deleted and _is_old(r.job)]
-        for job_id in old:
-            del self.records[job_id]
 
     async def publish(self, record: Record) -> Path:
         """Give the file of the current attempt the job's name, which outlives a power cut."""
@@ -137,7 +135,3 @@ def _rename(old: Path, new: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _is_old(job: Job) -> bool:
-    return time.time() - job.accepted_at_s > KEPT_S

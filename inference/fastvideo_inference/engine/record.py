@@ -33,7 +33,6 @@ class Record:
     slot: Slot | None = None
     is_handed: bool = False
     is_over: bool = False
-    is_deleted: bool = False
     is_warmup: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     readers: list[asyncio.Queue[JobEvent | None]] = field(default_factory=list)

@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fastvideo_inference.engine.job import Job, Submission
+from fastvideo_inference.engine.ledger import Ledger
+from fastvideo_inference.engine.record import Record
 from fastvideo_inference.pipeline import VideoPipeline
 from fastvideo_inference.recipe import read_recipe
 from fastvideo_inference.serve import app, body, videos
@@ -206,6 +209,23 @@ def test_a_repeated_request_with_one_key_is_one_job_and_another_body_a_conflict(
     assert first["id"] == again["id"]
     other = {**BALL, "seed": 2}
     assert server.refused("POST", "/v1/videos", other, headers=key)["status"] == 409
+
+
+def test_a_key_counts_for_a_day_and_no_longer_than_its_job(server: Running, tmp_path: Path):
+    key = {"idempotency-key": "gone"}
+    first = server.create(BALL, headers=key)
+    server.ask("DELETE", f"/v1/videos/{first['id']}")
+    again = server.create({**BALL, "seed": 2}, headers=key)
+    assert server.ask("GET", f"/v1/videos/{again['id']}")[0] == 200
+    now_s = [1e9]
+    ledger = Ledger(tmp_path, clock=lambda: now_s[0])
+    submission = Submission("m", params=None, owner="me", idempotency_key="k")
+    job = Job("video_1", submission, accepted_at_s=now_s[0])
+    ledger.records[job.id] = Record(job)
+    now_s[0] += 24 * 3600 - 1
+    assert ledger.known(submission).id == "video_1"
+    now_s[0] += 2
+    assert ledger.known(submission) is None
 
 
 def test_a_full_queue_is_429_with_the_seconds_to_wait(start: Start):
