@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ class DecoderId(Strict):
 
     name_or_path: str
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Names:
+    """What clients of a server call a model, a small decoder and LoRAs."""
+
+    model: str
+    decoder: str = ""
+    lora: tuple[str, ...] = ()
 
 
 class Recipe(Strict):
@@ -117,6 +127,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # pragma: no cover - a core dependency
             found[name] = "missing"
     return found
+
+
+def renamed(made: Recipe, names: Names) -> Recipe:
+    """Return a recipe that names model, decoder and LoRAs as clients of a server do."""
+    loras, keys = [], list(made.unknown_keys)
+    for use, name in zip(made.request.lora, names.lora, strict=True):
+        loras.append(use.model_copy(update={"path": name}))
+        start = f"{use.path}: "
+        keys = [f"{name}: {k.removeprefix(start)}" if k.startswith(start) else k for k in keys]
+    request = made.request.model_copy(update={"lora": tuple(loras)})
+    new: dict[str, Any] = {"request": request, "unknown_keys": tuple(keys)}
+    new["model"] = made.model.model_copy(update={"name_or_path": names.model})
+    if made.decoder:
+        new["decoder"] = made.decoder.model_copy(update={"name_or_path": names.decoder})
+    return made.model_copy(update=new)
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -341,8 +341,7 @@ class Engine:
             record.tell()
         if was_queued and not record.is_warmup:
             add(self._counts.queue_s, now - job.accepted_at_s)
-            # so that a restart knows that it was interrupted
-            self._ledger.later(self._ledger.commit(record.job))
+            self._ledger.later(self._ledger.commit(record.job))  # a restart knows of it
 
     def _preempt(self) -> None:
         """Stop a running job, at its next step boundary, for a waiting one that is more urgent."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fastvideo.sampling import SamplingParams
+from fastvideo_inference.recipe import Names
 
 Status: TypeAlias = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 EventKind: TypeAlias = Literal["status", "progress", "preview", "notice"]
@@ -21,6 +22,7 @@ class Submission:
     """A complete request for one clip. `owner` is the API key's name, "" without keys; `decoder`
     is the path of a small decoder, "" for the VAE's own.
 
+    `names` stand in the recipe where paths of this machine would; None: the paths.
     `slo_class` "" is the owner's class, else the first of the config. `idempotency_key` counts for
     its owner and 24 hours; `body_sha256` tells a repeated request from another one with that key.
     """
@@ -34,6 +36,7 @@ class Submission:
     body_sha256: str = ""
     previews: bool = False
     decoder: str = ""
+    names: Names | None = None
 
 
 @dataclass(frozen=True)

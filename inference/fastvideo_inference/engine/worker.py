@@ -26,6 +26,7 @@ from fastvideo.packing import pack, unpack
 from fastvideo.parallel import agree, degrees, mesh
 from fastvideo.parallel.mesh import Meshes
 from fastvideo.stages import Done, Notice, Preview, Progress, State
+from fastvideo_inference import recipe
 from fastvideo_inference.engine.messages import Kind, Report, Setup, Stop, Task
 from fastvideo_inference.engine.parts import Parts
 from fastvideo_inference.pipeline import VideoPipeline
@@ -135,7 +136,11 @@ class Worker:
         self._say("progress", stage=SAVE, index=0, total=1)
         asked = task.submission
         model_id, decoder_id = self._parts.ids(asked.model, decoder=asked.decoder)
-        video = VideoPipeline(model, model_id, decoder_id).video(state)
+        pipe = VideoPipeline(model, model_id, decoder_id)
+        video = pipe.video(state)
+        if asked.names:
+            known = recipe.renamed(pipe.recipe(state), asked.names)
+            video = replace(video, recipe=known.model_dump(mode="json"))
         if video.writes:
             started = time.perf_counter()
             video.save(task.output)
