@@ -21,6 +21,7 @@ from fastvideo.sampling import GenerateRequest
 from fastvideo.spec import Spec
 from fastvideo_inference.engine.config import Limits, ServeConfig
 from fastvideo_inference.engine.job import Submission
+from fastvideo_inference.recipe import Names
 from fastvideo_inference.serve.catalogue import Catalogue
 from fastvideo_inference.serve.errors import ApiError
 
@@ -120,8 +121,9 @@ def submission(
         own = {name: value for name, value in fields.items() if name not in others}
         request = _request(own, beside.seconds, model.spec)
         _check_limits(request, config.limits)
-        loras = tuple(catalogue.lora(use) for use in request.lora or ())
-        request = request.model_copy(update={"lora": loras})
+        model_id, uses = catalogue.id_of(model.name), request.lora or ()
+        names = Names(model_id, beside.decoder, tuple(use.path for use in uses))
+        request = request.model_copy(update={"lora": tuple(map(catalogue.lora, uses))})
         params = resolve(request, model.spec)
         digest = hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
         return Submission(
@@ -134,6 +136,7 @@ def submission(
             idempotency_key=idempotency_key,
             body_sha256=digest,
             previews=beside.previews,
+            names=names,
         )
     except (ValueError, RecursionError) as error:
         word = re.split(r"\W", str(error), maxsplit=1)[0]  # our errors begin with the field

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from fastapi.responses import Response
@@ -12,6 +13,7 @@ from fastvideo.errors import one_line
 from fastvideo.log import logger
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_FOLDERS = re.compile(r"(?<![\w:/.~])~?/([^\s/'\":,;]+/)+")
 _MAX_CHARS = 400  # a message may quote what the client sent
 
 
@@ -33,7 +35,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """Return the HTTP answer."""
-        line = " ".join(str(self).split())
+        line = public(" ".join(str(self).split()))
         message = line if len(line) <= _MAX_CHARS else f"{line[:_MAX_CHARS]}..."
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {
@@ -46,6 +48,11 @@ class ApiError(Exception):
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         return json_response({"error": error}, status=self.status, headers=headers)
+
+
+def public(text: str) -> str:
+    """Return a message without the folders of this machine's files."""
+    return _FOLDERS.sub("", text)
 
 
 def failure(error: Exception) -> ApiError:

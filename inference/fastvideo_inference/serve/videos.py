@@ -30,7 +30,7 @@ from fastvideo_inference.engine.job import (
 )
 from fastvideo_inference.serve import body
 from fastvideo_inference.serve.catalogue import Catalogue
-from fastvideo_inference.serve.errors import ApiError, json_response
+from fastvideo_inference.serve.errors import ApiError, json_response, public
 from fastvideo_inference.serve.keys import Keys
 
 _ID = re.compile(r"video_[0-9a-f]{32}")
@@ -187,10 +187,13 @@ class Videos:
         job = self._engine.job(event.job_id)
         if event.kind == "status" and job is not None:
             return self._shape(job)
-        values = dict(event.values)
-        if event.kind == "preview":
-            values["png"] = base64.b64encode(values["png"]).decode()
-        return values
+        match event.kind:
+            case "preview":
+                png = base64.b64encode(event.values["png"]).decode()
+                return {**event.values, "png": png}
+            case "notice":
+                return {**event.values, "text": public(event.values["text"])}
+        return event.values
 
     async def delete(self, request: Request, video_id: str) -> Response:
         """Cancel a job and remove its file."""
@@ -235,7 +238,7 @@ class Videos:
             "model": self._catalogue.id_of(job.submission.model),
             "seconds": f"{params.num_frames / params.fps:.4f}".rstrip("0").rstrip("."),
             "size": f"{params.width}x{params.height}",
-            "error": {"code": failure.code, "message": failure.message} if failure else None,
+            "error": failure and {"code": failure.code, "message": public(failure.message)},
             "remixed_from_video_id": None,
             **params.model_dump(exclude={"prompt", "lora", "backend", "drop_gates"}),
             "slo_class": job.slo_class,
@@ -247,7 +250,7 @@ class Videos:
             "stage_seconds": job.stage_seconds,
             "inference_time_s": sum(job.stage_seconds.values()) if is_complete else None,
             "frames_sha256": job.frames_sha256 or None,
-            "notices": job.notices,
+            "notices": [public(text) for text in job.notices],
             "recipe": job.recipe,
         }
 

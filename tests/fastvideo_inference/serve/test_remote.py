@@ -170,7 +170,7 @@ def test_generate_writes_clip_sidecar_and_lines_as_without_a_server(
         assert kinds == ["start", "saved"] * 2
     assert here["notices"] == there["notices"] != []
     again = [f"--from={tmp_path}/there-5.mp4", f"--server={server.url}"]
-    assert main(["generate", *again, "--model=tiny", "-o", f"{tmp_path}/again.mp4"]) == 0
+    assert main(["generate", *again, "-o", f"{tmp_path}/again.mp4"]) == 0
     repeated = json.loads((tmp_path / "again.json").read_text())
     assert repeated["frames_sha256"] == there["frames_sha256"]
 

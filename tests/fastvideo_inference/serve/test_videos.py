@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from fastvideo_inference.engine.job import Job, Submission
 from fastvideo_inference.engine.ledger import Ledger
 from fastvideo_inference.engine.record import Record
 from fastvideo_inference.pipeline import VideoPipeline
 from fastvideo_inference.recipe import read_recipe
 from fastvideo_inference.serve import app, body, videos
-from tiny_loras import pairs, write_as
+from tiny_loras import pairs, write, write_as
 
 from fastvideo import media, sampling
 from fastvideo.model import load
@@ -98,6 +100,30 @@ def test_a_lora_is_used_by_its_name_in_the_config(start: Start, tiny_folder: Pat
     clip = VideoPipeline.from_pretrained(tiny_folder)(**BALL, lora=[f"{file}:0.5"])
     assert made["frames_sha256"] == clip.frames_sha256 != server.finished(BALL)["frames_sha256"]
     assert server.refused("POST", "/v1/videos", {**BALL, "lora": str(file)})["param"] == "lora"
+    (own,), (there,) = clip.recipe["request"]["lora"], made["recipe"]["request"]["lora"]
+    assert there == {**own, "path": "style"}
+
+
+def test_nothing_that_a_client_gets_names_a_folder_of_the_server(
+    start: Start, tiny_folder: Path, tmp_path: Path
+):
+    style = write_as("peft", tmp_path, pairs(load(tiny_folder, parts=("dit",)).dit))
+    config = style.with_name("adapter_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "soft_cap": 3}))
+    no_lora = write(tmp_path / "none.safetensors", {"x": torch.zeros(1)})
+    files = {"style": style, "none": no_lora, "gone": tmp_path / "gone.safetensors"}
+    server = start(lora={name: str(file) for name, file in files.items()})
+    made = server.finished({**BALL, "lora": "style"})
+    assert made["recipe"]["model"]["name_or_path"] == "tiny"
+    assert "style: soft_cap = 3" in made["recipe"]["unknown_keys"]
+    *_, (_, failed) = server.events(server.create({**BALL, "lora": "none"})["id"])
+    assert failed["error"]["message"].startswith("none.safetensors has")
+    refused = server.refused("POST", "/v1/videos", {**BALL, "lora": "gone"})
+    assert "'gone.safetensors'" in refused["message"]
+    content = server.ask("GET", f"/v1/videos/{made['id']}/content")[2]
+    for got in map(str, (made, failed, refused["message"], content)):
+        assert str(tmp_path) not in got
+        assert str(tiny_folder.parent) not in got
 
 
 def test_a_small_decoder_is_used_by_its_name_in_the_config(start: Start):
@@ -107,7 +133,7 @@ def test_a_small_decoder_is_used_by_its_name_in_the_config(start: Start):
     made = server.finished({**asked, "decoder": "small"})
     clip = VideoPipeline.from_pretrained("fastwan-nano", decoder="tiny")(**asked)
     assert made["frames_sha256"] == clip.frames_sha256
-    assert made["recipe"]["decoder"] == clip.recipe["decoder"]
+    assert made["recipe"]["decoder"] == {**clip.recipe["decoder"], "name_or_path": "small"}
     assert server.refused("POST", "/v1/videos", {**asked, "decoder": "tiny"})["param"] == "decoder"
 
 
