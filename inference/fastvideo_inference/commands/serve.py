@@ -45,8 +45,8 @@ def serve(
 
     with refusing():
         found = configs.read(config)
-        if executor:
-            found = found.model_copy(update={"executor": executor})
+        own = {"executor": executor or found.executor, "hosts": (*found.hosts, host)}
+        found = found.model_copy(update=own)
         if check:
             print(f"{config or 'the defaults'}: ok")
             return OK

@@ -69,6 +69,7 @@ class ServeConfig(Strict):
     lora: dict[str, str] = Field(default_factory=dict, description="name: path")
     decoder: dict[str, str] = Field(default_factory=dict, description="name: path")
     limits: Limits = Limits()
+    hosts: tuple[str, ...] = Field(default=(), description="names that clients without keys use")
     policy: str = "fifo"
     executor: Literal["local", "process"] = "process"
     checkpoint_every: int = Field(default=1, ge=1, description="denoising steps")

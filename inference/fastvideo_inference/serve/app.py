@@ -46,8 +46,7 @@ class App:
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
         for kind in (ApiError, HTTPException, RequestValidationError, Exception):
             app.add_exception_handler(kind, _answer)
-        limit = config.limits.body_bytes
-        self.asgi = Guard(app, body_bytes=limit, has_keys=bool(config.key))
+        self.asgi = Guard(app, config)
 
     async def models(self, request: Request) -> Response:
         """List the models, the default one first."""

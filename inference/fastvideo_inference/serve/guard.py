@@ -7,14 +7,17 @@ import re
 import secrets
 import time
 from contextvars import ContextVar
+from ipaddress import ip_address
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastvideo.log import logger
+from fastvideo_inference.engine.config import ServeConfig
 from fastvideo_inference.serve.errors import ApiError, failure
 
 REQUEST_ID = ContextVar("request_id", default="-")
 _CLIENT_ID = re.compile(rb"[\w.-]{1,64}")
+_PORT = re.compile(r":\d*$")
 
 
 class RequestIdFilter(logging.Filter):
@@ -29,9 +32,10 @@ class RequestIdFilter(logging.Filter):
 class Guard:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, *, body_bytes: int, has_keys: bool) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
-        self._body_bytes, self._has_keys = body_bytes, has_keys
+        self._body_bytes, self._has_keys = config.limits.body_bytes, bool(config.key)
+        self._hosts = {"localhost", *(name.lower() for name in config.hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -86,7 +90,24 @@ class Guard:
             raise ApiError(413, text, code="body_too_large")
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
-        """Without keys, refuse what a page of another site has a browser of this host send."""
-        origin = b"" if self._has_keys else headers.get(b"origin", b"")
-        if origin and origin.partition(b"://")[2] != headers.get(b"host", b""):
+        """Without keys, refuse what a page of another site has a browser of this host send.
+
+        Such a page may even have a name that resolves to this host (DNS rebinding), thus only
+        addresses and known names are served.
+        """
+        if self._has_keys:
+            return
+        host, origin = headers.get(b"host", b""), headers.get(b"origin", b"")
+        name = _PORT.sub("", host.decode("latin-1")).strip("[]").lower()
+        if name not in self._hosts and not _is_address(name):
+            text = f"host {name!r} is unknown; hosts of the server's config names those it serves"
+            raise ApiError(403, text, code="unknown_host")
+        if origin and origin.partition(b"://")[2] != host:
             raise ApiError(403, "pages of other origins are refused", code="cross_origin")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return False

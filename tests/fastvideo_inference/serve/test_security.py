@@ -125,7 +125,7 @@ def test_a_body_that_is_none_is_refused(server: Running, kind: str, sent: bytes,
 
 def test_a_body_without_an_announced_length_is_refused_as_soon_as_it_is_too_long(server: Running):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
-        head = "POST /v1/videos HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/videos HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         client.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
         for _ in range(17):  # 64 KiB each; the last one is too much
             client.sendall(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
@@ -161,6 +161,26 @@ def test_a_page_of_another_site_cannot_have_a_browser_ask(server: Running):
     assert server.refused("POST", "/v1/videos", BALL, headers=headers)["status"] == 403
     own = {"origin": server.url}
     assert server.ask("GET", "/v1/videos", headers=own)[0] == 200
+
+
+def test_a_name_that_somebody_lets_resolve_to_this_host_is_refused_without_keys(start: Start):
+    server = start(hosts=["Clips.example"])
+    for host in (
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "[::1].evil",
+        "[",
+        "",
+    ):
+        headers = {"host": host, "origin": f"http://{host}"}
+        assert server.refused("POST", "/v1/videos", BALL, headers=headers)["status"] == 403
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "10.0.0.7:80", "clips.EXAMPLE:8000"):
+        headers = {"host": host, "origin": f"http://{host}"}
+        assert server.ask("GET", "/v1/models", headers=headers)[0] == 200
+    server.stop()
+    headers = {"host": "evil.example", "origin": "http://evil.example"}
+    assert start(key=keys()).ask("GET", "/v1/models", headers=headers, key="sk-ann")[0] == 200
 
 
 def test_jobs_of_another_key_do_not_exist_and_wrong_keys_see_nothing(start: Start):
@@ -215,7 +235,7 @@ def test_a_slow_body_does_not_hold_up_others_and_is_given_up(
 ):
     monkeypatch.setattr(body, "_PATIENCE_S", 0.5)
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
-        head = "POST /v1/videos HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/videos HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         client.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
         assert server.ask("GET", "/healthz")[0] == 200
         assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
