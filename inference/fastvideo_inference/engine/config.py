@@ -56,6 +56,7 @@ class Limits(Strict):
     num_inference_steps: int = Field(default=100, ge=1)
     prompt_chars: int = Field(default=8000, ge=1)
     body_bytes: int = Field(default=1 << 20, ge=1)
+    streams: int = Field(default=256, ge=1, description="of events, open at once, of each key")
     output_bytes: int = Field(default=20 << 30, ge=1)
     output_ttl_s: float = Field(default=24 * 3600.0, gt=0)
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from fastvideo import __version__
 from fastvideo.errors import one_line
@@ -28,6 +29,7 @@ from fastvideo_inference.serve.errors import ApiError, failure, json_response
 from fastvideo_inference.serve.guard import Guard
 from fastvideo_inference.serve.videos import Videos
 
+HEAD_S = 10.0  # for the head of a request, and what is left of the body of an answered one
 _CLOSING_S = 2  # for answers that are being sent when the engine has ended
 _CLEANING_S = 30.0
 
@@ -89,6 +91,28 @@ async def _answer(request: Request, error: Exception) -> Response:
     return failure(error).response()
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's, which also closes connections on which no whole request head comes in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._expect_request_after(None)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        answered = self.cycle  # what was pipelined begins in here
+        super().on_response_complete()
+        self._expect_request_after(answered)
+
+    def _expect_request_after(self, cycle: RequestResponseCycle | None) -> None:
+        self.loop.call_later(HEAD_S, self._give_up, cycle)
+
+    def _give_up(self, cycle: RequestResponseCycle | None) -> None:
+        if self.cycle is cycle:
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its handlers of signals: the first one drains, and that is ours to do."""
 
@@ -124,6 +148,8 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app.asgi,
+            http=_Protocol,
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -16,6 +16,7 @@ from fastvideo_inference.engine.config import ServeConfig
 from fastvideo_inference.serve.errors import ApiError, failure
 
 REQUEST_ID = ContextVar("request_id", default="-")
+MAX_OPEN = 1024  # requests at once; those that follow jobs stay open, and are bounded for each key
 _CLIENT_ID = re.compile(rb"[\w.-]{1,64}")
 _PORT = re.compile(r":\d*$")
 
@@ -33,7 +34,7 @@ class Guard:
     """ASGI middleware around the whole app."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
-        self._app = app
+        self._app, self._num_open = app, 0
         self._body_bytes, self._has_keys = config.limits.body_bytes, bool(config.key)
         self._hosts = {"localhost", *(name.lower() for name in config.hosts)}
 
@@ -54,7 +55,9 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
+        self._num_open += 1
         try:
+            self._check_load()
             self._check_origin(headers)
             bounded = self._bounded(headers, receive)
             await self._app(scope, bounded, send_with_id)
@@ -64,6 +67,8 @@ class Guard:
                 await refusal.response()(scope, receive, send_with_id)
             elif status < 500:  # amid an answer; what was answered 500 is in the log
                 failure(error)
+        finally:
+            self._num_open -= 1
         level = logging.DEBUG if scope["method"] == "GET" and status < 400 else logging.INFO
         spent_ms = 1000 * (time.perf_counter() - started)
         logger.log(level, "%s %r %s %.1f ms", scope["method"], scope["path"], status, spent_ms)
@@ -83,6 +88,11 @@ class Guard:
             return message
 
         return bounded
+
+    def _check_load(self) -> None:
+        if self._num_open > MAX_OPEN:
+            text = f"the server answers {MAX_OPEN} requests already"
+            raise ApiError(503, text, code="overloaded", retry_after_s=1)
 
     def _check_size(self, received: int) -> None:
         if received > self._body_bytes:

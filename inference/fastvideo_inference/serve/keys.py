@@ -6,6 +6,9 @@ import asyncio
 import hashlib
 import hmac
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -28,6 +31,7 @@ class Keys:
 
     def __init__(self, keys: tuple[KeyConfig, ...]) -> None:
         self._keys = {key.name: key for key in keys}
+        self._streams: Counter[str] = Counter()
         self._buckets = {key.name: _Bucket(_burst(key), time.monotonic()) for key in keys}
 
     def owner(self, request: Request) -> str:
@@ -42,6 +46,18 @@ class Keys:
             text = "send a valid API key as the header 'Authorization: Bearer KEY'"
             raise ApiError(401, text, code="invalid_api_key")
         return found[0]
+
+    @contextmanager
+    def stream(self, owner: str, *, limit: int) -> Iterator[None]:
+        """Hold one of the event streams that an owner may have open at once; 429 if it has all."""
+        if self._streams[owner] >= limit:
+            text = f"{limit} event streams are open; poll instead, or close one"
+            raise ApiError(429, text, code="too_many_streams", retry_after_s=1)
+        self._streams[owner] += 1
+        try:
+            yield
+        finally:
+            self._streams[owner] -= 1
 
     def lock(self, owner: str) -> asyncio.Lock:
         """Return what a creation of this owner holds from its check to its job."""

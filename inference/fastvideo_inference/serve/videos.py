@@ -8,11 +8,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fastvideo import media
 from fastvideo.errors import one_line
@@ -159,9 +160,8 @@ class Videos:
         """Stream what happens to a job as server-sent events, until it has ended."""
         job = self._job(request, video_id)
         headers = {"cache-control": "no-store"}
-        return StreamingResponse(
-            self._lines(job.id), media_type="text/event-stream", headers=headers
-        )
+        room = self.keys.stream(job.submission.owner, limit=self._config.limits.streams)
+        return _Stream(self._lines(job.id), room, headers)
 
     async def _lines(self, job_id: str) -> AsyncIterator[str]:
         """Write events as text, and something after each silence, so that no client gives up."""
@@ -253,6 +253,21 @@ class Videos:
             "notices": [public(text) for text in job.notices],
             "recipe": job.recipe,
         }
+
+
+class _Stream(StreamingResponse):
+    """Lines that are sent while there is room for them, which is taken when the answer begins."""
+
+    def __init__(
+        self, lines: AsyncIterator[str], room: AbstractContextManager[None], headers: dict[str, str]
+    ) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        with self._room:
+            await super().__call__(scope, receive, send)
 
 
 def _status(job: Job) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastvideo_inference.serve import body, metrics
+from fastvideo_inference.serve import app, body, guard, metrics
 
 from tests.serving import BALL, LONG, Running, Start
 
@@ -239,6 +241,83 @@ def test_a_slow_body_does_not_hold_up_others_and_is_given_up(
         client.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
         assert server.ask("GET", "/healthz")[0] == 200
         assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_event_streams_of_a_key_are_bounded_and_a_closed_one_makes_room(start: Start):
+    server = start(limits={"streams": 2})
+    job = server.create(LONG)
+    path = f"/v1/videos/{job['id']}/events"
+    open_ = [server.events(job["id"]) for _ in range(2)]
+    for one in open_:
+        next(one)
+    error = server.refused("GET", path)
+    assert (error["status"], error["code"]) == (429, "too_many_streams")
+    assert int(error["headers"]["retry-after"]) >= 1
+    assert server.ask("GET", f"/v1/videos/{job['id']}")[0] == 200
+    open_[0].close()
+    wait_until(lambda: next(server.events(job["id"])))
+
+
+def test_more_requests_at_once_than_the_server_answers_are_503(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(guard, "MAX_OPEN", 1)
+    job = server.create(LONG)
+    following = server.events(job["id"])
+    next(following)
+    status, headers, answer = server.ask("GET", "/healthz")
+    assert (status, answer["error"]["code"]) == (503, "overloaded")
+    assert int(headers["retry-after"]) >= 1
+    following.close()
+    wait_until(lambda: server.ask("GET", "/healthz")[0] == 200)
+    server.ask("DELETE", f"/v1/videos/{job['id']}")
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    """Ask until it holds; what raises does not."""
+    deadline = time.monotonic() + 30
+    while True:
+        with suppress(AssertionError):
+            if is_so():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n",
+        b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\nGET /heal",
+        b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 99\r\n\r\n",
+    ],
+    ids=["nothing", "half a head", "half of a second one", "no body"],
+)
+def test_a_connection_whose_request_dribbles_in_is_closed(
+    server: Running, monkeypatch: pytest.MonkeyPatch, sent: bytes
+):
+    monkeypatch.setattr(app, "HEAD_S", 0.3)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as client:
+        client.sendall(sent)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                client.sendall(b"x")  # each byte would begin uvicorn's own patience anew
+                if not client.recv(4096):
+                    break
+            except TimeoutError:
+                assert time.monotonic() < deadline
+            except OSError:
+                break
+
+
+def test_an_answer_that_takes_longer_than_the_patience_with_heads_is_whole(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "HEAD_S", 0.01)
+    job = server.create({**BALL, "num_inference_steps": 20})
+    assert list(server.events(job["id"]))[-1][1]["status"] == "completed"
 
 
 def test_every_log_line_has_the_id_of_its_request(server: Running):
