@@ -53,6 +53,7 @@ class Limits(Strict):
     width: int = Field(default=1920, ge=1)
     height: int = Field(default=1920, ge=1)
     num_frames: int = Field(default=257, ge=1)
+    pixels: int = Field(default=1 << 28, ge=1, description="width x height x num_frames")
     num_inference_steps: int = Field(default=100, ge=1)
     prompt_chars: int = Field(default=8000, ge=1)
     body_bytes: int = Field(default=1 << 20, ge=1)

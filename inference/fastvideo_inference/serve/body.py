@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from fastvideo import sampling
 from fastvideo.config import Strict, parse
 from fastvideo.resolve import notices, resolve
-from fastvideo.sampling import GenerateRequest
+from fastvideo.sampling import GenerateRequest, SamplingParams
 from fastvideo.spec import Spec
 from fastvideo_inference.engine.config import Limits, ServeConfig
 from fastvideo_inference.engine.job import Submission
@@ -120,11 +120,11 @@ def submission(
         model = catalogue.model(beside.model)
         own = {name: value for name, value in fields.items() if name not in others}
         request = _request(own, beside.seconds, model.spec)
-        _check_limits(request, config.limits)
         model_id, uses = catalogue.id_of(model.name), request.lora or ()
         names = Names(model_id, beside.decoder, tuple(use.path for use in uses))
         request = request.model_copy(update={"lora": tuple(map(catalogue.lora, uses))})
         params = resolve(request, model.spec)
+        _check_limits(params, config.limits)
         digest = hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
         return Submission(
             model=model.name,
@@ -189,12 +189,13 @@ def _check_lengths(fields: Mapping[str, Any], limits: Limits) -> None:
             raise ApiError(400, text, code="over_limit", param=name)
 
 
-def _check_limits(request: GenerateRequest, limits: Limits) -> None:
-    for name in ("width", "height", "num_frames", "num_inference_steps"):
-        asked: int | None = request.model_dump()[name]
+def _check_limits(params: SamplingParams, limits: Limits) -> None:
+    asked = params.model_dump()
+    asked["pixels"] = params.width * params.height * params.num_frames
+    for name in ("width", "height", "num_frames", "num_inference_steps", "pixels"):
         limit: int = limits.model_dump()[name]
-        if asked is not None and asked > limit:
-            text = f"{name} {asked} exceeds the limit of this server, {limit}"
+        if asked[name] > limit:
+            text = f"{name} {asked[name]} exceeds the limit of this server, {limit}"
             raise ApiError(400, text, code="over_limit", param=name)
 
 

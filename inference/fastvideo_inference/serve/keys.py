@@ -64,7 +64,7 @@ class Keys:
         return self._buckets[owner].lock if owner else asyncio.Lock()
 
     def check(self, owner: str, *, running: int) -> None:
-        """Take a token of a key that has `running` jobs; 429 if that is more than it may."""
+        """Raise 429 if a key that has `running` jobs may not ask for another one now."""
         if not owner:
             return
         key, bucket = self._keys[owner], self._buckets[owner]
@@ -80,7 +80,11 @@ class Keys:
             text = f"key {owner!r} may ask for {key.rate:g} clips a minute"
             wait_s = (1 - bucket.tokens) * each_s
             raise ApiError(429, text, code="rate_limit_exceeded", retry_after_s=wait_s)
-        bucket.tokens -= 1
+
+    def count(self, owner: str) -> None:
+        """Take a token for a job that was accepted."""
+        if owner:
+            self._buckets[owner].tokens -= 1
 
 
 def _burst(key: KeyConfig) -> float:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from fastvideo import media
 from fastvideo.errors import one_line
@@ -104,19 +105,23 @@ class Videos:
             idempotency_key=key,
         )
         async with self.keys.lock(owner):
-            self._check_key(asked)
+            is_new = self._check_key(asked)
             try:
-                return await self._engine.submit(asked)
+                job = await self._engine.submit(asked)
             except (ValueError, OSError) as error:
                 raise _refusal(error) from None
+            if is_new:
+                self.keys.count(owner)
+            return job
 
-    def _check_key(self, asked: Submission) -> None:
-        """Check the limits of a key; a repeated request makes no clip and counts nothing."""
+    def _check_key(self, asked: Submission) -> bool:
+        """Check the limits of a key; False for a repeated request, which makes no clip."""
         jobs = self._engine.jobs(owner=asked.owner) if asked.owner else []
         key = asked.idempotency_key
-        if not (key and any(job.submission.idempotency_key == key for job in jobs)):
-            running = sum(job.status not in TERMINAL for job in jobs)
-            self.keys.check(asked.owner, running=running)
+        if key and any(job.submission.idempotency_key == key for job in jobs):
+            return False
+        self.keys.check(asked.owner, running=sum(job.status not in TERMINAL for job in jobs))
+        return True
 
     async def retrieve(self, request: Request, video_id: str) -> Response:
         """Return a job; no worker is asked."""
@@ -154,7 +159,7 @@ class Videos:
         if variant == "thumbnail":
             image = await asyncio.to_thread(media.thumbnail, job.path)
             return Response(image, media_type="image/webp")
-        return FileResponse(job.path, media_type="video/mp4", filename=f"{job.id}.mp4")
+        return _File(job.path, media_type="video/mp4", filename=f"{job.id}.mp4")
 
     async def events(self, request: Request, video_id: str) -> Response:
         """Stream what happens to a job as server-sent events, until it has ended."""
@@ -253,6 +258,21 @@ class Videos:
             "notices": [public(text) for text in job.notices],
             "recipe": job.recipe,
         }
+
+
+class _File(FileResponse):
+    """A file whose wrong ranges are errors of our shape, where the library's are plain text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, or the range of it that is asked for."""
+
+        async def checked(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                size = {"content-range": f"bytes */{self.headers['content-length']}"}
+                raise HTTPException(416, "range: the file has no such bytes", headers=size)
+            await send(message)
+
+        await super().__call__(scope, receive, checked)
 
 
 class _Stream(StreamingResponse):

@@ -42,7 +42,8 @@ def nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("values", "param"),
     [
-        ({"size": "99999999x8"}, "width"),
+        ({"size": "99999999x8"}, "height"),
+        ({"size": "99999999x16"}, "width"),
         ({"size": "48"}, "size"),
         ({"size": 48}, "size"),
         ({"width": -8}, "width"),
@@ -221,6 +222,28 @@ def test_limits_of_a_key_are_429_with_the_seconds_to_wait_and_others_are_served(
     assert (error["status"], error["code"]) == (429, "rate_limit_exceeded")
     assert 1 <= int(error["headers"]["retry-after"]) <= 20
     server.create(BALL, key="sk-bob")
+
+
+def test_a_full_queue_costs_a_key_nothing_of_its_rate(start: Start):
+    server = start(key=keys(rate=3), **{"class": [{"queue": 1}]})
+
+    def post() -> str:
+        status, _, answer = server.ask("POST", "/v1/videos", LONG, key="sk-ann")
+        return answer["id"] if status == 200 else answer["error"]["code"]
+
+    jobs: list[str] = []
+    wait_until(lambda: jobs.append(post()) or len(set(jobs) - {"queue_full"}) == 2)
+    assert [post() for _ in range(4)] == ["queue_full"] * 4
+    server.ask("DELETE", f"/v1/videos/{jobs[-1]}", key="sk-ann")
+    assert post().startswith("video_"), "the third of three"
+    assert post() == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize("limits", [{"pixels": 48 * 32 * 9 - 1}, {"num_frames": 8}])
+def test_limits_count_for_what_is_made_also_by_default(start: Start, limits: dict[str, int]):
+    server = start(limits=limits)
+    assert server.refused("POST", "/v1/videos", BALL)["param"] == next(iter(limits))
+    server.create({**BALL, "num_frames": 5})
 
 
 def test_a_job_is_of_the_class_it_names_else_of_its_key_s_else_of_the_first(start: Start):

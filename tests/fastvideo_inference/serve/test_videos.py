@@ -184,6 +184,18 @@ def test_the_thumbnail_is_the_first_frame(server: Running, tmp_path: Path):
     assert server.refused("GET", f"{content}?variant=spritesheet")["param"] == "variant"
 
 
+def test_a_range_of_the_content_is_sent_and_one_that_it_has_not_is_416(server: Running):
+    path = f"/v1/videos/{server.finished(BALL)['id']}/content"
+    whole = server.ask("GET", path)[2]
+    status, headers, part = server.ask("GET", path, headers={"range": "bytes=4-7"})
+    assert (status, part) == (206, b"ftyp")
+    assert headers["content-range"] == f"bytes 4-7/{len(whole)}"
+    for wrong in (f"bytes={len(whole)}-", "bytes=7-4", "bytes=", "lines=1-2", "bytes"):
+        error = server.refused("GET", path, headers={"range": wrong})
+        assert error["status"] == 416
+        assert error["headers"]["content-range"] == f"bytes */{len(whole)}"
+
+
 def test_jobs_are_listed_page_by_page_in_either_order(server: Running):
     made = [server.finished({**BALL, "seed": seed})["id"] for seed in range(3)]
     _, _, page = server.ask("GET", "/v1/videos?limit=2")
