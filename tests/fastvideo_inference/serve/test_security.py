@@ -6,6 +6,7 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,13 @@ def test_a_full_queue_costs_a_key_nothing_of_its_rate(start: Start):
     server.ask("DELETE", f"/v1/videos/{jobs[-1]}", key="sk-ann")
     assert post().startswith("video_"), "the third of three"
     assert post() == "rate_limit_exceeded"
+
+
+def test_posts_of_a_key_at_the_same_time_are_counted_one_after_the_other(start: Start):
+    server = start(key=keys(running=1))
+    with ThreadPoolExecutor(8) as threads:
+        asked = lambda _: server.ask("POST", "/v1/videos", LONG, key="sk-ann")[0]
+        assert sorted(threads.map(asked, range(8))) == [200] + [429] * 7
 
 
 @pytest.mark.parametrize("limits", [{"pixels": 48 * 32 * 9 - 1}, {"num_frames": 8}])
