@@ -21,7 +21,9 @@ from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
 
 from fastvideo import files, media, sampling
 from fastvideo.sampling import GenerateRequest, read_layers
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 60.0  # a stream of events is never silent for so long
 _RECONNECT_S = 60.0  # in which a server that was restarted may come back
 _RETRY_S = 0.5
-_SERVER_S_OWN = ("attention", "backend", "drop_gates")
 
 
 class BusyError(RuntimeError):
@@ -91,8 +92,10 @@ class Connection:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"server {url!r} must look like http://127.0.0.1:8000")
-        self.url, self._parts = url.rstrip("/"), parts
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"content-type": "application/json"}
+        self._headers |= {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._opener = build_opener(ProxyHandler({}))
 
     def json(
         self, method: str, path: str, values: dict[str, Any] | None = None, *, key: str = ""
@@ -102,49 +105,36 @@ class Connection:
             found: dict[str, Any] = json.loads(answer.read())
         return found
 
-    def read(self, path: str) -> bytes:
-        """Return the bytes of a file."""
-        with self.open("GET", path) as answer:
-            return answer.read()
-
     @contextmanager
     def open(
         self, method: str, path: str, values: dict[str, Any] | None = None, *, key: str = ""
     ) -> Iterator[http.client.HTTPResponse]:
         """Send a request, and give the answer to read from."""
-        is_secure = self._parts.scheme == "https"
-        kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
-        assert self._parts.hostname, "checked above"
-        connection = kind(self._parts.hostname, self._parts.port, timeout=_TIMEOUT_S)
-        body = None if values is None else json.dumps(values)
-        headers = {**self._headers, **({"content-type": "application/json"} if body else {})}
-        headers |= {"idempotency-key": key} if key else {}
-        base = self._parts.path.rstrip("/").removesuffix("/v1")
-        with closing(connection):
-            try:
-                connection.request(method, base + path, body, headers)
-                answer = connection.getresponse()
-                if answer.status >= 400:
-                    raise _refusal(answer)
+        data = None if values is None else json.dumps(values).encode()
+        headers = {**self._headers, **({"idempotency-key": key} if key else {})}
+        request = Request(self.url + path, data, headers, method=method)
+        try:
+            with self._opener.open(request, timeout=_TIMEOUT_S) as answer:
                 yield answer
-            except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, PermissionError):
-                    raise
-                reason = str(error) or type(error).__name__
-                raise ConnectionError(f"server {self.url} does not answer: {reason}") from None
+        except HTTPError as error:
+            raise _refusal(error) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            text = f"server {self.url} does not answer: {reason or type(error).__name__}"
+            raise ConnectionError(text) from None
 
 
-def _refusal(answer: http.client.HTTPResponse) -> Exception:
+def _refusal(answer: HTTPError) -> Exception:
     try:
         message = str(json.loads(answer.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = f"the server answers {answer.status} {answer.reason}"
-    if answer.status in (429, 503):
+    except (ValueError, KeyError, TypeError, OSError):
+        message = f"the server answers {answer.code} {answer.reason}"
+    if answer.code in (429, 503):
         wait = answer.headers.get("retry-after", "1")
         return BusyError(message, retry_after_s=float(wait) if wait.isdigit() else 1.0)
-    if answer.status in (401, 403):
+    if answer.code in (401, 403):
         return PermissionError(message)
-    return ValueError(message) if answer.status < 500 else RuntimeError(message)
+    return ValueError(message) if answer.code < 500 else RuntimeError(message)
 
 
 class Job:
@@ -196,7 +186,8 @@ class Job:
         if self.status != "completed":
             failure = self.values["error"] or {}
             raise RuntimeError(failure.get("message") or f"the job ended as {self.status}")
-        data = self._connection.read(f"{self._path}/content")
+        with self._connection.open("GET", f"{self._path}/content") as answer:
+            data = answer.read()
         return RemoteVideo(
             fps=self.values["fps"],
             recipe=self.values["recipe"],
@@ -266,7 +257,8 @@ class RemotePipeline:
         api_key: str | None = None,
     ) -> None:
         self._connection = Connection(url, api_key=api_key)
-        self._beside = {"model": model, "decoder": decoder, "slo_class": slo_class}
+        beside = {"model": model, "decoder": decoder, "slo_class": slo_class}
+        self._beside = {name: value for name, value in beside.items() if value is not None}
 
     def __call__(
         self, prompt: str | Sequence[str], *, count: int | None = None, **fields: Any
@@ -290,11 +282,7 @@ class RemotePipeline:
 
     def send(self, request: GenerateRequest, *, previews: bool = False) -> Job:
         """Have the server queue a request that was read before."""
-        given = request.model_dump(exclude_none=True)
-        for name in given.keys() & set(_SERVER_S_OWN):
-            raise ValueError(f"{name} is decided by the server's operator; leave it out")
-        beside = {name: value for name, value in self._beside.items() if value is not None}
-        values = {**given, **beside, "previews": previews}
+        values = {**request.model_dump(exclude_none=True), **self._beside, "previews": previews}
         create = partial(self._connection.json, "POST", "/v1/videos", values, key=token_hex(16))
         try:
             return Job(self._connection, create())
@@ -326,11 +314,11 @@ class RemotePipeline:
                     job.cancel()
 
     def _request(self, prompt: str, fields: dict[str, Any]) -> GenerateRequest:
-        own = diffusers_names.merged({}, fields, None)
-        if own.pop("output", "frames") != "frames":
+        merged = diffusers_names.merged({}, fields, None)
+        given = {name: value for name, value in merged.items() if value is not None}
+        if given.pop("output", "frames") != "frames":
             raise ValueError("output: a server sends clips as mp4; latents stay there")
         for name in ("latents", "callback_on_step_end"):
-            if own.pop(name, None) is not None:
+            if name in given:
                 raise ValueError(f"{name} does not go over HTTP; load the model here")
-        given = {name: value for name, value in own.items() if value is not None}
         return read_layers(("the call", {"prompt": prompt, **given}))

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -68,16 +68,12 @@ async def read(request: Request) -> dict[str, Any]:
 
 def _read_json(body: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(body, parse_constant=_refuse_constant)
+        values = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 async def _read_multipart(request: Request) -> dict[str, Any]:
@@ -130,7 +126,7 @@ def submission(
             model=model.name,
             params=params,
             notices=notices(request, params, model.spec),
-            slo_class=_slo_class(beside.slo_class, config),
+            slo_class=beside.slo_class,
             owner=owner,
             decoder=catalogue.decoder(beside.decoder, model),
             idempotency_key=idempotency_key,
@@ -139,9 +135,14 @@ def submission(
             names=names,
         )
     except (ValueError, RecursionError) as error:
-        word = re.split(r"\W", str(error), maxsplit=1)[0]  # our errors begin with the field
-        param = word if word in {*sampling.settings(), *Beside.model_fields, "size"} else None
-        raise ApiError(400, str(error), code="invalid_value", param=param) from None
+        raise invalid(error) from None
+
+
+def invalid(error: Exception) -> ApiError:
+    """Return the answer to a wrong value; our errors begin with the field at fault."""
+    word = re.split(r"\W", str(error), maxsplit=1)[0]
+    param = word if word in {*sampling.settings(), *Beside.model_fields, "size"} else None
+    return ApiError(400, str(error), code="invalid_value", param=param)
 
 
 def _request(fields: Mapping[str, Any], seconds: str | float | None, spec: Spec) -> GenerateRequest:
@@ -169,13 +170,6 @@ def _number(value: Any) -> Any:
     if not isinstance(value, str) or not _NUMBER.fullmatch(value):
         return value
     return float(value) if "." in value else int(value)
-
-
-def _slo_class(name: str, config: ServeConfig) -> str:
-    known = [one.name for one in config.class_]
-    if name and name not in known:
-        raise ValueError(f"slo_class {name!r} is unknown (known: {', '.join(known)})")
-    return name
 
 
 def _check_lengths(fields: Mapping[str, Any], limits: Limits) -> None:

@@ -56,28 +56,13 @@ class Videos:
         """Add the routes to an app."""
         kinds = ("application/json", "multipart/form-data")
         content = {kind: {"schema": body.schema(self._catalogue.models)} for kind in kinds}
-        by_id = (
-            ("GET", "", self.retrieve),
-            ("DELETE", "", self.delete),
-            ("GET", "/content", self.content),
-            ("GET", "/events", self.events),
-        )
-        links = {
-            route.__name__: {
-                "operationId": route.__name__,
-                "parameters": {"video_id": "$response.body#/id"},
-            }
-            for _, _, route in by_id
-        }
-        extra = {
-            "requestBody": {"content": content, "required": True},
-            "responses": {"200": {"description": "The job", "links": links}},
-        }
+        extra = {"requestBody": {"content": content, "required": True}}
         app.add_api_route("/v1/videos", self.create, methods=["POST"], openapi_extra=extra)
         app.add_api_route("/v1/videos", self.list, methods=["GET"])
-        for method, path, route in by_id:
-            path, name = f"/v1/videos/{{video_id}}{path}", route.__name__
-            app.add_api_route(path, route, methods=[method], operation_id=name)
+        app.add_api_route("/v1/videos/{video_id}", self.retrieve, methods=["GET"])
+        app.add_api_route("/v1/videos/{video_id}", self.delete, methods=["DELETE"])
+        app.add_api_route("/v1/videos/{video_id}/content", self.content, methods=["GET"])
+        app.add_api_route("/v1/videos/{video_id}/events", self.events, methods=["GET"])
 
     async def create(self, request: Request) -> Response:
         """Accept a job; once this is answered it survives a restart."""
@@ -104,7 +89,7 @@ class Videos:
             owner=owner,
             idempotency_key=key,
         )
-        async with self.keys.lock(owner):
+        async with self.keys.locks[owner]:
             is_new = self._check_key(asked)
             try:
                 job = await self._engine.submit(asked)
@@ -144,9 +129,9 @@ class Videos:
                 raise ApiError(404, "after is no id of a video", code="not_found", param="after")
             jobs = jobs[ids.index(after) + 1 :]
         data = [self._shape(job) for job in jobs[:limit]]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
-        values = {"object": "list", "data": data, "has_more": len(jobs) > limit}
-        return json_response({**values, "first_id": None, "last_id": None, **ends})
+        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+        ends = {"has_more": len(jobs) > limit, "first_id": first, "last_id": last}
+        return json_response({"object": "list", "data": data, **ends})
 
     async def content(
         self, request: Request, video_id: str, variant: Literal["video", "thumbnail"] = "video"
@@ -305,6 +290,6 @@ def _refusal(error: ValueError | OSError) -> ApiError:
         case ConflictError():
             return ApiError(409, str(error), code="idempotency_conflict")
         case ValueError():
-            return ApiError(400, str(error), code="invalid_value")
-    logger.error("a job is not accepted: %s", one_line(error))
+            return body.invalid(error)
+    logger.error("the journal fails: %s", one_line(error))
     return ApiError(503, "the server cannot write down a job", code="storage", retry_after_s=10)

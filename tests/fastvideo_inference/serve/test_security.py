@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +243,10 @@ def test_a_full_queue_costs_a_key_nothing_of_its_rate(start: Start):
 
 def test_posts_of_a_key_at_the_same_time_are_counted_one_after_the_other(start: Start):
     server = start(key=keys(running=1))
+    post = partial(server.ask, "POST", "/v1/videos", LONG, key="sk-ann")
     with ThreadPoolExecutor(8) as threads:
-        asked = lambda _: server.ask("POST", "/v1/videos", LONG, key="sk-ann")[0]
-        assert sorted(threads.map(asked, range(8))) == [200] + [429] * 7
+        answers = [threads.submit(post) for _ in range(8)]
+    assert sorted(one.result()[0] for one in answers) == [200] + [429] * 7
 
 
 @pytest.mark.parametrize("limits", [{"pixels": 48 * 32 * 9 - 1}, {"num_frames": 8}])
