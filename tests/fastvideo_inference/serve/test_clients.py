@@ -80,16 +80,34 @@ def test_prometheus_reads_the_metrics(start: Start):
     assert samples["worker_deaths_total",] == samples["transfer_bytes_total",] == 0
 
 
+def linked(server: Running) -> dict[str, Any]:
+    """Return the server's schema, in which a created job leads to all that is asked by its id."""
+    schema: dict[str, Any] = server.ask("GET", "/openapi.json")[2]
+    of_ids = (path for path in schema["paths"] if "{video_id}" in path)
+    ids = [one["operationId"] for path in of_ids for one in schema["paths"][path].values()]
+    links = {
+        name: {"operationId": name, "parameters": {"video_id": "$response.body#/id"}}
+        for name in ids
+    }
+    assert len(links) == 4
+    schema["paths"]["/v1/videos"]["post"]["responses"]["200"]["links"] = links
+    return schema
+
+
 @pytest.mark.parametrize(
     ("phases", "each"), [("fuzzing", 10), pytest.param("all", 500, marks=pytest.mark.full)]
 )
-def test_schemathesis_finds_no_request_that_is_answered_5xx(start: Start, phases: str, each: int):
+def test_schemathesis_finds_no_request_that_is_answered_5xx(
+    start: Start, phases: str, each: int, tmp_path: Path
+):
     pytest.importorskip("schemathesis")
     server = start(**{"class": [{"name": "default", "queue": 4}]})
     phases = "coverage,fuzzing,stateful" if phases == "all" else phases
+    (schema := tmp_path / "openapi.json").write_text(json.dumps(linked(server)))
     own = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"
     words = [
-        *("run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--mode", "all"),
+        *("run", str(schema), "--url", server.url, "--checks", "not_a_server_error"),
+        *("--mode", "all"),
         *("--phases", phases, "--max-examples", str(each), "--seed", "1"),
         *("--suppress-health-check", "all", "--generation-database", "none", "--no-color"),
     ]
