@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from fastvideo import hub
@@ -32,27 +32,22 @@ def read(path: Path | None) -> ServeConfig:
 def check(config: ServeConfig) -> None:
     """Raise `ValueError` for what no single value shows: names, files, stages, degrees."""
     classes = [one.name for one in config.class_]
-    _check_unique("class.name", classes)
-    _check_unique("key.name", [key.name for key in config.key])
-    _check_unique("key.sha256", [key.sha256 for key in config.key])
+    for field, values in (
+        ("class.name", classes),
+        ("key.name", [key.name for key in config.key]),
+        ("key.sha256", [key.sha256 for key in config.key]),
+    ):
+        for value, times in Counter(values).items():
+            if times > 1:
+                raise ValueError(f"{field} {value!r} is given twice")
     for key in config.key:
-        if key.slo_class not in ("", *classes):
-            hint = did_you_mean(key.slo_class, classes)
-            raise ValueError(f"key.class {key.slo_class!r} is unknown{hint}")
-    policies = names("fastvideo_inference.engine.policies")
-    if config.policy not in policies:
-        known = ", ".join(policies)
-        raise ValueError(f"policy {config.policy!r} is unknown (known: {known})")
+        _check_known("key.class", key.slo_class or classes[0], classes)
+    _check_known("policy", config.policy, names("fastvideo_inference.engine.policies"))
     for worker in config.worker:
-        _check_worker(worker)
-        if config.executor == "local" and len(worker.devices) > 1:
-            raise ValueError(
-                "executor 'local' has one process; worker.devices of several need 'process'"
-            )
-    catalogue = Catalogue(config)
-    for name in set(catalogue.models.values()):
-        if not hub.is_remote(name):
-            _check_row(name, config.worker)
+        _check_worker(worker, is_local=config.executor == "local")
+    for model in set(Catalogue(config).models.values()):
+        if not hub.is_remote(model):
+            _check_row(model, config.worker)
     for lora in config.lora.values():
         hub.find_lora(lora)
     for name, decoder in config.decoder.items():
@@ -61,24 +56,28 @@ def check(config: ServeConfig) -> None:
             raise ValueError(f"decoder.{name} {decoder!r} does not exist")
 
 
-def _check_worker(worker: WorkerConfig) -> None:
-    known = names("fastvideo.stages")
+def _check_known(field: str, word: str, known: Collection[str]) -> None:
+    if word not in known:
+        hint = did_you_mean(word, known)
+        raise ValueError(f"{field} {word!r} is unknown{hint} (known: {', '.join(known)})")
+
+
+def _check_worker(worker: WorkerConfig, *, is_local: bool) -> None:
     for stage in worker.stages:
-        if stage not in known:
-            hint = did_you_mean(stage, known)
-            raise ValueError(
-                f"worker.stages {stage!r} is unknown{hint} (known: {', '.join(known)})"
-            )
+        _check_known("worker.stages", stage, names("fastvideo.stages"))
+    if is_local and len(worker.devices) > 1:
+        raise ValueError("worker.devices: several need executor 'process'; 'local' has one process")
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     for device in worker.devices:
-        if device.startswith("cpu:") and device[4:].isdigit() and int(device[4:]) >= cores:
+        kind, _, number = device.partition(":")
+        if kind == "cpu" and number.isdigit() and int(number) >= cores:
             raise ValueError(f"worker.devices {device!r}: this machine has {cores} cores")
-        if not (DEVICE.fullmatch(device) or device.removeprefix("cpu:").isdigit()):
+        if not DEVICE.fullmatch(device) and not (kind == "cpu" and number.isdigit()):
             raise ValueError(f"worker.devices {device!r} is unknown; use cpu, cpu:N, cuda, cuda:N")
     try:
-        found = degrees.parse(worker.parallel)
-        found.check(len(worker.devices))
-        if found.of("batch") > 1:
+        split = degrees.parse(worker.parallel)
+        split.check(len(worker.devices))
+        if split.of("batch") > 1:
             raise ValueError("a worker makes one clip with whole weights; for more, use count")
     except ValueError as error:
         raise ValueError(f"worker.parallel {worker.parallel!r}: {error}") from None
@@ -87,13 +86,6 @@ def _check_worker(worker: WorkerConfig) -> None:
 def _check_row(model: str, workers: Iterable[WorkerConfig]) -> None:
     """Raise unless each stage of a model is run by a worker."""
     offered = {s for one in workers if one.model in ("", model) for s in one.stages}
-    row = hub.open_spec(model)[0].stages
-    missing = [stage for stage in row if stage not in offered]
+    missing = [stage for stage in hub.open_spec(model)[0].stages if stage not in offered]
     if missing:
         raise ValueError(f"worker.stages: no worker runs {', '.join(missing)} of model {model}")
-
-
-def _check_unique(field: str, values: list[str]) -> None:
-    twice = [value for value, times in Counter(values).items() if times > 1]
-    if twice:
-        raise ValueError(f"{field} {twice[0]!r} is given twice")

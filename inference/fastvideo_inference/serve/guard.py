@@ -7,7 +7,6 @@ import re
 import secrets
 import time
 from contextvars import ContextVar
-from ipaddress import ip_address
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +18,7 @@ REQUEST_ID = ContextVar("request_id", default="-")
 MAX_OPEN = 1024  # requests at once; those that follow jobs stay open, and are bounded for each key
 _CLIENT_ID = re.compile(rb"[\w.-]{1,64}")
 _PORT = re.compile(r":\d*$")
+_ADDRESS = re.compile(r"[\d.]+|[\da-f.:]*:[\da-f.:]*")  # what no name can be
 
 
 class RequestIdFilter(logging.Filter):
@@ -57,7 +57,9 @@ class Guard:
 
         self._num_open += 1
         try:
-            self._check_load()
+            if self._num_open > MAX_OPEN:
+                text = f"{MAX_OPEN} requests are being answered"
+                raise ApiError(503, text, code="overloaded", retry_after_s=1)
             self._check_origin(headers)
             bounded = self._bounded(headers, receive)
             await self._app(scope, bounded, send_with_id)
@@ -89,11 +91,6 @@ class Guard:
 
         return bounded
 
-    def _check_load(self) -> None:
-        if self._num_open > MAX_OPEN:
-            text = f"the server answers {MAX_OPEN} requests already"
-            raise ApiError(503, text, code="overloaded", retry_after_s=1)
-
     def _check_size(self, received: int) -> None:
         if received > self._body_bytes:
             text = f"the body must be at most {self._body_bytes} bytes"
@@ -109,15 +106,8 @@ class Guard:
             return
         host, origin = headers.get(b"host", b""), headers.get(b"origin", b"")
         name = _PORT.sub("", host.decode("latin-1")).strip("[]").lower()
-        if name not in self._hosts and not _is_address(name):
+        if name not in self._hosts and not _ADDRESS.fullmatch(name):
             text = f"host {name!r} is unknown; hosts of the server's config names those it serves"
             raise ApiError(403, text, code="unknown_host")
         if origin and origin.partition(b"://")[2] != host:
             raise ApiError(403, "pages of other origins are refused", code="cross_origin")
-
-
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ip_address(name))
-    except ValueError:
-        return False

@@ -137,7 +137,7 @@ def test_without_a_config_all_bundled_models_are_offered_the_default_one_first()
         ('[[worker]]\ndevices = ["cpu:4096"]', "'cpu:4096': this machine has"),
         (
             'executor = "local"\n[[worker]]\ndevices = ["cpu:0", "cpu:1"]\nparallel = "ulysses=2"',
-            "one process",
+            "'local' has one process",
         ),
         ("worker = []", "worker"),
         ("class = []", "class"),
