@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from fastvideo import files, media, sampling
+from fastvideo.errors import one_line
 from fastvideo.sampling import GenerateRequest, read_layers
 from fastvideo.stages import Notice, Progress
 from fastvideo_inference import diffusers_names
@@ -120,8 +121,8 @@ class Connection:
             raise _refusal(error) from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, URLError) else error
-            text = f"server {self.url} does not answer: {reason or type(error).__name__}"
-            raise ConnectionError(text) from None
+            why = one_line(reason) if isinstance(reason, Exception) else reason
+            raise ConnectionError(f"server {self.url} does not answer: {why}") from None
 
 
 def _refusal(answer: HTTPError) -> Exception:

@@ -128,7 +128,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from None
+        reason = str(error.strerror).partition(" (")[0]  # where it says the address again
+        raise OSError(f"cannot listen at {host}:{port}: {reason}") from None
     # asyncio sets it only on sockets that were made as IPPROTO_TCP; without it an answer's body
     # waits 40 ms for the acknowledgement of its head
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -167,6 +168,7 @@ async def serve(
                 readying = group.create_task(_announce(engine, on_ready))
                 first = await signals.get()
                 app.videos.is_draining = True
+                logger.warning("no more jobs are accepted; a second signal ends running ones")
                 drain, second = (group.create_task(c) for c in (engine.drain(), signals.get()))
                 await asyncio.wait([drain, second], return_when=asyncio.FIRST_COMPLETED)
                 for task in (cleaning, readying, drain, second):

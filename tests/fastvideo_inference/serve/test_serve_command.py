@@ -76,6 +76,7 @@ def test_a_server_of_processes_makes_a_clip_drains_and_leaves_no_process(
     assert run.returncode == code
     assert all(has_ended(pid) for pid in workers)
     assert "is ready" in err
+    assert "no more jobs are accepted" in err
     posts = [line for line in err.splitlines() if "POST '/v1/videos' 200" in line]
     assert len(posts) == 2
     assert all("[req_" in line for line in posts)
