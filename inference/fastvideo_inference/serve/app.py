@@ -29,6 +29,7 @@ from fastvideo_inference.serve.errors import ApiError, failure, json_response
 from fastvideo_inference.serve.guard import Guard
 from fastvideo_inference.serve.videos import Videos
 
+MAX_CONNECTIONS = 2048  # each is a file descriptor; half of them may be idle
 HEAD_S = 10.0  # for the head of a request, and what is left of the body of an answered one
 _CLOSING_S = 2  # for answers that are being sent when the engine has ended
 _CLEANING_S = 30.0
@@ -95,8 +96,10 @@ class _Protocol(H11Protocol):
     """uvicorn's, which also closes connections on which no whole request head comes in time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request."""
+        """Wait for the first request, unless there are too many connections."""
         super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.close()
         self._expect_request_after(None)
 
     def on_response_complete(self) -> None:

@@ -310,11 +310,23 @@ def wait_until(is_so: Callable[[], object]) -> None:
     """Ask until it holds; what raises does not."""
     deadline = time.monotonic() + 30
     while True:
-        with suppress(AssertionError):
+        with suppress(AssertionError, OSError):
             if is_so():
                 return
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_more_connections_than_the_server_holds_are_closed(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "MAX_CONNECTIONS", 1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as first:
+        first.sendall(b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert first.recv(4096).startswith(b"HTTP/1.1 200 ")
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as second:
+            assert not second.recv(4096)
+    wait_until(lambda: server.ask("GET", "/healthz")[0] == 200)
 
 
 @pytest.mark.parametrize(
