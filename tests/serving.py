@@ -89,11 +89,12 @@ class Running:
         assert "Traceback" not in error["message"]
         return {**error, "status": status, "headers": headers}
 
-    def events(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def events(self, job_id: str, *, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the events of a job until its stream ends."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         try:
-            connection.request("GET", f"/v1/videos/{job_id}/events")
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            connection.request("GET", f"/v1/videos/{job_id}/events", headers=headers)
             answer = connection.getresponse()
             assert answer.headers.get_content_type() == "text/event-stream"
             for line in answer:

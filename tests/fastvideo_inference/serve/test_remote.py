@@ -28,8 +28,9 @@ SMALL = {"num_frames": 5, "num_inference_steps": 1, "seed": 3}
 
 
 @pytest.fixture
-def pipe(server: Running) -> RemotePipeline:
-    return VideoPipeline.connect(server.url)
+def pipe(server: Running, monkeypatch: pytest.MonkeyPatch) -> RemotePipeline:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which is not for servers of ours
+    return VideoPipeline.connect(f"{server.url}/v1/")
 
 
 def test_a_call_returns_the_clip_that_the_same_call_makes_here(

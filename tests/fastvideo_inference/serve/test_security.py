@@ -249,10 +249,16 @@ def test_posts_of_a_key_at_the_same_time_are_counted_one_after_the_other(start: 
     assert sorted(one.result()[0] for one in answers) == [200] + [429] * 7
 
 
-@pytest.mark.parametrize("limits", [{"pixels": 48 * 32 * 9 - 1}, {"num_frames": 8}])
-def test_limits_count_for_what_is_made_also_by_default(start: Start, limits: dict[str, int]):
-    server = start(limits=limits)
-    assert server.refused("POST", "/v1/videos", BALL)["param"] == next(iter(limits))
+def test_limits_count_for_what_is_made_also_by_default(start: Start):
+    most = {"width": 48, "height": 32, "num_frames": 9, "num_inference_steps": 2}
+    server = start(limits={**most, "pixels": 48 * 32 * 9})
+    server.create(BALL)
+    for name, limit in most.items():
+        error = server.refused("POST", "/v1/videos", {**BALL, name: limit + 16})
+        assert (error["code"], error["param"]) == ("over_limit", name)
+    server.stop()
+    server = start(limits={"pixels": 48 * 32 * 9 - 1, "num_frames": 9})
+    assert server.refused("POST", "/v1/videos", BALL)["param"] == "pixels"
     server.create({**BALL, "num_frames": 5})
 
 
@@ -277,18 +283,17 @@ def test_a_slow_body_does_not_hold_up_others_and_is_given_up(
 
 
 def test_event_streams_of_a_key_are_bounded_and_a_closed_one_makes_room(start: Start):
-    server = start(limits={"streams": 2})
-    job = server.create(LONG)
-    path = f"/v1/videos/{job['id']}/events"
-    open_ = [server.events(job["id"]) for _ in range(2)]
-    for one in open_:
-        next(one)
-    error = server.refused("GET", path)
+    server = start(key=keys(), limits={"streams": 1})
+    ann, bob = (server.create(LONG, key=key)["id"] for key in SECRETS.values())
+    following = server.events(ann, key="sk-ann")
+    next(following)
+    error = server.refused("GET", f"/v1/videos/{ann}/events", key="sk-ann")
     assert (error["status"], error["code"]) == (429, "too_many_streams")
     assert int(error["headers"]["retry-after"]) >= 1
-    assert server.ask("GET", f"/v1/videos/{job['id']}")[0] == 200
-    open_[0].close()
-    wait_until(lambda: next(server.events(job["id"])))
+    assert server.ask("GET", f"/v1/videos/{ann}", key="sk-ann")[0] == 200
+    next(server.events(bob, key="sk-bob"))
+    following.close()
+    wait_until(lambda: next(server.events(ann, key="sk-ann")))
 
 
 def test_more_requests_at_once_than_the_server_answers_are_503(

@@ -118,6 +118,11 @@ def test_the_configs_that_come_with_it_are_right(path: str, monkeypatch: pytest.
     assert main(["serve", "--config", path, "--check"]) == 0
 
 
+def test_a_key_without_a_class_is_of_the_first_one(tmp_path: Path):
+    (tmp_path / "a.toml").write_text(f'[[key]]\nname = "a"\nsha256 = "{"0" * 64}"\n')
+    assert main(["serve", "--config", str(tmp_path / "a.toml"), "--check"]) == 0
+
+
 def test_without_a_config_all_bundled_models_are_offered_the_default_one_first():
     models = list(Catalogue(configs.read(None)).models)
     assert models[0] == hub.DEFAULT_MODEL
