@@ -175,6 +175,15 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(capsys):
     assert "cannot listen" in capsys.readouterr().err
 
 
+def test_the_name_that_it_listens_at_is_one_of_its_hosts(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(command, "_serve", lambda *words, **_: seen.extend(words) or 0)
+    assert main(["serve", "--host=localhost", "--port=0", "--executor=local"]) == 0
+    config, listener = seen
+    listener.close()
+    assert (config.hosts, config.executor) == (("localhost",), "local")
+
+
 def test_without_the_extra_the_error_names_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
