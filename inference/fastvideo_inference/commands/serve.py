@@ -64,6 +64,7 @@ def _serve(config: ServeConfig, listener: socket.socket, *, ready: str, started:
     for handler in logger.handlers:
         handler.setFormatter(logging.Formatter(_FORMAT))
         handler.addFilter(RequestIdFilter())
+    logging.getLogger("uvicorn").handlers = logger.handlers
     files.allow_many_claims()  # each client that follows a job holds a socket
 
     def announce() -> None:

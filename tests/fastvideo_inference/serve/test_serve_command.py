@@ -71,12 +71,16 @@ def test_a_server_of_processes_makes_a_clip_drains_and_leaves_no_process(
             assert time.monotonic() < deadline, now
             time.sleep(0.05)
         ask(f"{url}/v1/videos", LONG)
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.sendall(b"no HTTP\r\n\r\n")
+            assert client.recv(99).startswith(b"HTTP/1.1 400 ")
         run.send_signal(number)
         _, err = run.communicate(timeout=60)
     assert run.returncode == code
     assert all(has_ended(pid) for pid in workers)
     assert "is ready" in err
     assert "no more jobs are accepted" in err
+    assert any("WARNING [-] Invalid HTTP" in line for line in err.splitlines())
     posts = [line for line in err.splitlines() if "POST '/v1/videos' 200" in line]
     assert len(posts) == 2
     assert all("[req_" in line for line in posts)
