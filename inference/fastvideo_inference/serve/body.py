@@ -19,7 +19,7 @@ from fastvideo.config import Strict, parse
 from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams
 from fastvideo.spec import Spec
-from fastvideo_inference.engine.config import Limits, ServeConfig
+from fastvideo_inference.engine.config import Limits
 from fastvideo_inference.engine.job import Submission
 from fastvideo_inference.recipe import Names
 from fastvideo_inference.serve.catalogue import Catalogue
@@ -32,7 +32,7 @@ REFUSED = {
     "backend": "the operator of the server chooses it",
     "drop_gates": "the operator of the server chooses it",
 }
-_TEXTS = ("prompt", "negative_prompt", "fps", "lora")
+_TEXTS = ("prompt", "text", "negative_prompt", "negative", "fps", "lora", "size")
 _NUMBER = re.compile(r"-?\d{1,19}(\.\d{1,9})?")
 _SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?")
 _PATIENCE_S = 30.0
@@ -97,20 +97,13 @@ async def _read_multipart(request: Request) -> dict[str, Any]:
     return found
 
 
-def submission(
-    fields: Mapping[str, Any],
-    *,
-    catalogue: Catalogue,
-    config: ServeConfig,
-    owner: str = "",
-    idempotency_key: str = "",
-) -> Submission:
+def submission(fields: Mapping[str, Any], *, catalogue: Catalogue, limits: Limits) -> Submission:
     """Complete and check the fields of a body; `ApiError` names the field at fault."""
     for name in fields.keys() & REFUSED.keys():
         text = f"{name} cannot be set over HTTP: {REFUSED[name]}"
         raise ApiError(400, text, code="unsupported_field", param=name)
     try:
-        _check_lengths(fields, config.limits)
+        _check_lengths(fields, limits)
         others = Beside.model_fields.keys() & fields.keys()
         beside = parse(Beside, {name: fields[name] for name in others}, source=SOURCE)
         model = catalogue.model(beside.model)
@@ -120,16 +113,14 @@ def submission(
         names = Names(model_id, beside.decoder, tuple(use.path for use in uses))
         request = request.model_copy(update={"lora": tuple(map(catalogue.lora, uses))})
         params = resolve(request, model.spec)
-        _check_limits(params, config.limits)
+        _check_limits(params, limits)
         digest = hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
         return Submission(
             model=model.name,
             params=params,
             notices=notices(request, params, model.spec),
             slo_class=beside.slo_class,
-            owner=owner,
             decoder=catalogue.decoder(beside.decoder, model),
-            idempotency_key=idempotency_key,
             body_sha256=digest,
             previews=beside.previews,
             names=names,
@@ -147,9 +138,9 @@ def invalid(error: Exception) -> ApiError:
 
 def _request(fields: Mapping[str, Any], seconds: str | float | None, spec: Spec) -> GenerateRequest:
     """Read the sampling fields; `seconds` counts where there is no number of frames."""
-    full = sampling.spelled(fields, source=SOURCE, beside=[*Beside.model_fields, *REFUSED])
-    values = {name: value if name in _TEXTS else _number(value) for name, value in full.items()}
-    request = parse(GenerateRequest, values, source=SOURCE)
+    values = {name: value if name in _TEXTS else _number(value) for name, value in fields.items()}
+    beside = [*Beside.model_fields, *REFUSED]
+    request, _ = sampling.read_with_origins((SOURCE, values), beside=beside)
     if seconds is None or request.num_frames is not None:
         return request
     fps = request.fps if request.fps is not None else spec.defaults.fps

@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -81,14 +83,8 @@ class Videos:
             text = "Idempotency-Key must be 1 to 255 printable ASCII characters"
             raise ApiError(400, text, code="invalid_value")
         fields = await body.read(request)
-        asked = await asyncio.to_thread(
-            body.submission,
-            fields,
-            catalogue=self._catalogue,
-            config=self._config,
-            owner=owner,
-            idempotency_key=key,
-        )
+        read = partial(body.submission, catalogue=self._catalogue, limits=self._config.limits)
+        asked = replace(await asyncio.to_thread(read, fields), owner=owner, idempotency_key=key)
         async with self.keys.locks[owner]:
             is_new = self._check_key(asked)
             try:
