@@ -23,7 +23,7 @@ from fastvideo_inference.engine.config import Limits
 from fastvideo_inference.engine.job import Submission
 from fastvideo_inference.recipe import Names
 from fastvideo_inference.serve.catalogue import Catalogue
-from fastvideo_inference.serve.errors import ApiError
+from fastvideo_inference.serve.errors import ApiError, public
 
 SOURCE = "the request"
 REFUSED = {
@@ -133,7 +133,7 @@ def invalid(error: Exception) -> ApiError:
     """Return the answer to a wrong value; our errors begin with the field at fault."""
     word = re.split(r"\W", str(error), maxsplit=1)[0]
     param = word if word in {*sampling.settings(), *Beside.model_fields, "size"} else None
-    return ApiError(400, str(error), code="invalid_value", param=param)
+    return ApiError(400, public(str(error)), code="invalid_value", param=param)
 
 
 def _request(fields: Mapping[str, Any], seconds: str | float | None, spec: Spec) -> GenerateRequest:

@@ -35,7 +35,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """Return the HTTP answer."""
-        line = public(" ".join(str(self).split()))
+        line = " ".join(str(self).split())
         message = line if len(line) <= _MAX_CHARS else f"{line[:_MAX_CHARS]}..."
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {
