@@ -213,14 +213,14 @@ class Job:
 
     def _events(self) -> Iterator[RemoteEvent]:
         with self._connection.open("GET", f"{self._path}/events") as answer:
-            for kind, values in _server_sent(answer):
-                if kind == "status":  # alone, if the job was deleted meanwhile
+            for event, values in _server_sent(answer):
+                if event == "status":  # alone, if the job was deleted meanwhile
                     self.values = {**self.values, **values}
-                elif kind == "progress":
+                elif event == "progress":
                     yield Progress(values["stage"], values["index"], values["total"])
-                elif kind == "notice":
+                elif event == "notice":
                     yield Notice(values["stage"], values["text"])
-                elif kind == "preview":
+                elif event == "preview":
                     png = base64.b64decode(values["png"])
                     yield PreviewImage(values["stage"], values["index"], png)
 
@@ -233,16 +233,16 @@ def _frames(data: bytes) -> Frames:
 
 
 def _server_sent(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    kind, data = "", ""
+    event, data = "", ""
     for line in lines:
         name, _, value = line.decode().rstrip("\r\n").partition(": ")
         if name == "event":
-            kind = value
+            event = value
         elif name == "data":
             data = value
         elif not name and data:
-            yield kind, json.loads(data)
-            kind, data = "", ""
+            yield event, json.loads(data)
+            event, data = "", ""
 
 
 class RemotePipeline:

@@ -24,7 +24,7 @@ class Submission:
 
     `names` stand in the recipe where paths of this machine would; None: the paths.
     `slo_class` "" is the owner's class, else the first of the config. `idempotency_key` counts for
-    its owner and 24 hours; `body_sha256` tells a repeated request from another one with that key.
+    its owner, 24 hours, no longer than its job; `body_sha256` tells repeated requests from others.
     """
 
     model: str

@@ -47,8 +47,8 @@ class App:
         app.add_api_route("/healthz", self.health, methods=["GET"])
         app.add_api_route("/readyz", self.ready, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
-        for kind in (ApiError, HTTPException, RequestValidationError, Exception):
-            app.add_exception_handler(kind, _answer)
+        for error in (ApiError, HTTPException, RequestValidationError, Exception):
+            app.add_exception_handler(error, _answer)
         self.asgi = Guard(app, config)
 
     async def models(self, request: Request) -> Response:

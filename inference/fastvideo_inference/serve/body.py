@@ -50,13 +50,13 @@ class Beside(Strict):
 
 
 async def read(request: Request) -> dict[str, Any]:
-    """Return the fields of a body; 400, 408 or 415 for what is none. Its size is bounded before."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    """Return the fields of a body; 400, 408 or 415 if it cannot be read."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         async with asyncio.timeout(_PATIENCE_S):
-            if kind == "application/json":
+            if media_type == "application/json":
                 return _read_json(await request.body())
-            if kind == "multipart/form-data":
+            if media_type == "multipart/form-data":
                 return await _read_multipart(request)
     except TimeoutError:
         raise ApiError(408, "the body took too long", code="timeout") from None

@@ -65,8 +65,8 @@ class Catalogue:
         return use.model_copy(update={"path": self._config.lora[use.path]})
 
 
-def _unknown(kind: str, name: str, known: Collection[str], *, status: int = 400) -> ApiError:
+def _unknown(field: str, name: str, known: Collection[str], *, status: int = 400) -> ApiError:
     hint = did_you_mean(name, known)
-    text = f"{kind} {name!r} is unknown{hint} (known: {', '.join(known) or 'none'})"
-    code = "model_not_found" if kind == "model" else "invalid_value"
-    return ApiError(status, text, code=code, param=kind)
+    text = f"{field} {name!r} is unknown{hint} (known: {', '.join(known) or 'none'})"
+    code = "model_not_found" if field == "model" else "invalid_value"
+    return ApiError(status, text, code=code, param=field)

@@ -69,10 +69,10 @@ def _check_worker(worker: WorkerConfig, *, is_local: bool) -> None:
         raise ValueError("worker.devices: several need executor 'process'; 'local' has one process")
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     for device in worker.devices:
-        kind, _, number = device.partition(":")
-        if kind == "cpu" and number.isdigit() and int(number) >= cores:
+        device_type, _, number = device.partition(":")
+        if device_type == "cpu" and number.isdigit() and int(number) >= cores:
             raise ValueError(f"worker.devices {device!r}: this machine has {cores} cores")
-        if not DEVICE.fullmatch(device) and not (kind == "cpu" and number.isdigit()):
+        if not DEVICE.fullmatch(device) and not (device_type == "cpu" and number.isdigit()):
             raise ValueError(f"worker.devices {device!r} is unknown; use cpu, cpu:N, cuda, cuda:N")
     try:
         split = degrees.parse(worker.parallel)

@@ -56,7 +56,7 @@ def public(text: str) -> str:
 
 
 def failure(error: Exception) -> ApiError:
-    """Return what a client is told of a fault of the server; the log is told the reason."""
+    """Return the answer to a fault of the server, and log its reason."""
     logger.error("%s", one_line(error))
     logger.debug("", exc_info=error)
     return ApiError(500, "the server failed; its log says why", code="internal_error")

@@ -35,12 +35,12 @@ def render(stats: Mapping[str, Any], rejected: Counter[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _metric(name: str, kind: str, text: str, values: Any, label: str = "") -> Iterator[str]:
+def _metric(name: str, type_: str, text: str, values: Any, label: str = "") -> Iterator[str]:
     """Yield the lines of a metric, of each label if there are; a summary's are [count, sum]."""
     yield f"# HELP fastvideo_{name} {text}."
-    yield f"# TYPE fastvideo_{name} {kind}"
-    suffixes = ("_count", "_sum") if kind == "summary" else ("",)
+    yield f"# TYPE fastvideo_{name} {type_}"
+    suffixes = ("_count", "_sum") if type_ == "summary" else ("",)
     for key, value in sorted(values.items()) if label else [("", values)]:
         shown = f"{{{label}={json.dumps(key, ensure_ascii=False)}}}" if label else ""
-        for suffix, number in zip(suffixes, value if kind == "summary" else [value], strict=True):
+        for suffix, number in zip(suffixes, value if type_ == "summary" else [value], strict=True):
             yield f"fastvideo_{name}{suffix}{shown} {number}"
