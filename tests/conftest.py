@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import shutil
@@ -68,6 +69,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
         option.numprocesses = min(MOST_WORKERS, cores)
         option.dist = "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is there from now on out of collections, which imageio runs twice a clip."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """Do so again with what a file leaves, such as compilers that were imported."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
