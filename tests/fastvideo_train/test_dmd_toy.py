@@ -36,6 +36,12 @@ SPARSE = (
 WAYS = [("simulated", True), ("simulated", False), ("data", True)]
 
 
+def each_way(daily: tuple[str, bool]) -> pytest.MarkDecorator:
+    """Return all ways, of which one is tried each time, the others by `.ci/full slow`."""
+    rest = (pytest.param(*way, marks=pytest.mark.full) for way in WAYS if way != daily)
+    return pytest.mark.parametrize(("rollout", "renoise"), [daily, *rest])
+
+
 def _recipe(rate: float, *sets: str) -> Recipe:
     """One step from noise, guidance off, so that the teacher's distribution is the target."""
     dims = ("in_channels=2", "out_channels=2", "num_layers=1")
@@ -123,7 +129,7 @@ def test_the_student_reaches_a_gaussian(tmp_path):
     torch.testing.assert_close(after.T.cov(), COV, rtol=0, atol=0.15 * 0.16)
 
 
-@pytest.mark.parametrize(("rollout", "renoise"), WAYS)
+@each_way(("data", True))
 def test_the_sampler_of_three_steps_draws_from_a_gaussian(rollout, renoise, tmp_path):
     """A student that is right at every step once it is at one: means within 0.03, covariance
     within 10 % of its diagonal, at each of the three.
@@ -140,7 +146,7 @@ def test_the_sampler_of_three_steps_draws_from_a_gaussian(rollout, renoise, tmp_
         torch.testing.assert_close(ended.T.cov(), COV, rtol=0, atol=0.1 * 0.16)
 
 
-@pytest.mark.parametrize(("rollout", "renoise"), WAYS)
+@each_way(("simulated", True))
 def test_the_clips_of_all_steps_together_reach_a_gaussian(rollout, renoise, tmp_path):
     """Means within 0.06, covariance within 20 % of its diagonal, of the three steps' clips mixed.
 

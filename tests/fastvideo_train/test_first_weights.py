@@ -44,8 +44,15 @@ def _from(folder: Path, method: str, *sets: str) -> Recipe:
     return small(method, *starts, *sets)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("source", ["folder", "run"])
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [
+        ("folder", 2),
+        ("run", 3),
+        pytest.param("folder", 3, marks=pytest.mark.full),
+        pytest.param("run", 2, marks=pytest.mark.full),
+    ],
+)
 def test_a_process_never_holds_more_of_a_role_than_its_rows_and_one_tensor(
     source, size, folder, ranks, tmp_path
 ):

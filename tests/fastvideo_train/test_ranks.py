@@ -387,7 +387,8 @@ sys.exit(code)
     [
         pytest.param("accelerate", 0, IMAGE, marks=pytest.mark.full),
         pytest.param("accelerate", 1, IMAGE, marks=pytest.mark.full),
-        ("fsdp2", 1, IMAGE),  # its Muon fills other caches of DTensor
+        # its Muon fills other caches of DTensor
+        pytest.param("fsdp2", 1, IMAGE, marks=pytest.mark.full),
         pytest.param("fsdp2", 0, VSA, marks=pytest.mark.full),
         pytest.param("deepspeed", 0, VSA, marks=deepspeed_runs),
     ],

@@ -192,6 +192,7 @@ def test_an_fsdp2_checkpoint_of_two_ranks_goes_on_with_one_and_with_three(ranks,
         torch.testing.assert_close(dict(read.named_parameters())[name], param, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_an_fsdp2_checkpoint_of_two_networks_under_muon_goes_on_with_three_ranks(ranks, tmp_path):
     """Each network has two optimizers, and both move before and after."""
     recipe = small("dmd", "run.strategy=fsdp2", "run.steps=4", muon=True)

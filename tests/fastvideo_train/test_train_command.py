@@ -83,7 +83,9 @@ def test_a_missing_vae_of_an_export_is_only_a_warning(tmp_path: Path, capsys):
     assert "vae of nano-dit is needed after the run: nowhere" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_a_stopped_run_saves_exits_130_and_keeps_others_out(tmp_path: Path, capsys, how):
     words = ["--smoke", "--run-dir", str(tmp_path / "r"), "--set", "run.steps=100000"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -136,7 +136,9 @@ def test_illegal_sizes_splits_and_numbers_are_refused():
             World(numbers=numbers)
 
 
-@pytest.mark.parametrize("name", ["one", "two", "three"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.full) for n in ("one", "two")), "three"]
+)
 def test_a_world_of_one_number_is_opened_by_name_and_read_in_every_attribute(name):
     path = f"fastvideo.worlds.trio:{name}"
     world = open_world(path, height=64, width=112, num_frames=81)
