@@ -55,9 +55,10 @@ MOST_WORKERS = 4  # each holds a gigabyte, and starts ranks of its own
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Test folders with a process per core and one more, unless -n, -m, --pdb or -p no:xdist says otherwise.
+    """Test folders with a process per core and one more, unless -n, -m or --pdb says otherwise.
 
-    Files and single tests that are named stay in this process, as do the heavy proofs of `full`.
+    So does -p no:xdist. Files and single tests that are named stay in this process, as do the heavy
+    proofs of `full`.
     """
     option = config.option
     is_worker = hasattr(config, "workerinput")
