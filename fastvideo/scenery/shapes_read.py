@@ -48,7 +48,7 @@ def parse(frames_THWC: NDArray[np.uint8], *, fps: int) -> dict[str, str]:
     if not is_readable(frames):
         return found
     seconds_T, small = reduced(frames, fps)
-    backdrop_H3 = _backdrop(small)
+    backdrop_H3 = backdrop(small)
     found["scene"] = _scene(backdrop_H3)
     colour, mask_THW = _find(small, backdrop_H3)
     seen = track(mask_THW)
@@ -84,7 +84,7 @@ def reduced(frames: NDArray[np.uint8], fps: int) -> tuple[Float64, Float32]:
     return kept / fps, small / np.float32(k * k)
 
 
-def _backdrop(frames: Float32) -> Float32:
+def backdrop(frames: Float32) -> Float32:
     """Return the colour of each row (H, 3): the median over time of both sides of the frame.
 
     A mover is at either side for less than half of the clip and at one side at a time.
@@ -222,6 +222,12 @@ def _templates() -> tuple[tuple[str, ...], Float32, Float64]:
         for n, area in zip(names, areas, strict=True)
     ]
     return names, np.stack(masks), np.asarray(areas)
+
+
+def unit_area(shape: str) -> float:
+    """Return the area of a shape of diameter 1."""
+    names, _, areas = _templates()
+    return float(areas[names.index(shape)])
 
 
 def _centres(count: int) -> Float32:
