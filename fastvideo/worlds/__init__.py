@@ -3,13 +3,14 @@
 A world module exports `World`, `ATTRIBUTES` (the legal values of each attribute) and
 `GENERATOR_VERSION`, raised whenever the frames or captions of any clip change. A truth names a
 value of every attribute, or joins those of several things by `+`. The module may export
-`CLASSIFIER`, the folder of its trained classifier: a name in the package's zoo, or a path.
+`CLASSIFIER`, the folder of its trained classifier: a name in the package's zoo, or a path; and
+`FIT`, which tells how well what a clip shows fits its true shape.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from fastvideo.scenery.shapes_fit import Fit
+
     Frames = npt.NDArray[np.uint8]
+    ToFit = Callable[[Frames, Mapping[str, str]], Fit | None]
 
 
 class Clip(Protocol):
@@ -72,6 +76,12 @@ def classifier(name: str) -> str | None:
     """Return where the classifier of a world's clips is kept; None if it has none."""
     folder: str | None = getattr(_module(name), "CLASSIFIER", None)
     return folder
+
+
+def fit(name: str) -> ToFit | None:
+    """Return what tells how well a clip's object fits its true shape; None if nothing does."""
+    found: ToFit | None = getattr(_module(name), "FIT", None)
+    return found
 
 
 def _module(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvideo import rng
-from fastvideo.scenery import draw, scenes
+from fastvideo.scenery import draw, scenes, shapes_fit
 from fastvideo.scenery import shapes_read as reader
 from fastvideo.scenery import shapes_text as text
 from fastvideo.scenery.film import film
@@ -39,6 +39,7 @@ __all__ = [
 # raise it when the frames or captions of any (seed, index) change, and that of trio with it
 GENERATOR_VERSION = 1
 CLASSIFIER = "shapes-classifier"
+FIT = shapes_fit.fit
 SPLITS = ("train", "heldout")
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": tuple(text.SHAPES),

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
@@ -28,14 +28,15 @@ from fastvideo.log import warned
 from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams, read_with_origins
 from fastvideo.spec import Scheduler, Spec
-from fastvideo.worlds import World, attributes, classifier, generator_version, open_world
+from fastvideo.worlds import World, attributes, classifier, fit, generator_version, open_world
 from fastvideo_inference import scores, sheets
 from fastvideo_inference.recipe import DecoderId, decoder_id, fingerprint, versions
-from fastvideo_inference.scores import Record, Records, Table
+from fastvideo_inference.scores import Fits, Record, Records, Table
 
 if TYPE_CHECKING:
     from fastvideo.measure import Rendered, Scorer
     from fastvideo.model import Model
+    from fastvideo.worlds import Frames
 
 SPLIT = "heldout"
 SEED = 0  # of the world's clips; training's validation looks at seed 1
@@ -215,6 +216,7 @@ class Evaluation:
             ssim=fmean(k["ssim"] for k in kept),
             flicker=scores.mean(made, "flicker"),
             flicker_truth=scores.mean(made, "flicker_truth"),
+            fits=_fits(made, kept),
             features=scores.features(made, kept=kept, again=again, classifier=name, legal=legal)
             if name
             else None,
@@ -328,6 +330,8 @@ class Evaluation:
                 "parse": one.parse,
                 "flicker": _number(one.flicker),
                 "flicker_truth": _number(clip_flicker(true)),
+                "fit": self._fit(one.frames, one.truth),
+                "fit_truth": self._fit(true, one.truth),
             }
             if tools.scorer:
                 record["features"], _ = tools.scorer(one.frames)
@@ -345,6 +349,12 @@ class Evaluation:
             true = self._drawn_anew(tools, one.truth, index, repeat)
             records.append({"index": index, "features": features, "truth_features": true})
         return records
+
+    def _fit(self, frames: Frames, truth: dict[str, str]) -> dict[str, float] | None:
+        """Return how well the object fits its shape, of a world that can tell; None if unseen."""
+        to_fit = fit(self.world)
+        found = to_fit(frames, truth) if to_fit else None
+        return None if found is None else asdict(found)
 
     def _drawn_anew(
         self, tools: _Tools, truth: dict[str, str], index: int, repeat: int
@@ -369,11 +379,19 @@ class Evaluation:
                 "parse": one.parse,
                 "psnr": min(one.psnr, 100.0),  # JSON has no infinity
                 "ssim": one.ssim,
+                "fit": self._fit(one.frames, one.truth),
             }
             if tools.scorer:
                 record["features"], record["labels"] = tools.scorer(one.frames)
             records.append(record)
         return records
+
+
+def _fits(made: Sequence[Record], kept: Sequence[Record]) -> dict[str, Fits]:
+    """Return how well objects fit in made clips, after the VAE, and in true clips."""
+    sources = (("made", made, "fit"), ("VAE", kept, "fit"), ("truth", made, "fit_truth"))
+    found = {name: scores.fits(records, key) for name, records, key in sources}
+    return {name: one for name, one in found.items() if one}
 
 
 def _check_counts(prompts: int, batch: int, repeats: int, **of_prompts: int) -> None:

@@ -76,6 +76,22 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Fits:
+    """How well objects fit their true shapes (`scenery/shapes_fit.py`), in the `n` clips with one.
+
+    `overlap`: intersection over union, mean, worst tenth, and mean by shape; `deviation` from frame
+    to frame; `edge_px`: the width of the edge in pixels.
+    """
+
+    n: int
+    overlap: float
+    worst: float
+    deviation: float
+    edge_px: float
+    shapes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Table:
     """What an evaluation found. PSNR in dB and SSIM are the VAE's; flicker in grey levels."""
 
@@ -89,6 +105,8 @@ class Table:
     ssim: float
     flicker: float | None
     flicker_truth: float | None
+    fits: Mapping[str, Fits]
+    """Of made, VAE's and true clips; none in a world that cannot tell."""
     features: Features | None
 
     def to_json(self) -> str:
@@ -170,6 +188,23 @@ def features(
         made=distance(made, made),
         vae=distance(kept, made),
         spread=_spread(made, again) if again else None,
+    )
+
+
+def fits(records: Sequence[Record], key: str) -> Fits | None:
+    """Sum up how well objects fit; None if no record tells."""
+    known = [(r["truth"]["shape"], r[key]) for r in records if r.get(key)]
+    if not known:
+        return None
+    ordered = sorted(fit["overlap"] for _, fit in known)
+    shapes = {shape: [f["overlap"] for s, f in known if s == shape] for shape, _ in known}
+    return Fits(
+        n=len(known),
+        overlap=fmean(ordered),
+        worst=fmean(ordered[: -(-len(ordered) // 10)]),
+        deviation=fmean(fit["deviation"] for _, fit in known),
+        edge_px=fmean(fit["edge_px"] for _, fit in known),
+        shapes={shape: fmean(overlaps) for shape, overlaps in sorted(shapes.items())},
     )
 
 

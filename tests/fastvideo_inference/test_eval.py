@@ -17,7 +17,7 @@ import pytest
 import torch
 from fastvideo_inference.evaluation import REPEAT_STRIDE, Evaluation
 from fastvideo_inference.recipe import fingerprint, versions
-from fastvideo_inference.scores import Records, Table
+from fastvideo_inference.scores import Records, Table, fits
 
 from fastvideo import hub, media, rng
 from fastvideo.cli import main
@@ -223,6 +223,25 @@ def test_the_reference_is_made_of_other_true_clips_of_the_same_prompts(done):
     assert set(table.features.classifier.truth) == {*ATTRIBUTES, "all"}
 
 
+def test_objects_are_held_against_their_ideal_shapes_beside_the_ceilings(done):
+    evaluation, table = done
+    made, kept, *_ = evaluation.records()
+    for index, record in enumerate(made):
+        true = evaluation._open_world().clip(0, index, "heldout")
+        found = shapes.FIT(true.frames_THWC, true.truth)
+        assert record["fit_truth"] == (found and vars(found))
+    assert table.fits == {
+        name: one
+        for name, one in (
+            ("made", fits(made, "fit")),
+            ("VAE", fits(kept, "fit")),
+            ("truth", fits(made, "fit_truth")),
+        )
+        if one
+    }
+    assert table.fits["truth"].overlap > 0.9
+
+
 def test_without_repeats_there_is_no_diversity_and_the_other_results_are_kept(done, tiny_folder):
     evaluation, table = done
     for off in (0, 1):
@@ -253,6 +272,7 @@ def test_each_of_several_objects_counts_for_itself(tiny_folder, tmp_path, capsys
     assert "3 prompts of 3 held-out combinations" in out
     rows = [line.partition("  ")[0] for line in out.splitlines()[2:9]]
     several = [f"{name} (n=6)" for name in ("colour", "shape", "motion", "size")]
+    assert "overlap" not in out
     assert rows == ["number", "scene", *several, "all"]
     assert "intervals count each object as a clip of its own" in out
 

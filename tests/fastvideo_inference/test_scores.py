@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fastvideo_inference.scores import features, mean
+from fastvideo_inference.scores import Fits, features, fits, mean
 
 LEGAL = {"level": ("dark", "bright")}
 F = 3
@@ -64,3 +64,21 @@ def test_a_classifier_that_errs_shows_itself():
 def test_a_mean_forgives_clips_without_the_number():
     assert mean([{"x": 1.0}, {"x": None}, {"x": 3.0}], "x") == 2
     assert mean([{"x": None}], "x") is None
+
+
+def test_fits_are_of_the_clips_that_have_one_with_the_worst_tenth_apart():
+    def record(shape: str, overlap: float) -> dict[str, object]:
+        fit = {"overlap": overlap, "deviation": 1 - overlap, "edge_px": 2.0}
+        return {"truth": {"shape": shape}, "fit": fit}
+
+    made = [record("star", 0.5 + 0.04 * i) for i in range(10)] + [record("ball", 1.0)]
+    made += [{"truth": {"shape": "ball"}, "fit": None}, {"truth": {"shape": "ball"}}]
+    assert fits(made, "fit") == Fits(
+        n=11,
+        overlap=pytest.approx((10 * 0.68 + 1) / 11),
+        worst=pytest.approx(0.52),  # two of eleven
+        deviation=pytest.approx(1 - (10 * 0.68 + 1) / 11),
+        edge_px=2.0,
+        shapes={"ball": 1.0, "star": pytest.approx(0.68)},
+    )
+    assert fits(made[-2:], "fit") is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ from fastvideo_inference.evaluation import Evaluation
 from fastvideo_inference.request import check_place, flag
 
 if TYPE_CHECKING:
-    from fastvideo_inference.scores import Distance, Features, Table
+    from fastvideo_inference.scores import Distance, Features, Fits, Table
 
 
 def evaluate(
@@ -150,9 +150,21 @@ def _text(table: Table | Contrast) -> str:
     flicker = [f"flicker: made {known[0]}, truth {known[1]}"] if known else []
     several = ["intervals count each object as a clip of its own, and are narrow for that"]
     ends = several if any(line.n != n for line in table.lines) else []
-    ends += [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_features(table.features)]
+    ends += [f"{vae}, SSIM {table.ssim:.4f}", *flicker, *_fits(table.fits)]
+    ends += _features(table.features)
     title = f"{table.model}: {n} prompts of {table.combinations} held-out combinations"
     return "\n".join([title, head, *rows, *ends])
+
+
+def _fits(found: Mapping[str, Fits]) -> list[str]:
+    """Return a line for each kind of clips, of how well objects fit their shapes."""
+    return [
+        f"overlap with the ideal shape, {name} (n={one.n}): {one.overlap:.3f}, worst tenth"
+        f" {one.worst:.3f}, deviation {one.deviation:.3f}, edge {one.edge_px:.1f} px ("
+        + ", ".join(f"{shape} {overlap:.3f}" for shape, overlap in one.shapes.items())
+        + ")"
+        for name, one in found.items()
+    ]
 
 
 def _features(found: Features | None) -> list[str]:
