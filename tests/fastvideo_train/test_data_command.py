@@ -75,7 +75,7 @@ def test_encode_makes_latents_that_a_recipe_can_name(tiny_folder, tmp_path, caps
         (["render", "-o", "x", "--world", "shape"], "did you mean 'shapes'"),
         (["render", "-o", "x", "--fps", "24000/1001"], "must be whole for clips of a world"),
         (["render", "-o", "x", "--fps", "fast"], "such as 16, 23.976 or 24000/1001"),
-        (["render", "-o", "x", "--count", "2.0"], "'2.0' must be a whole number"),
+        (["render", "-o", "x", "--count", "2.0"], "Invalid value for '--count'"),
         (["encode", "-o", "x", "--vae", "nowhere", "--fps", "30000/1001"], "nearest: 30"),
         (["encode", "-o", "x", "--vae", "nowhere"], "nowhere"),
         (["encode", "-o", "x"], "Missing option '--model' / '--vae'"),
