@@ -100,10 +100,16 @@ class Engine:
         """
         return await asyncio.shield(asyncio.ensure_future(self._accept(submission)))
 
+    def known(self, submission: Submission) -> Job | None:
+        """Return the job that this submission repeats: of its owner and key, within a day.
+
+        Raises `ConflictError` if that was another request, `GoneError` if its clip was removed.
+        """
+        return self._ledger.known(submission)
+
     async def _accept(self, submission: Submission) -> Job:
         async with self._accepting:
-            known = self._ledger.known(submission)
-            if known:
+            if known := self.known(submission):
                 return known
             record = await self._new(submission)
             self._check_room(record)

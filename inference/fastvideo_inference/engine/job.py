@@ -100,3 +100,7 @@ class EngineStoppingError(ValueError):
 
 class ConflictError(ValueError):
     """An idempotency key was used for another request."""
+
+
+class GoneError(ConflictError):
+    """An idempotency key was used for a clip that was removed since; it makes no second clip."""
