@@ -113,8 +113,7 @@ class Engine:
                 return known
             record = await self._new(submission)
             self._check_room(record)
-            await self._ledger.commit(record.job)
-            self._records[record.id] = record
+            await self._ledger.add(record)
         self._counts.admitted += 1
         self._waiting.append(record)
         self._pump()

@@ -24,7 +24,7 @@ class Submission:
 
     `names` stand in the recipe where paths of this machine would; None: the paths.
     `slo_class` "" is the owner's class, else the first of the config. `idempotency_key` counts for
-    its owner, 24 hours, no longer than its job; `body_sha256` tells repeated requests from others.
+    its owner, 24 hours, though its job be deleted; `body_sha256` tells repeats from other requests.
     """
 
     model: str

@@ -19,7 +19,7 @@ from fastvideo_inference.engine.job import Job
 
 FILE = "journal.sqlite"
 _VERSION = 1
-KEPT_S = 24 * 3600.0  # idempotency keys, and the rows of jobs without a file
+KEPT_S = 24 * 3600.0  # idempotency keys, and the rows of deleted jobs
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, status TEXT NOT NULL, accepted_at_s REAL NOT NULL,
@@ -30,11 +30,8 @@ _PUT = """
 INSERT INTO jobs (id, status, accepted_at_s, job) VALUES (?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET status = excluded.status, job = excluded.job
 """
-_PRUNE = """
-DELETE FROM jobs WHERE (deleted OR status IN ('failed', 'cancelled'))
-    AND json_extract(job, '$.finished_at_s') < ?
-"""
-_KEPT = "SELECT job FROM jobs WHERE NOT deleted ORDER BY accepted_at_s, rowid"
+_PRUNE = "DELETE FROM jobs WHERE deleted AND json_extract(job, '$.finished_at_s') < ?"
+_ALL = "SELECT job, deleted FROM jobs ORDER BY accepted_at_s, rowid"
 
 
 class Journal:
@@ -73,11 +70,12 @@ class Journal:
             self._rows.execute("UPDATE jobs SET deleted = 1 WHERE id = ?", (job_id,))
             self._rows.execute(_PRUNE, (time.time() - KEPT_S,))
 
-    def jobs(self) -> list[Job]:
-        """Return the jobs that were not deleted, oldest first; forget those of `_PRUNE`."""
+    def jobs(self) -> list[tuple[Job, bool]]:
+        """Return all jobs, oldest first, and whether they were deleted within a day."""
         with self._committing():
             self._rows.execute(_PRUNE, (time.time() - KEPT_S,))
-        return [self._json.validate_json(text) for (text,) in self._rows.execute(_KEPT)]
+            rows = self._rows.execute(_ALL).fetchall()
+        return [(self._json.validate_json(text), bool(deleted)) for text, deleted in rows]
 
     def close(self) -> None:
         """Let another engine own the folder."""
@@ -89,5 +87,5 @@ class Journal:
         try:
             with self._rows:
                 yield
-        except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, str(error), str(self._path)) from None
+        except sqlite3.DatabaseError as error:
+            raise OSError(errno.EIO, str(error), str(self._path)) from None

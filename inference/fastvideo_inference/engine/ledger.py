@@ -8,11 +8,12 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from fastvideo.log import logger
-from fastvideo_inference.engine.job import ConflictError, Job, Submission
+from fastvideo_inference.engine.job import ConflictError, GoneError, Job, Submission
 from fastvideo_inference.engine.journal import KEPT_S, Journal
 from fastvideo_inference.engine.record import Record
 
@@ -25,6 +26,8 @@ class Ledger:
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.records: dict[str, Record] = {}
+        # (id, body_sha256, accepted_at_s) of a day, of deleted jobs too, oldest first
+        self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}
         self.folder = folder.absolute()
         self.work = self.folder / WORK
         self._clock = clock
@@ -38,7 +41,10 @@ class Ledger:
         self._journal = await self._on_disk(Journal, self.folder)
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        return list(await self._on_disk(self._journal.jobs))
+        jobs = await self._on_disk(self._journal.jobs)
+        for job, _ in jobs:
+            self._note_key(job)
+        return [job for job, is_deleted in jobs if not is_deleted]
 
     async def close(self) -> None:
         """Finish what is begun, and let another engine own the folder."""
@@ -48,25 +54,38 @@ class Ledger:
         if self._pending:
             await asyncio.wait(self._pending)
         if self._journal:
+            await self._on_disk(shutil.rmtree, self.work, True)  # while the folder is ours
             await self._on_disk(self._journal.close)
-            shutil.rmtree(self.work, ignore_errors=True)
         self._disk.shutdown()
 
     def known(self, submission: Submission) -> Job | None:
         """Return the job that its owner asked for under the same idempotency key within a day.
 
-        A key counts no longer than its job is kept. Raises `ConflictError` if that was another
-        request.
+        Raises `ConflictError` if that was another request, `GoneError` if the job was deleted.
         """
-        own = submission.owner, submission.idempotency_key
-        for record in self.records.values() if submission.idempotency_key else ():
-            earlier = record.job.submission
-            is_old = self._clock() - record.job.accepted_at_s > KEPT_S
-            if (earlier.owner, earlier.idempotency_key) == own and not is_old:
-                if earlier.body_sha256 == submission.body_sha256:
-                    return record.job
-                raise ConflictError("this idempotency key was used for another request")
-        return None
+        first_id, body_sha256, accepted_at_s = self._keys.get(_key(submission), ("", "", 0.0))
+        if self._is_old(accepted_at_s):
+            return None
+        if body_sha256 != submission.body_sha256:
+            raise ConflictError("this idempotency key was used for another request")
+        if first_id not in self.records:
+            raise GoneError(f"this idempotency key's clip, {first_id}, was removed")
+        return self.records[first_id].job
+
+    async def add(self, record: Record) -> None:
+        """Commit a new job, and keep it and its idempotency key."""
+        await self.commit(record.job)
+        self.records[record.id] = record
+        self._note_key(record.job)
+
+    def _note_key(self, job: Job) -> None:
+        for key in [*takewhile(lambda key: self._is_old(self._keys[key][2]), self._keys)]:
+            del self._keys[key]
+        if job.submission.idempotency_key:
+            self._keys[_key(job.submission)] = job.id, job.submission.body_sha256, job.accepted_at_s
+
+    def _is_old(self, accepted_at_s: float) -> bool:
+        return self._clock() - accepted_at_s > KEPT_S
 
     async def commit(self, job: Job) -> None:
         """Write a job as it is; `OSError` if the disk refuses."""
@@ -86,11 +105,14 @@ class Ledger:
                 await asyncio.sleep(_RETRY_S)
 
     async def delete(self, record: Record) -> None:
-        """Forget a job that has ended, and its file; the journal keeps its row for a day."""
+        """Forget a job that has ended, and its file; the journal keeps its row for a day.
+
+        The file goes first, which makes room on a full disk.
+        """
         assert self._journal is not None, "open() comes first"
+        await self._on_disk(self.path(record).unlink, True)
         await self._on_disk(self._journal.delete, record.id)
         self.records.pop(record.id, None)
-        await self._on_disk(self.path(record).unlink, True)
 
     async def publish(self, record: Record) -> Path:
         """Give the file of the current attempt the job's name, which outlives a power cut."""
@@ -120,6 +142,10 @@ class Ledger:
 
     def _on_disk(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         return asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+
+def _key(submission: Submission) -> tuple[str, str]:
+    return submission.owner, submission.idempotency_key
 
 
 def log_error(future: asyncio.Future[Any]) -> None:

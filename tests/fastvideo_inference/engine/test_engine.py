@@ -15,6 +15,7 @@ from fastvideo_inference.engine.executors import local
 from fastvideo_inference.engine.job import (
     ConflictError,
     EngineStoppingError,
+    GoneError,
     Job,
     QueueFullError,
 )
@@ -137,17 +138,21 @@ def test_an_idempotency_key_gives_its_first_job_again_for_a_day_also_after_a_res
                 await engine.submit(asked(2, owner="you")),
             ]
             await engine.delete(others[0].id)
+            with pytest.raises(GoneError):
+                await engine.submit(asked(2, "l"))
         async with running(tiny_folder, tmp_path) as engine:
             assert len({both[0].id, both[1].id, *(job.id for job in others)}) == 3
             assert (await engine.submit(asked(1))).id == both[0].id
             with pytest.raises(ConflictError):
                 await engine.submit(asked(2))
             assert others[0].id not in [job.id for job in engine.jobs()]
-            again = await engine.submit(asked(3, "l"))
-            assert again.id != others[0].id, "a deleted job's key is free"
+            with pytest.raises(GoneError, match=others[0].id):
+                await engine.submit(asked(2, "l"))
+            with pytest.raises(ConflictError, match="another request"):
+                await engine.submit(asked(3, "l"))
             monkeypatch.setattr(ledger, "KEPT_S", 0.0)  # a day later
-            new = await engine.submit(asked(2))
-            assert new.id not in (both[0].id, others[1].id)
+            new = [await engine.submit(asked(2)), await engine.submit(asked(2, "l"))]
+            assert not {job.id for job in new} & {job.id for job in (both[0], *others)}
             await engine.delete(both[0].id)
             assert not {both[0].id, others[0].id} & {*engine._records}
             assert engine.job(others[1].id)
