@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastvideo_inference.engine.executors import process
+from fastvideo_inference.engine.messages import Setup
 
 from fastvideo import VideoPipeline
 from tests.fastvideo_inference.engine.conftest import ended, running, submission, until
@@ -37,3 +41,22 @@ def test_a_group_makes_the_frames_of_torchrun_with_its_degrees(
     job = asyncio.run(main())
     assert job.failure is None and job.deaths == 0
     assert job.frames_sha256 == ranks(2, under_torchrun, tiny_folder, parallel)[0]
+
+
+def test_a_group_of_which_a_rank_cannot_be_started_leaves_none(monkeypatch):
+    start, started = process._start, []
+
+    def limited(setup: Setup) -> Any:
+        if started:
+            raise BlockingIOError("no process to be had")
+        started.append(start(setup))
+        return started[0]
+
+    async def main():
+        setups = [Setup("cpu", None, 10.0, rank=rank, size=2) for rank in range(2)]
+        with pytest.raises(BlockingIOError):
+            process.Executor().start(setups, print)
+
+    monkeypatch.setattr(process, "_start", limited)
+    asyncio.run(main())
+    assert started[0][0].returncode == -signal.SIGKILL

@@ -56,9 +56,15 @@ class _Group:
         self._ranks: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
         self._listeners: list[threading.Thread] = []
         loop = asyncio.get_running_loop()
-        for setup in setups:
-            process, stream = _start(setup)
-            self._ranks.append((process, stream))
+        try:
+            for setup in setups:
+                self._ranks.append(_start(setup))
+        except OSError:  # no memory or no process to be had: the others would wait for it
+            self.kill()
+            for process, _ in self._ranks:
+                process.wait()
+            raise
+        for setup, (process, stream) in zip(setups, self._ranks, strict=True):
             args = (setup.rank, process, stream, loop)
             self._listeners.append(threading.Thread(target=self._listen, args=args, daemon=True))
             self._listeners[-1].start()
