@@ -145,14 +145,17 @@ class Engine:
 
     async def cancel(self, job_id: str) -> Job:
         """End a job as cancelled, and its work at the next step boundary of its worker."""
-        record = self._records[job_id]
+        record = self._ledger.open_record(job_id)
         await asyncio.shield(self._ledger.later(self._end(record, status="cancelled")))
         return record.job
 
     async def delete(self, job_id: str) -> None:
         """Cancel a job and forget it and its file; the journal keeps that it was cancelled."""
-        await self.cancel(job_id)
-        await asyncio.shield(self._ledger.later(self._ledger.delete(self._records[job_id])))
+        await asyncio.shield(self._ledger.later(self._delete(self._ledger.open_record(job_id))))
+
+    async def _delete(self, record: Record) -> None:
+        await self._end(record, status="cancelled")
+        await self._ledger.delete(record)
 
     async def events(self, job_id: str) -> AsyncIterator[JobEvent]:
         """Yield what happens to a job, its status first, until it has ended or the engine stops."""
@@ -180,7 +183,7 @@ class Engine:
     async def drain(self) -> None:
         """Accept nothing more, finish what was begun; what waits is for the next start."""
         self._is_draining = True
-        while any(r.job.status == "in_progress" and not r.is_over for r in self._records.values()):
+        while any(r.is_begun and not r.is_warmup for r in self._records.values()):
             await asyncio.sleep(_DRAIN_PAUSE_S)
 
     async def stop(self) -> None:

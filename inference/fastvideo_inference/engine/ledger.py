@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.log import logger
-from fastvideo_inference.engine.job import ConflictError, GoneError, Job, Submission
+from fastvideo_inference.engine.job import (
+    ConflictError,
+    EngineStoppingError,
+    GoneError,
+    Job,
+    Submission,
+)
 from fastvideo_inference.engine.journal import KEPT_S, Journal
 from fastvideo_inference.engine.record import Record
 
@@ -77,6 +83,12 @@ class Ledger:
         await self.commit(record.job)
         self.records[record.id] = record
         self._note_key(record.job)
+
+    def open_record(self, job_id: str) -> Record:
+        """Return a job that may be changed; `EngineStoppingError` once the journal closes."""
+        if self.is_closing:
+            raise EngineStoppingError("the server is shutting down")
+        return self.records[job_id]
 
     def _note_key(self, job: Job) -> None:
         for key in [*takewhile(lambda key: self._is_old(self._keys[key][2]), self._keys)]:

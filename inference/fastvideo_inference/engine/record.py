@@ -64,6 +64,11 @@ class Record:
         return self.job.status == "queued"
 
     @property
+    def is_begun(self) -> bool:
+        """Whether a worker has had it, and its end is not decided."""
+        return self.job.status == "in_progress" and not self.is_over
+
+    @property
     def work(self) -> float:
         """What one step costs."""
         return book.work(self.job.submission.params, self.spec)

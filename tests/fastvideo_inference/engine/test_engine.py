@@ -27,7 +27,7 @@ from tiny_loras import pairs, write_as
 
 from fastvideo import VideoPipeline, hub
 from fastvideo.model import load
-from fastvideo.stages import Progress, decode
+from fastvideo.stages import Progress, decode, denoise
 from tests.fastvideo_inference.engine.conftest import (
     MONOLITH,
     PAIR,
@@ -396,22 +396,52 @@ def test_a_clip_stands_in_for_the_warm_up_which_comes_behind_all_others(
 
 
 def test_a_drain_ends_what_was_begun_and_leaves_the_rest_to_the_next_start(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, monkeypatch
 ):
+    run, held = denoise.run, threading.Event()
+
+    def slow(model, state):
+        held.wait(30)
+        yield from run(model, state)
+
     async def main():
         async with running(tiny_folder, tmp_path) as engine:
             await engine.ready()
-            asked = [submission(tiny_folder, num_inference_steps=steps) for steps in (60, 2, 2)]
-            jobs = [await engine.submit(one) for one in asked]
-            await until(engine, jobs[0], step=0)
-            await engine.drain()
+            monkeypatch.setattr(denoise, "run", slow)
+            jobs = [await engine.submit(submission(tiny_folder)) for _ in range(3)]
+            drain = asyncio.create_task(engine.drain())
+            await asyncio.sleep(0)  # it has begun, and the first job is not at its end
+            held.set()
+            await drain
             with pytest.raises(EngineStoppingError):
                 await engine.submit(submission(tiny_folder))
-            assert [engine.job(job.id).status for job in jobs] == ["completed", "queued", "queued"]
+        # a decided end is committed by the stop at the latest: a full disk holds up no drain
+        assert [engine.job(job.id).status for job in jobs] == ["completed", "queued", "queued"]
         async with running(tiny_folder, tmp_path) as engine:
             assert [(await ended(engine, job)).status for job in jobs] == ["completed"] * 3
 
     asyncio.run(main())
+
+
+def test_a_drain_does_not_wait_for_the_warm_up(tiny_folder: Path, tmp_path: Path, monkeypatch):
+    run, begun, held = denoise.run, threading.Event(), threading.Event()
+
+    def slow(model, state):
+        begun.set()
+        held.wait(30)
+        yield from run(model, state)
+
+    monkeypatch.setattr(denoise, "run", slow)
+
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await asyncio.to_thread(begun.wait, 30)
+            drain = asyncio.create_task(engine.drain())
+            done, _ = await asyncio.wait([drain], timeout=20)
+            held.set()
+            return done == {drain}
+
+    assert asyncio.run(main())
 
 
 def test_a_cached_prompt_is_not_encoded_again_and_its_notices_stay(
@@ -511,5 +541,11 @@ def test_what_was_asked_is_done_though_nobody_waits_for_the_answer(
             (job,) = engine.jobs()
             await abandon(engine.cancel(job.id))
             assert (await ended(engine, job)).status == "cancelled"
+            other = await engine.submit(submission(tiny_folder, num_inference_steps=500))
+            await abandon(engine.delete(other.id))
+        assert engine.job(other.id) is None
+        for call in (engine.cancel, engine.delete):
+            with pytest.raises(EngineStoppingError):
+                await call(job.id)
 
     asyncio.run(main())
