@@ -101,10 +101,7 @@ class Engine:
         return await asyncio.shield(asyncio.ensure_future(self._accept(submission)))
 
     def known(self, submission: Submission) -> Job | None:
-        """Return the job that this submission repeats: of its owner and key, within a day.
-
-        Raises `ConflictError` if that was another request, `GoneError` if its clip was removed.
-        """
+        """Return the job that a submission repeats; raise `ConflictError` or `GoneError`."""
         return self._ledger.known(submission)
 
     async def _accept(self, submission: Submission) -> Job:
@@ -284,44 +281,46 @@ class Engine:
             found = self._cache.get(record.prompt_key) if record.index == 0 else None
             if found:
                 record.index, (record.state, notices, _) = 1, found
-                notices = (*record.job.notices, *notices)
-                record.job = replace(record.job, notices=notices, stage_seconds={ENCODE: 0.0})
+                record.add_notices(*notices)
+                record.add_seconds(ENCODE, 0.0)
         for slot in [slot for slot in reversed(self._fleet.slots) if slot.state == "idle"]:
             kept = [r for r in self._waiting if not (self._is_draining and r.is_queued)]
-            ordered = self._order([record for record in kept if self._fits(record, slot)])
+            ordered = self._order([r for r in kept if r.fits(slot.config)])
             if first := next((record for record in ordered if self._room(record, slot)), None):
                 self._dispatch(first, slot)
         self._preempt()
-
-    def _fits(self, record: Record, slot: Slot) -> bool:
-        stage, submission = record.row[record.index], record.job.submission
-        return pools.unfit(slot.config, stage, submission, record.spec) is None
 
     def _order(self, records: list[Record]) -> list[Record]:
         running = [record.job for slot in self._fleet.slots if (record := self._at(slot))]
         by_id = {record.id: record for record in records}
         jobs = self._policy.order([r.job for r in records], running, self._deadlines_s)
-        return [by_id[job.id] for job in jobs]
+        return sorted((by_id[job.id] for job in jobs), key=lambda record: record.is_warmup)
 
     def _room(self, record: Record, slot: Slot) -> bool:
         """Tell whether another state may wait for the stage that follows those of a worker.
 
-        At most `in_flight` wait, or as many as the pool has workers, which could not all run with
-        fewer. Under a preemptive policy the last place is kept for the most urgent job.
+        At most `in_flight` rivals wait, or as many as the pool has workers, which could not all
+        run with fewer. Under a preemptive policy the last place is kept for the most urgent job.
         """
         end = record.index + len(pools.run_on(slot.config, record.row, record.index))
         if end == len(record.row):
             return True
-        follows = record.row[end]
-        others = [r for r in self._waiting if r.is_handed and r.row[r.index] == follows]
+        rivals = self._rivals(record, slot, record.row[end])
+        places = max(self.config.in_flight, slot.config.count)
+        keeps = self._policy.PREEMPTS and not record.is_warmup
+        if keeps and self._order([*rivals, record])[0] is not record:
+            places = max(places - 1, 1)
+        return len(rivals) < places
+
+    def _rivals(self, record: Record, slot: Slot, stage: str) -> list[Record]:
+        """Return the states that wait for a stage, now or next, on workers that a job needs too."""
+        states = [r for r in self._waiting if r.is_handed and r.next == stage]
         for other in self._fleet.slots:
             running = None if other is slot else self._at(other)
-            if running and other.task and other.task.later[:1] == (follows,):
-                others.append(running)
-        places = max(self.config.in_flight, slot.config.count)
-        if self._policy.PREEMPTS and self._order([*others, record])[0] is not record:
-            places = max(places - 1, slot.config.count)
-        return len(others) < places
+            if running and other.task and other.task.later[:1] == (stage,):
+                states.append(running)
+        needed = [pool for pool in self.config.worker if record.fits(pool, stage)]
+        return [r for r in states if any(r.fits(pool, stage) for pool in needed)]
 
     def _dispatch(self, record: Record, slot: Slot) -> None:
         job, now = record.job, time.time()
@@ -356,7 +355,7 @@ class Engine:
         for record in self._waiting if self._policy.PREEMPTS else ():
             for slot in self._fleet.slots:
                 running = self._at(slot)
-                if running and running.job.stage == "denoise" and self._fits(record, slot):
+                if running and running.job.stage == "denoise" and record.fits(slot.config):
                     is_later = self._policy.preempts(record.job, running.job, self._deadlines_s)
                     if is_later and self._room(record, slot) and not self._is_draining:
                         self._fleet.stop_task(slot)
@@ -391,14 +390,14 @@ class Engine:
             case "progress" if values["stage"] in record.row:
                 self._take_progress(record, values["stage"], values["index"], values["total"])
             case "notice":
-                notices = dict.fromkeys([*record.job.notices, values["text"]])  # once, of a retry
-                record.job = replace(record.job, notices=tuple(notices))
+                record.add_notices(values["text"])
                 record.tell("notice", **values)
             case "preview":
                 record.tell("preview", **values)
             case "stage":
                 self._take_stage(record, values)
             case "handed" | "stopped":
+                record.count_seconds()
                 record.is_handed = report.kind == "handed"
                 self._waiting.append(record)
             case "finished":
@@ -412,16 +411,17 @@ class Engine:
     def _take_progress(self, record: Record, stage: str, index: int, total: int) -> None:
         done = self._book.progress(record.model, record.row, record.index, index / total)
         progress = max(record.job.progress, done)
+        record.note_stage(stage)
         record.job = replace(record.job, stage=stage, progress=progress)
         record.tell("progress", stage=stage, index=index, total=total, progress=progress)
 
     def _take_stage(self, record: Record, values: Mapping[str, Any]) -> None:
-        stage, seconds, job = values["stage"], values["seconds"], record.job
+        stage, seconds = values["stage"], values["seconds"]
         add(self._counts.stage_s.setdefault(stage, [0, 0.0]), seconds)
-        record.job = replace(job, stage_seconds={**job.stage_seconds, stage: seconds})
+        record.add_seconds(stage, seconds)
         record.index = min(record.index + 1, len(record.row) - 1)  # a lost file is decoded again
         if stage == ENCODE and record.index == 1:
-            notices = job.notices[len(job.submission.notices) :]
+            notices = record.job.notices[len(record.job.submission.notices) :]
             self._cache.put(record.prompt_key, record.state, notices, values.get("num_bytes", 0))
 
     def _lost(self, slot: Slot, task: Task | None, reason: str) -> None:
@@ -433,6 +433,7 @@ class Engine:
         record = self._records.get(task.job_id) if task else None
         if record is None or record.slot is not slot or record.is_over:
             return
+        record.count_seconds()
         stage = record.job.stage
         deaths = record.job.deaths + slot.has_begun  # else it was dead before it had the task
         record.job = replace(record.job, deaths=deaths)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastvideo.spec import Spec
-from fastvideo_inference.engine import book
+from fastvideo_inference.engine import book, pools
+from fastvideo_inference.engine.config import WorkerConfig
 from fastvideo_inference.engine.fleet import Slot
 from fastvideo_inference.engine.job import EventKind, Job, JobEvent
 
@@ -22,8 +24,9 @@ _Key = tuple[object, ...]
 class Record:
     """A job, the index of its next stage, and the last checkpoint, from which it resumes.
 
-    `is_handed`: it waits between two stages. `is_over`: its end is decided; `ended` is set, and
-    readers hear it, once the journal has committed it.
+    `since`: the stage that an attempt is at, and the time of its start. `is_handed`: it waits
+    between two stages. `is_over`: its end is decided; `ended` is set, and readers hear it, once the
+    journal has committed it.
     """
 
     job: Job
@@ -31,6 +34,7 @@ class Record:
     index: int = 0
     state: Any = None
     slot: Slot | None = None
+    since: tuple[str, float] | None = None
     is_handed: bool = False
     is_over: bool = False
     is_warmup: bool = False
@@ -59,6 +63,15 @@ class Record:
         return self.spec.stages
 
     @property
+    def next(self) -> str:
+        """The stage that it waits for, or is at."""
+        return self.row[self.index]
+
+    def fits(self, pool: WorkerConfig, stage: str = "") -> bool:
+        """Tell whether a pool's workers can run a stage of it, "" for the next one."""
+        return pools.unfit(pool, stage or self.next, self.job.submission, self.spec) is None
+
+    @property
     def is_queued(self) -> bool:
         """Whether no worker has had it."""
         return self.job.status == "queued"
@@ -84,6 +97,28 @@ class Record:
         params = self.job.submission.params
         negative = None if params.guidance_scale == 1 else params.negative_prompt
         return self.model, params.prompt, negative, self.spec.defaults.max_text_tokens
+
+    def note_stage(self, stage: str) -> None:
+        """Note that an attempt is at a stage."""
+        if self.since is None or self.since[0] != stage:
+            self.since = stage, time.monotonic()
+
+    def count_seconds(self) -> None:
+        """Count the seconds of an attempt that ends within a stage."""
+        if self.since:
+            stage, since = self.since
+            self.add_seconds(stage, time.monotonic() - since)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to a stage's seconds those of an attempt, which leaves it."""
+        known = self.job.stage_seconds
+        total = {**known, stage: known.get(stage, 0.0) + seconds}
+        self.job, self.since = replace(self.job, stage_seconds=total), None
+
+    def add_notices(self, *texts: str) -> None:
+        """Keep notices, once each, though they be repeated by a retry."""
+        notices = dict.fromkeys([*self.job.notices, *texts])
+        self.job = replace(self.job, notices=tuple(notices))
 
     def read(self) -> asyncio.Queue[JobEvent | None]:
         """Return a queue of all events from now on, the status first; None is the end."""

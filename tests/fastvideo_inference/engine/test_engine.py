@@ -208,7 +208,7 @@ def test_events_tell_the_way_of_a_job_with_previews_if_asked(preview_folder: Pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("policy", "count"), [("fifo", 2), ("deadline", 1)])
+@pytest.mark.parametrize(("policy", "count"), [("fifo", 2), ("deadline", 1), ("deadline", 2)])
 def test_few_states_wait_between_two_stages(
     tiny_folder: Path, tmp_path: Path, monkeypatch, policy: str, count: int
 ):
@@ -263,11 +263,13 @@ def test_an_urgent_job_stops_another_at_a_step_which_goes_on_to_the_same_frames(
             own = {"beside": {"slo_class": "clip"}, "prompt": "a blue ball"}
             urgent = await ended(engine, await engine.submit(submission(tiny_folder, **own)))
             assert {engine.job(job.id).finished_at_s for job in (long, *more)} == {None}
+            before_s = engine.job(long.id).stage_seconds["denoise"]
             for job in more:
                 await engine.cancel(job.id)
-            return await ended(engine, long), urgent
+            return await ended(engine, long), urgent, before_s
 
-    long, urgent = asyncio.run(main())
+    long, urgent, before_s = asyncio.run(main())
+    assert long.stage_seconds["denoise"] >= before_s > 0
     assert long.attempt == urgent.attempt + 1 or worker is TWO  # which may have asked another
     assert (urgent.status, long.deaths) == ("completed", 0)
     assert long.frames_sha256 == expected(num_inference_steps=60)

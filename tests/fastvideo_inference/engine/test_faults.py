@@ -262,6 +262,7 @@ def test_a_job_goes_on_from_its_last_checkpoint(
         for event in run(model, state):
             yield event
             if isinstance(event, Progress) and event.index == 5 and faults:
+                time.sleep(0.5)
                 raise faults.pop()
 
     async def main():
@@ -277,6 +278,7 @@ def test_a_job_goes_on_from_its_last_checkpoint(
     steps, job = asyncio.run(main())
     assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8]
     assert (job.deaths, job.frames_sha256) == (1, expected(num_inference_steps=8))
+    assert job.stage_seconds["denoise"] > 0.5, "of both attempts"
 
 
 def test_a_worker_that_crashes_again_and_again_is_started_less_and_less_often(

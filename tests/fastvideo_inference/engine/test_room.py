@@ -1,0 +1,75 @@
+"""Which jobs go on to the next stage, and which ones wait: the engine's choice, without workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastvideo_inference.engine.config import ServeConfig
+from fastvideo_inference.engine.engine import Engine
+from fastvideo_inference.engine.job import Job
+from fastvideo_inference.engine.record import Record
+
+from fastvideo import hub
+from fastvideo.config import parse
+from tests.fastvideo_inference.engine.conftest import SPLIT, submission
+
+CLASSES = [{"name": "batch"}, {"name": "clip", "deadline_s": 5}]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Callable[..., Engine]:
+    def unstarted(worker: list[dict[str, Any]], **config: Any) -> Engine:
+        tree = {"executor": "local", "folder": tmp_path, "worker": worker, "in_flight": 2}
+        return Engine(parse(ServeConfig, {**tree, "class": CLASSES, **config}, source="test"))
+
+    return unstarted
+
+
+@pytest.fixture
+def record(tiny_folder: Path) -> Callable[..., Record]:
+    """A job of a model, of whose row so many stages are done."""
+
+    def made(name: str, *, model: str = "a", index: int = 0, **fields: Any) -> Record:
+        asked = replace(submission(tiny_folder), model=model, owner=fields.pop("owner", ""))
+        job = Job(name, asked, **{"slo_class": "batch", **fields})
+        return Record(job, hub.open_model(tiny_folder).spec, index=index, is_handed=index > 0)
+
+    return made
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_that_is_stuck_holds_up_those_that_need_its_workers_alone(engine, record, shared):
+    models = [{**one, "model": model} for model in "ab" for one in SPLIT]
+    if shared:
+        models = [{**one, "model": model} for model in "ab" for one in SPLIT[:2]] + SPLIT[2:]
+    held = engine(models)
+    row = record("row").row
+    denoise, decode = row.index("denoise"), row.index("decode")
+    slots = [slot for slot in held._fleet.slots if "denoise" in slot.config.stages]
+    held._waiting = [record(f"stuck {n}", index=decode) for n in range(2)]
+    rooms = [held._room(record("new", model=m, index=denoise), slots["ab".index(m)]) for m in "ab"]
+    assert rooms == [False, not shared]
+
+
+def test_the_last_place_is_kept_for_the_most_urgent_job_whatever_the_pool_s_count(engine, record):
+    held = engine([{**SPLIT[0], "count": 2}, *SPLIT[1:]], policy="deadline")
+    slot = held._fleet.slots[0]
+    denoise = record("row").row.index("denoise")
+    held._waiting = [record("first", index=denoise)]
+    warmup = record("warm-up", accepted_at_s=math.inf)
+    warmup.is_warmup = True
+    asked = [record("late", accepted_at_s=1.0), record("urgent", slo_class="clip"), warmup]
+    assert [held._room(one, slot) for one in asked] == [False, True, True]
+
+
+def test_warm_ups_come_behind_all_others_though_owners_take_turns(engine, record):
+    warmup = record("warm-up", accepted_at_s=math.inf)
+    warmup.is_warmup = True
+    flood = [record(f"a{n}", owner="a", accepted_at_s=n) for n in range(3)]
+    ordered = engine([{}], policy="fifo")._order([warmup, *flood])
+    assert [one.id for one in ordered] == ["a0", "a1", "a2", "warm-up"]
