@@ -196,8 +196,6 @@ class Engine:
     # Jobs come in
 
     async def _new(self, submission: Submission) -> Record:
-        if self._is_draining:
-            raise EngineStoppingError("the server is shutting down")
         own = {key.name: key.slo_class for key in self.config.key}
         default = own.get(submission.owner) or self.config.class_[0].name
         name = submission.slo_class or default
@@ -206,6 +204,8 @@ class Engine:
             raise ValueError(f"slo_class {name!r} is unknown{hint} (known: {known})")
         spec = await self._spec(submission.model)
         pools.check(self.config.worker, submission, spec)
+        if self._is_draining:  # since the model was opened, too
+            raise EngineStoppingError("the server is shutting down")
         job = Job(f"video_{secrets.token_hex(16)}", submission, slo_class=name)
         job = replace(job, accepted_at_s=time.time(), notices=submission.notices)
         return Record(job, spec)

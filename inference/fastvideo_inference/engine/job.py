@@ -95,7 +95,7 @@ class QueueFullError(ValueError):
 
 
 class EngineStoppingError(ValueError):
-    """The engine drains and takes no new jobs."""
+    """The engine drains and takes no new jobs, or has stopped and changes none."""
 
 
 class ConflictError(ValueError):
