@@ -95,7 +95,7 @@ class Connection:
             raise ValueError(f"server {url!r} must look like http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._headers = {"content-type": "application/json"}
-        self._headers |= {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._key = f"Bearer {api_key}" if api_key else ""
         self._opener = build_opener(ProxyHandler({}))
 
     def json(
@@ -114,6 +114,8 @@ class Connection:
         data = None if values is None else json.dumps(values).encode()
         headers = {**self._headers, **({"idempotency-key": key} if key else {})}
         request = Request(self.url + path, data, headers, method=method)
+        if self._key:  # for this server alone, wherever it redirects to
+            request.add_unredirected_header("authorization", self._key)
         try:
             with self._opener.open(request, timeout=_TIMEOUT_S) as answer:
                 yield answer
@@ -169,8 +171,8 @@ class Job:
             try:
                 for event in self._events():
                     lost_s = 0.0
-                    yield event
-                lost_s = lost_s or time.monotonic()
+                    if event is not None:
+                        yield event
             except (ConnectionError, BusyError):
                 lost_s = lost_s or time.monotonic()
                 if time.monotonic() - lost_s > _RECONNECT_S:
@@ -211,8 +213,10 @@ class Job:
     def _is_open(self) -> bool:
         return self.status in ("queued", "in_progress")
 
-    def _events(self) -> Iterator[RemoteEvent]:
+    def _events(self) -> Iterator[RemoteEvent | None]:
+        """Yield None once the server answers, then what happens."""
         with self._connection.open("GET", f"{self._path}/events") as answer:
+            yield None
             for event, values in _server_sent(answer):
                 if event == "status":  # alone, if the job was deleted meanwhile
                     self.values = {**self.values, **values}

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,6 +152,46 @@ def test_a_server_that_dies_amid_a_clip_is_told_in_one_line(
     assert main(["generate", "a red ball", *words]) == 1
     timer.join()
     assert "does not answer" in capsys.readouterr().err
+
+
+def test_a_client_outlives_losses_that_are_far_apart(
+    pipe: RemotePipeline, monkeypatch: pytest.MonkeyPatch
+):
+    now_s, losses, read = [0.0], [1000.0, 1000.0], remote._server_sent
+
+    def lost(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+        if losses:
+            yield "status", {"status": "queued"}
+            now_s[0] += losses.pop()
+            raise ConnectionResetError
+        yield from read(lines)
+
+    clock = SimpleNamespace(monotonic=lambda: now_s[0], sleep=lambda _: None)
+    monkeypatch.setattr(remote, "time", clock)
+    monkeypatch.setattr(remote, "_server_sent", lost)
+    assert pipe.submit(**BALL).result().frames_sha256
+    assert not losses
+
+
+def test_a_redirect_does_not_get_the_key():
+    seen = []
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["authorization"]))
+            self.send_response(307 if self.path == "/a" else 200)
+            self.send_header("location", f"http://localhost:{self.server.server_port}/b")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert remote.Connection(url, api_key="sk-a").json("GET", "/a") == {}
+        server.shutdown()
+        thread.join()
+    assert seen == [("/a", "Bearer sk-a"), ("/b", None)]
 
 
 def test_generate_writes_clip_sidecar_and_lines_as_without_a_server(
