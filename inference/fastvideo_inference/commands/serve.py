@@ -44,9 +44,8 @@ def serve(
     from fastvideo_inference.serve import config as configs
 
     with refusing():
-        found = configs.read(config)
-        own = {"executor": executor or found.executor, "hosts": (*found.hosts, host)}
-        found = found.model_copy(update=own)
+        found = configs.read(config, executor=executor)
+        found = found.model_copy(update={"hosts": (*found.hosts, host)})
         if check:
             print(f"{config or 'the defaults'}: ok")
             return OK

@@ -17,11 +17,16 @@ from fastvideo_inference.request import DEVICE
 from fastvideo_inference.serve.catalogue import Catalogue
 
 
-def read(path: Path | None) -> ServeConfig:
-    """Read a config; a one-line `ValueError` names the line that is wrong. None: the defaults."""
+def read(path: Path | None, *, executor: str | None = None) -> ServeConfig:
+    """Read a config; a one-line `ValueError` names the line that is wrong. None: the defaults.
+
+    `executor` replaces the file's.
+    """
+    own = {} if executor is None else {"executor": executor}
     if path is None:
-        return ServeConfig()
+        return ServeConfig.model_validate(own)
     config = parse(ServeConfig, read_toml(path), source=lambda keys: toml_line(path, keys))
+    config = config.model_copy(update=own)
     try:
         check(config)
     except ValueError as error:

@@ -26,6 +26,7 @@ from tests.processes import has_ended
 from tests.serving import BALL, LONG
 
 ROOT = Path(__file__).parents[3]
+GROUP = '[[worker]]\ndevices = ["cpu", "cpu"]\nparallel = "ulysses=2"\n'
 
 
 @contextmanager
@@ -145,10 +146,7 @@ def test_without_a_config_all_bundled_models_are_offered_the_default_one_first()
         ('[[worker]]\nmodel = "no-such"', "model 'no-such'"),
         ('[[worker]]\nstages = ["decoed"]', "'decoed' is unknown; did you mean 'decode'"),
         ('[[worker]]\ndevices = ["cpu:4096"]', "'cpu:4096': this machine has"),
-        (
-            'executor = "local"\n[[worker]]\ndevices = ["cpu:0", "cpu:1"]\nparallel = "ulysses=2"',
-            "'local' has one process",
-        ),
+        (f'executor = "local"\n{GROUP}', "'local' has one process"),
         ("worker = []", "worker"),
         ("class = []", "class"),
         ("[limits]\noutput_ttl_s = 0", "limits.output_ttl_s 0"),
@@ -171,6 +169,12 @@ def test_a_wrong_config_is_one_line_that_names_the_field(
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_check_is_of_the_executor_that_is_typed(tmp_path: Path):
+    (tmp_path / "a.toml").write_text(GROUP)
+    words = ["serve", "--config", str(tmp_path / "a.toml"), "--check"]
+    assert [main([*words, f"--executor={one}"]) for one in ("local", "process")] == [2, 0]
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(capsys):
