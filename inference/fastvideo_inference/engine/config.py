@@ -38,7 +38,7 @@ class ClassConfig(Strict):
 
 
 class KeyConfig(Strict):
-    """An API key by the SHA-256 of it; `rate` is requests a minute, `running` jobs at once."""
+    """An API key by its SHA-256; `rate` is accepted clips a minute, `running` jobs at once."""
 
     name: str = Field(min_length=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")

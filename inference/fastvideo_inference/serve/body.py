@@ -108,7 +108,7 @@ def submission(fields: Mapping[str, Any], *, catalogue: Catalogue, limits: Limit
         beside = parse(Beside, {name: fields[name] for name in others}, source=SOURCE)
         model = catalogue.model(beside.model)
         own = {name: value for name, value in fields.items() if name not in others}
-        request = _request(own, beside.seconds, model.spec)
+        request = _request(own, fields.get("seconds"), model.spec)  # true is 1 in beside
         model_id, uses = catalogue.id_of(model.name), request.lora or ()
         names = Names(model_id, beside.decoder, tuple(use.path for use in uses))
         request = request.model_copy(update={"lora": tuple(map(catalogue.lora, uses))})
@@ -136,7 +136,7 @@ def invalid(error: Exception) -> ApiError:
     return ApiError(400, public(str(error)), code="invalid_value", param=param)
 
 
-def _request(fields: Mapping[str, Any], seconds: str | float | None, spec: Spec) -> GenerateRequest:
+def _request(fields: Mapping[str, Any], seconds: Any, spec: Spec) -> GenerateRequest:
     """Read the sampling fields; `seconds` counts where there is no number of frames."""
     values = {name: value if name in _TEXTS else _number(value) for name, value in fields.items()}
     beside = [*Beside.model_fields, *REFUSED]

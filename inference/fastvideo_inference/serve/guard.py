@@ -15,7 +15,7 @@ from fastvideo_inference.engine.config import ServeConfig
 from fastvideo_inference.serve.errors import ApiError, failure
 
 REQUEST_ID = ContextVar("request_id", default="-")
-MAX_OPEN = 1024  # requests at once; those that follow jobs stay open, and are bounded for each key
+MAX_OPEN = 1024  # requests at once, half of which may follow jobs, and stay open
 _CLIENT_ID = re.compile(rb"[\w.-]{1,64}")
 _PORT = re.compile(r":\d*$")
 _ADDRESS = re.compile(r"[\d.]+|[\da-f.:]*:[\da-f.:]*")  # what no name can be
@@ -57,7 +57,7 @@ class Guard:
 
         self._num_open += 1
         try:
-            if self._num_open > MAX_OPEN:
+            if self._num_open > MAX_OPEN and scope["path"] != "/healthz":
                 text = f"{MAX_OPEN} requests are being answered"
                 raise ApiError(503, text, code="overloaded", retry_after_s=1)
             self._check_origin(headers)

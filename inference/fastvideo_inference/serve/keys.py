@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from fastapi import Request
 
 from fastvideo_inference.engine.config import KeyConfig
+from fastvideo_inference.serve import guard
 from fastvideo_inference.serve.errors import ApiError
 
 
@@ -62,8 +63,13 @@ class Keys:
 
     @contextmanager
     def stream(self, owner: str, *, limit: int) -> Iterator[None]:
-        """Hold one of the event streams that an owner may have open at once; 429 if it has all."""
-        if self._streams[owner] >= limit:
+        """Hold one of the event streams that an owner may have open at once; 429 if it has all.
+
+        All owners have half of the server's requests, so that others are answered.
+        """
+        most = guard.MAX_OPEN // 2
+        if self._streams[owner] >= limit or self._streams.total() >= most:
+            limit = min(limit, most)
             text = f"{limit} event streams are open; poll instead, or close one"
             raise ApiError(429, text, code="too_many_streams", retry_after_s=1)
         self._streams[owner] += 1

@@ -30,7 +30,6 @@ from fastvideo_inference.engine.job import (
     Job,
     JobEvent,
     QueueFullError,
-    Submission,
 )
 from fastvideo_inference.serve import body
 from fastvideo_inference.serve.catalogue import Catalogue
@@ -86,8 +85,10 @@ class Videos:
         read = partial(body.submission, catalogue=self._catalogue, limits=self._config.limits)
         asked = replace(await asyncio.to_thread(read, fields), owner=owner, idempotency_key=key)
         async with self.keys.locks[owner]:
-            is_new = self._check_key(asked)
             try:
+                is_new = self._engine.known(asked) is None  # a repeated request makes no clip
+                if is_new:
+                    self._check_limits(owner)
                 job = await self._engine.submit(asked)
             except (ValueError, OSError) as error:
                 raise _refusal(error) from None
@@ -95,14 +96,9 @@ class Videos:
                 self.keys.count(owner)
             return job
 
-    def _check_key(self, asked: Submission) -> bool:
-        """Check the limits of a key; False for a repeated request, which makes no clip."""
-        jobs = self._engine.jobs(owner=asked.owner) if asked.owner else []
-        key = asked.idempotency_key
-        if key and any(job.submission.idempotency_key == key for job in jobs):
-            return False
-        self.keys.check(asked.owner, running=sum(job.status not in TERMINAL for job in jobs))
-        return True
+    def _check_limits(self, owner: str) -> None:
+        jobs = self._engine.jobs(owner=owner) if owner else []
+        self.keys.check(owner, running=sum(job.status not in TERMINAL for job in jobs))
 
     async def retrieve(self, request: Request, video_id: str) -> Response:
         """Return a job; no worker is asked."""

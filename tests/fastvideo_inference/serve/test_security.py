@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastvideo_inference.engine import ledger
 from fastvideo_inference.serve import app, body, guard, metrics
 
 from tests.serving import BALL, LONG, Running, Start
@@ -59,6 +60,7 @@ def nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"seconds": 10**5}, "num_frames"),
         ({"seconds": 0}, "seconds"),
         ({"seconds": [5]}, "seconds"),
+        ({"seconds": True}, "seconds"),
         ({"fps": "1e999999999"}, "fps"),
         ({"guidance_scale": "inf"}, "guidance_scale"),
         ({"seed": 2**70}, "seed"),
@@ -209,7 +211,9 @@ def test_jobs_of_another_key_do_not_exist_and_wrong_keys_see_nothing(start: Star
         assert server.ask("GET", open_to_all)[0] == 200
 
 
-def test_limits_of_a_key_are_429_with_the_seconds_to_wait_and_others_are_served(start: Start):
+def test_limits_of_a_key_are_429_with_the_seconds_to_wait_and_others_are_served(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
     server = start(key=keys(rate=3, running=2))
     once = {"idempotency-key": "a"}
     first = server.create(LONG, key="sk-ann", headers=once)
@@ -217,6 +221,10 @@ def test_limits_of_a_key_are_429_with_the_seconds_to_wait_and_others_are_served(
     error = server.refused("POST", "/v1/videos", BALL, key="sk-ann")
     assert (error["status"], error["code"]) == (429, "running_limit")
     assert server.create(LONG, key="sk-ann", headers=once)["id"] == first["id"], "repeated is free"
+    with monkeypatch.context() as later:
+        later.setattr(ledger, "KEPT_S", 0.0)
+        error = server.refused("POST", "/v1/videos", LONG, key="sk-ann", headers=once)
+        assert error["code"] == "running_limit", "a day later it asks for another clip"
     for job in server.ask("GET", "/v1/videos", key="sk-ann")[2]["data"]:
         server.ask("DELETE", f"/v1/videos/{job['id']}", key="sk-ann")
     server.create(BALL, key="sk-ann")
@@ -300,15 +308,29 @@ def test_more_requests_at_once_than_the_server_answers_are_503(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(guard, "MAX_OPEN", 1)
-    job = server.create(LONG)
-    following = server.events(job["id"])
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+        head = "POST /v1/videos HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        client.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
+        wait_until(lambda: server.ask("GET", "/v1/models")[0] == 503)
+        status, headers, answer = server.ask("GET", "/v1/models")
+        assert (status, answer["error"]["code"]) == (503, "overloaded")
+        assert int(headers["retry-after"]) >= 1
+        assert server.ask("GET", "/healthz")[0] == 200, "whoever asks whether it lives"
+    wait_until(lambda: server.ask("GET", "/v1/models")[0] == 200)
+
+
+def test_event_streams_of_all_keys_leave_room_for_other_requests(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(guard, "MAX_OPEN", 2)
+    server = start(key=keys())
+    ann, bob = (server.create(LONG, key=key)["id"] for key in SECRETS.values())
+    following = server.events(ann, key="sk-ann")
     next(following)
-    status, headers, answer = server.ask("GET", "/healthz")
-    assert (status, answer["error"]["code"]) == (503, "overloaded")
-    assert int(headers["retry-after"]) >= 1
+    error = server.refused("GET", f"/v1/videos/{bob}/events", key="sk-bob")
+    assert (error["status"], error["code"]) == (429, "too_many_streams")
+    assert server.ask("DELETE", f"/v1/videos/{ann}", key="sk-ann")[0] == 200
     following.close()
-    wait_until(lambda: server.ask("GET", "/healthz")[0] == 200)
-    server.ask("DELETE", f"/v1/videos/{job['id']}")
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
