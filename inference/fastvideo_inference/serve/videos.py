@@ -130,13 +130,18 @@ class Videos:
     ) -> Response:
         """Return the mp4 or its first frame as WebP."""
         job = self._job(request, video_id)
-        if job.path is None or not job.path.is_file():
+        if job.path is None:
             text = f"the video is {_status(job)}; its content exists once it is completed"
             raise ApiError(409, text, code="video_not_ready")
-        if variant == "thumbnail":
-            image = await asyncio.to_thread(media.thumbnail, job.path)
-            return Response(image, media_type="image/webp")
-        return _File(job.path, media_type="video/mp4", filename=f"{job.id}.mp4")
+        try:
+            if variant == "thumbnail":
+                image = await asyncio.to_thread(media.thumbnail, job.path)
+                return Response(image, media_type="image/webp")
+            facts = job.path.stat()
+        except FileNotFoundError:  # it is being deleted
+            raise _no_video() from None
+        name = f"{job.id}.mp4"
+        return _File(job.path, media_type="video/mp4", filename=name, stat_result=facts)
 
     async def events(self, request: Request, video_id: str) -> Response:
         """Stream what happens to a job as server-sent events, until it has ended."""
@@ -184,6 +189,8 @@ class Videos:
             async with asyncio.timeout(_DELETE_S):
                 with suppress(KeyError):  # another request did it meanwhile
                     await self._engine.delete(job.id)
+        except EngineStoppingError as error:
+            raise _refusal(error) from None
         except (OSError, TimeoutError) as error:
             raise _refusal(OSError(str(error) or "the journal does not answer")) from None
         return json_response({"id": job.id, "object": "video.deleted", "deleted": True})
@@ -193,7 +200,7 @@ class Videos:
         owner = self.keys.owner(request)
         job = self._engine.job(video_id) if _ID.fullmatch(video_id) else None
         if job is None or job.submission.owner != owner:
-            raise ApiError(404, "there is no such video", code="not_found", param="video_id")
+            raise _no_video()
         return job
 
     def _answer(self, job: Job) -> Response:
@@ -265,6 +272,10 @@ class _Stream(StreamingResponse):
         """Send them."""
         with self._room:
             await super().__call__(scope, receive, send)
+
+
+def _no_video() -> ApiError:
+    return ApiError(404, "there is no such video", code="not_found", param="video_id")
 
 
 def _status(job: Job) -> str:

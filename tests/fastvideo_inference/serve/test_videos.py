@@ -241,6 +241,14 @@ def test_content_that_is_not_there_yet_is_a_conflict(server: Running):
     server.ask("DELETE", f"/v1/videos/{job['id']}")
 
 
+def test_content_whose_file_goes_just_before_its_job_is_not_found(server: Running):
+    job = server.finished(BALL)
+    (server.folder / f"{job['id']}.mp4").unlink()
+    for variant in ("video", "thumbnail"):
+        content = f"/v1/videos/{job['id']}/content?variant={variant}"
+        assert server.refused("GET", content)["status"] == 404
+
+
 def test_a_repeated_request_with_one_key_is_one_job_and_another_body_a_conflict(server: Running):
     key = {"idempotency-key": "once"}
     first, again = (server.create(BALL, headers=key) for _ in range(2))
