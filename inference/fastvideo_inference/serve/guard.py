@@ -17,16 +17,20 @@ from fastvideo_inference.serve.errors import ApiError, failure
 REQUEST_ID = ContextVar("request_id", default="-")
 MAX_OPEN = 1024  # requests at once, half of which may follow jobs, and stay open
 _CLIENT_ID = re.compile(rb"[\w.-]{1,64}")
+_JOB_ID = re.compile(r"video_[0-9a-f]{32}")
 _PORT = re.compile(r":\d*$")
 _ADDRESS = re.compile(r"[\d.]+|[\da-f.:]*:[\da-f.:]*")  # what no name can be
 
 
 class RequestIdFilter(logging.Filter):
-    """Give every log record the id of the request that it was made in, "-" outside of any."""
+    """Give every log record the id of its request, else of the job that it names, else "-"."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add `request_id`."""
-        record.request_id = REQUEST_ID.get()
+        found = REQUEST_ID.get()
+        if found == "-" and (job := _JOB_ID.search(record.getMessage())):
+            found = job[0]
+        record.request_id = found
         return True
 
 

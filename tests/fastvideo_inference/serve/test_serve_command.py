@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from fastvideo_inference.commands import serve as command
@@ -25,6 +27,7 @@ from fastvideo.cli import main
 from tests.processes import has_ended
 from tests.serving import BALL, LONG
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[3]
 GROUP = '[[worker]]\ndevices = ["cpu", "cpu"]\nparallel = "ulysses=2"\n'
 
@@ -43,11 +46,21 @@ def typed(*words: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]
             run.kill()
 
 
-def ask(url: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
+def ask(url: str, values: dict[str, Any] | None = None, *, key: str = "") -> dict[str, Any]:
     body = None if values is None else json.dumps(values).encode()
-    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    headers = {"content-type": "application/json", **({"idempotency-key": key} if key else {})}
+    request = urllib.request.Request(url, body, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.load(answer))
+
+
+def wait_for(ask: Callable[[], T]) -> T:
+    """Return the first answer that is not empty."""
+    deadline = time.monotonic() + 60
+    while not (answer := ask()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return answer
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
@@ -67,10 +80,7 @@ def test_a_server_of_processes_makes_a_clip_drains_and_leaves_no_process(
         ]
         assert workers
         assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text(), "only they load it"
-        deadline = time.monotonic() + 60
-        while (now := ask(f"{url}/v1/videos/{job['id']}"))["status"] != "completed":
-            assert time.monotonic() < deadline, now
-            time.sleep(0.05)
+        wait_for(lambda: ask(f"{url}/v1/videos/{job['id']}")["status"] == "completed")
         ask(f"{url}/v1/videos", LONG)
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
             client.sendall(b"no HTTP\r\n\r\n")
@@ -86,6 +96,42 @@ def test_a_server_of_processes_makes_a_clip_drains_and_leaves_no_process(
     assert len(posts) == 2
     assert all("[req_" in line for line in posts)
     assert list((tmp_path / "outputs" / "serve").rglob(f"{job['id']}*.mp4"))
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_server_of_processes_outlives_clients_and_a_worker_repeats_no_clip_and_bounds_its_queue(
+    tiny_folder: Path, tmp_path: Path
+):
+    config = f'[[class]]\nqueue = 1\n[[worker]]\nmodel = "{tiny_folder}"\ndevices = ["cpu"]\n'
+    (tmp_path / "a.toml").write_text(config)
+    with typed("--config=a.toml", cwd=tmp_path) as (run, url):
+        body = json.dumps(BALL)
+        head = "POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head += f"idempotency-key: once\r\ncontent-length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.sendall((head + body).encode())  # and is gone before the answer
+        jobs = wait_for(lambda: ask(f"{url}/v1/videos")["data"])
+        repeated = [ask(f"{url}/v1/videos", BALL, key="once")["id"] for _ in range(2)]
+        assert repeated == [jobs[0]["id"]] * 2
+        path = f"{url}/v1/videos/{repeated[0]}"
+        with urllib.request.urlopen(f"{path}/events", timeout=60) as following:
+            following.readline()
+        wait_for(lambda: ask(path)["status"] == "completed")
+        assert len(ask(f"{url}/v1/videos")["data"]) == 1
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            [ask(f"{url}/v1/videos", LONG) for _ in range(20)]
+        assert refused.value.code == 429
+        assert int(refused.value.headers["retry-after"]) >= 1
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        wait_for(
+            lambda: b"worker_deaths_total 1" in urllib.request.urlopen(f"{url}/metrics").read()
+        )
+        run.terminate()
+        run.terminate()
+        _, err = run.communicate(timeout=60)
+    assert re.search(r"WARNING \[(video_\w+)\] worker \S+, at \1, is replaced", err), err
 
 
 @pytest.mark.full
