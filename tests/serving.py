@@ -34,12 +34,12 @@ class Running:
         assert self._ready.wait(PATIENCE_S)
 
     async def _run(self, config: ServeConfig) -> None:
-        self._loop, self._signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+        self.loop, self._signals = asyncio.get_running_loop(), asyncio.Queue[int]()
         ready = self._ready.set
         await serve(config, listener=self._listener, signals=self._signals, on_ready=ready)
 
     def signal(self) -> None:
-        self._loop.call_soon_threadsafe(self._signals.put_nowait, signal.SIGTERM)
+        self.loop.call_soon_threadsafe(self._signals.put_nowait, signal.SIGTERM)
 
     def stop(self) -> None:
         if self._thread.is_alive():

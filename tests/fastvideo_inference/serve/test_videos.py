@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
@@ -11,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvideo_inference.engine.job import Job, Submission
-from fastvideo_inference.engine.ledger import Ledger
-from fastvideo_inference.engine.record import Record
+from fastvideo_inference.engine.engine import Engine
 from fastvideo_inference.pipeline import VideoPipeline
 from fastvideo_inference.recipe import read_recipe
 from fastvideo_inference.serve import app, body, videos
+from fastvideo_inference.serve.guard import RequestIdFilter
 from tiny_loras import pairs, write, write_as
 
 from fastvideo import media, sampling
@@ -257,21 +257,14 @@ def test_a_repeated_request_with_one_key_is_one_job_and_another_body_a_conflict(
     assert server.refused("POST", "/v1/videos", other, headers=key)["status"] == 409
 
 
-def test_a_key_counts_for_a_day_and_no_longer_than_its_job(server: Running, tmp_path: Path):
+def test_a_repeated_request_whose_clip_was_removed_is_a_conflict_and_makes_no_second_one(
+    server: Running,
+):
     key = {"idempotency-key": "gone"}
     first = server.create(BALL, headers=key)
     server.ask("DELETE", f"/v1/videos/{first['id']}")
-    again = server.create({**BALL, "seed": 2}, headers=key)
-    assert server.ask("GET", f"/v1/videos/{again['id']}")[0] == 200
-    now_s = [1e9]
-    ledger = Ledger(tmp_path, clock=lambda: now_s[0])
-    submission = Submission("m", params=None, owner="me", idempotency_key="k")
-    job = Job("video_1", submission, accepted_at_s=now_s[0])
-    ledger.records[job.id] = Record(job)
-    now_s[0] += 24 * 3600 - 1
-    assert ledger.known(submission).id == "video_1"
-    now_s[0] += 2
-    assert ledger.known(submission) is None
+    error = server.refused("POST", "/v1/videos", BALL, headers=key)
+    assert (error["status"], error["code"]) == (409, "idempotency_conflict")
 
 
 def test_a_full_queue_is_429_with_the_seconds_to_wait(start: Start):
@@ -337,3 +330,27 @@ def test_a_server_that_ends_takes_no_more_jobs_and_still_answers(start: Start):
     assert (status, answer["error"]["code"]) == (503, "draining")
     assert int(headers["retry-after"]) >= 1
     assert server.ask("GET", f"/v1/videos/{job['id']}")[0] == 200
+
+
+def test_delete_is_503_once_the_engine_has_stopped(start: Start, monkeypatch: pytest.MonkeyPatch):
+    engines = []
+    monkeypatch.setattr(app, "Engine", lambda config: engines.append(Engine(config)) or engines[0])
+    server = start()
+    jobs = server.finished(BALL), server.create(LONG)
+    asyncio.run_coroutine_threadsafe(engines[0].stop(), server.loop).result()
+    for job in jobs:
+        status, headers, answer = server.ask("DELETE", f"/v1/videos/{job['id']}")
+        assert (status, answer["error"]["code"]) == (503, "draining")
+        assert int(headers["retry-after"]) >= 1
+
+
+def test_a_line_of_a_worker_has_the_id_of_its_job(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    no_lora = write(tmp_path / "none.safetensors", {"x": torch.zeros(1)})
+    server = start(lora={"none": str(no_lora)})
+    with caplog.filtering(RequestIdFilter()):
+        job = server.create({**BALL, "lora": "none"})
+        assert list(server.events(job["id"]))[-1][1]["status"] == "failed"
+    ids = {record.request_id for record in caplog.records if job["id"] in record.getMessage()}
+    assert ids == {job["id"], *(one for one in ids if one.startswith("req_"))}
