@@ -55,7 +55,7 @@ MOST_WORKERS = 4  # each holds a gigabyte, and starts ranks of its own
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Test folders with a process per core and one more, unless -n, -m or --pdb says otherwise.
+    """Test folders with a process per core, unless -n, -m or --pdb says otherwise.
 
     So does -p no:xdist. Files and single tests that are named stay in this process, as do the heavy
     proofs of `full`.
@@ -68,7 +68,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if all(Path(config.invocation_params.dir, word).is_dir() for word in config.args):
         is_linux = sys.platform == "linux"
         cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
-        option.numprocesses = min(MOST_WORKERS, cores + 1)  # many wait for processes of theirs
+        option.numprocesses = min(MOST_WORKERS, cores)
         option.dist = "worksteal"
 
 

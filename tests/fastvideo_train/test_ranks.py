@@ -259,6 +259,7 @@ def workers(running: subprocess.Popen) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+@pytest.mark.full
 def test_torchrun_trains_prints_once_stops_on_a_signal_to_one_rank_and_goes_on(tmp_path):
     run = tmp_path / "r"
     sets = ("run.strategy=fsdp2", "run.save_every=1")
@@ -334,6 +335,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.full
 def test_an_error_of_another_rank_than_the_first_is_told_once_and_ends_the_run(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     sets = ("run.strategy=accelerate", "run.save_every=1", "run.steps=100")
