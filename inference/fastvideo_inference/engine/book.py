@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fastvideo.models.wan_dit_config import WanConfig
 from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
 
@@ -26,9 +27,12 @@ def work(params: SamplingParams, spec: Spec) -> float:
     """Return about the FLOP of a layer in a step of a clip; guidance runs two forwards."""
     shape = spec.latent_shape(frames=params.num_frames, height=params.height, width=params.width)
     tokens = shape.tokens(spec.compression.patch).num_tokens
-    dit = spec.dit.config
-    width = dit.get("num_attention_heads", 40) * dit.get("attention_head_dim", 128)
-    each = 8 * width * width + 4 * width * dit.get("ffn_dim", 13824) + 4 * tokens * width
+    heads, head_dim, ffn_dim = (
+        spec.dit.config.get(name, getattr(WanConfig, name))
+        for name in ("num_attention_heads", "attention_head_dim", "ffn_dim")
+    )
+    width = heads * head_dim
+    each = 8 * width * width + 4 * width * ffn_dim + 4 * tokens * width
     return float(tokens * each * (1 if params.guidance_scale == 1 else 2))
 
 
