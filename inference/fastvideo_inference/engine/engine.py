@@ -300,16 +300,16 @@ class Engine:
         """Tell whether another state may wait for the stage that follows those of a worker.
 
         At most `in_flight` rivals wait, or as many as the pool has workers, which could not all
-        run with fewer. Under a preemptive policy the last place is kept for the most urgent job.
+        run with fewer. Under a preemptive policy one place more is kept for the most urgent job.
         """
         end = record.index + len(pools.run_on(slot.config, record.row, record.index))
         if end == len(record.row):
             return True
         rivals = self._rivals(record, slot, record.row[end])
-        places = max(self.config.in_flight, slot.config.count)
         keeps = self._policy.PREEMPTS and not record.is_warmup
+        places = max(self.config.in_flight, slot.config.count + keeps)
         if keeps and self._order([*rivals, record])[0] is not record:
-            places = max(places - 1, 1)
+            places -= 1
         return len(rivals) < places
 
     def _rivals(self, record: Record, slot: Slot, stage: str) -> list[Record]:

@@ -56,15 +56,30 @@ def test_a_model_that_is_stuck_holds_up_those_that_need_its_workers_alone(engine
     assert rooms == [False, not shared]
 
 
-def test_the_last_place_is_kept_for_the_most_urgent_job_whatever_the_pool_s_count(engine, record):
-    held = engine([{**SPLIT[0], "count": 2}, *SPLIT[1:]], policy="deadline")
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_workers_of_a_pool_run_and_a_place_more_is_kept_for_the_most_urgent_job(
+    engine, record, count: int
+):
+    held = engine([{**SPLIT[0], "count": count}, *SPLIT[1:]], policy="deadline")
     slot = held._fleet.slots[0]
     denoise = record("row").row.index("denoise")
-    held._waiting = [record("first", index=denoise)]
+    asked = [record("late", accepted_at_s=1.0), record("urgent", slo_class="clip")]
+
+    def rooms(waiting: int) -> list[bool]:
+        held._waiting = [record(f"first {n}", index=denoise) for n in range(waiting)]
+        return [held._room(one, slot) for one in asked]
+
+    assert rooms(count - 1) == [True, True]
+    assert rooms(count) == [False, True]
+    assert rooms(count + 1) == [False, False]
+
+
+def test_a_warm_up_takes_any_place(engine, record):
+    held = engine(SPLIT, policy="deadline")
     warmup = record("warm-up", accepted_at_s=math.inf)
     warmup.is_warmup = True
-    asked = [record("late", accepted_at_s=1.0), record("urgent", slo_class="clip"), warmup]
-    assert [held._room(one, slot) for one in asked] == [False, True, True]
+    held._waiting = [record("first", index=record("row").row.index("denoise"))]
+    assert held._room(warmup, held._fleet.slots[0])
 
 
 def test_warm_ups_come_behind_all_others_though_owners_take_turns(engine, record):
