@@ -50,6 +50,18 @@ VERBS = {
         "fastvideo_inference.commands.serve:serve",
         "Serve models over HTTP: OpenAI's Videos API.",
     ),
+    "profile": (
+        "fastvideo_inference.commands.profile:profile",
+        "Measure the seconds of each stage on this machine.",
+    ),
+    "plan": (
+        "fastvideo_inference.commands.plan:plan",
+        "Find which workers give the most goodput.",
+    ),
+    "bench": (
+        "fastvideo_inference.commands.bench:bench",
+        "Measure the goodput of a server under load.",
+    ),
     "demo": ("fastvideo_inference.commands.demo:demo", "Open the demo page in a browser."),
 }
 IN_MANY = ("generate", "train")

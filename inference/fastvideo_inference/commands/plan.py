@@ -1,0 +1,123 @@
+"""`fastvideo plan`: a profile and a promise in; placements, a plot and a server's config out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from fastvideo import files, sampling
+from fastvideo.errors import OK, refusing
+from fastvideo.resolve import resolve
+from fastvideo_inference.goodput import profile as profiles
+
+if TYPE_CHECKING:
+    from fastvideo.sampling import SamplingParams
+    from fastvideo_inference.goodput.plan import Placement, Slo
+
+_SHARES = (0.25, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25)  # of the goodput, for the plot
+_SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
+_DRAWN = 4
+FILES = ("plan.json", "plan.svg", "serve.toml")
+
+
+def plan(
+    profile: Annotated[Path, Argument(help="JSON of `fastvideo profile`.")],
+    devices: Annotated[int, Option(help="Devices of the fleet; on a CPU its cores.")],
+    slo: Annotated[float, Option(help="Seconds in which a clip is to be done.")],
+    target: Annotated[float, Option(help="The share of requests that must be.")] = 0.9,
+    memory: Annotated[float | None, Option(help="GiB of weights a worker. [no limit]")] = None,
+    delivery: Annotated[float, Option(help="Seconds that a client adds: half a poll.")] = 0.05,
+    size: Annotated[str | None, Option(help="WIDTHxHEIGHT. [the model's]")] = None,
+    frames: Annotated[int | None, Option(help=sampling.FRAMES.help)] = None,
+    steps: Annotated[int | None, Option(help=sampling.STEPS.help)] = None,
+    attention: Annotated[str | None, Option(help=sampling.ATTENTION.help)] = None,
+    decoder: Annotated[str, Option(help="A small decoder of the profile.")] = "",
+    output: Annotated[
+        Path, Option("--output", "-o", help=f"Folder for {', '.join(FILES)}.")
+    ] = Path("plan"),
+) -> int:
+    """Simulate placements of workers on devices, and rank them by goodput per device."""
+    with refusing():
+        made = profiles.read(profile)
+        asked = {"size": size, "frames": frames, "steps": steps, "attention": attention}
+        given = {k: v for k, v in asked.items() if v is not None}
+        request = sampling.read_layers(("the command", {"prompt": "plan", "seed": 0, **given}))
+        params = resolve(request, made.spec)
+        for name in FILES:
+            if (output / name).exists():
+                raise FileExistsError(f"{output / name} exists; choose another folder")
+        from fastvideo_inference.goodput import plan as planning
+
+        promise = planning.Slo(deadline_s=slo, target=target, delivery_s=delivery)
+        found = planning.plan(
+            made,
+            params,
+            devices=devices,
+            slo=promise,
+            memory_gib=memory,
+            decoder=decoder,
+        )
+    print(_table(found, promise, source=made.source))
+    output.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "slo": asdict(promise),
+        "profile": made.model_dump(include={"source", "model", "fingerprint", "device", "date"}),
+        "request": params.model_dump(exclude={"prompt", "seed"}),
+        "placements": [asdict(one) | {"goodput": one.goodput} for one in found],
+    }
+    files.write_text(output / "plan.json", json.dumps(facts, indent=1) + "\n")
+    files.write_text(output / "serve.toml", planning.serve_toml(found[0], made, promise))
+    files.write_text(output / "plan.svg", _plot(found[:_DRAWN], made, params, promise, decoder))
+    print(f"\nfastvideo serve --config {output / 'serve.toml'}")
+    return OK
+
+
+def name(placement: Placement) -> str:
+    """Return a placement in a few words: how many workers of which stages."""
+    short = {"encode_text": "text", "prepare_latents": ""}
+    words = []
+    for group in placement.groups:
+        stages = "+".join(filter(None, (short.get(s, s) for s in group.stages)))
+        words.append(f"{group.count} x {stages}" + f" ({group.parallel})" * bool(group.parallel))
+    return ", ".join(words)
+
+
+def _table(found: list[Placement], slo: Slo, *, source: str) -> str:
+    head = (
+        f"{slo.target:.0%} of requests within {slo.deadline_s:g} s; seconds are {source}\n"
+        f"{'per device/min':>14}{'rate/min':>10}{'bursty':>8}{'devices':>9}{'clip s':>8}  workers"
+    )
+    rows = [
+        f"{60 * one.goodput:14.2f}{60 * one.rate:10.2f}{60 * one.bursty_rate:8.2f}{one.devices:9d}"
+        f"{one.clip_s:8.2f}  {name(one)}"
+        for one in found
+    ]
+    return "\n".join([head, *rows])
+
+
+def _plot(
+    found: list[Placement],
+    profile: profiles.Profile,
+    params: SamplingParams,
+    slo: Slo,
+    decoder: str,
+) -> str:
+    from fastvideo_inference.goodput import plan as planning
+    from fastvideo_inference.goodput import plot
+
+    by_rate, by_scale = {}, {}
+    for one in found:
+        pools = [planning.pool_of(group, profile, params, decoder=decoder) for group in one.groups]
+        rates = [share * one.rate for share in _SHARES if one.rate]
+        by_rate[name(one)] = [(60 * rate, planning.attainment(pools, slo, rate)) for rate in rates]
+        by_scale[name(one)] = [
+            (s, planning.attainment(pools, replace(slo, deadline_s=s * slo.deadline_s), one.rate))
+            for s in _SCALES
+            if one.rate
+        ]
+    panels = {"requests a minute": by_rate, "SLO scale": by_scale}
+    return plot.svg(panels, target=slo.target)

@@ -1,0 +1,213 @@
+"""Measuring a profile: each stage of a few settings, some times over, in one process or several.
+
+profile = measure(found, settings, processes=2)
+
+Several processes work at the same settings at the same time, each with a core of its own: what they
+take from each other (memory, cache, clock) is then in the seconds, as it is on a busy server.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import multiprocessing as mp
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fastvideo
+from fastvideo import hub
+from fastvideo.hub import OpenModel
+from fastvideo.sampling import SamplingParams
+from fastvideo_inference import recipe
+from fastvideo_inference.goodput.profile import (
+    DECODE,
+    DENOISE,
+    LOAD,
+    SAVE,
+    Cell,
+    Device,
+    Profile,
+    work_of,
+)
+
+if TYPE_CHECKING:
+    from fastvideo_inference.pipeline import VideoPipeline
+
+_WARM_UPS = 1
+_LOADS = 3  # how often each part is loaded
+_BUSY = 0.5  # runnable processes a core beside our own, from which seconds are not to be trusted
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: a clip, and the decoder ("" is the VAE's own)."""
+
+    params: SamplingParams
+    decoder: str = ""
+
+
+def measure(
+    found: OpenModel,
+    settings: Sequence[Setting],
+    *,
+    device: str = "auto",
+    repeats: int = 5,
+    processes: int = 1,
+) -> Profile:
+    """Return a profile of a model on this machine; see the module."""
+    if processes == 1:
+        rows = [_measure(found.name, settings, device, repeats, None, None)]
+    else:
+        rows = _in_many(found.name, settings, device, repeats, processes)
+    seconds: dict[tuple[Any, ...], list[float]] = {}
+    for key, value in itertools.chain.from_iterable(cells for cells, _, _ in rows):
+        seconds.setdefault(key, []).extend(value)
+    return Profile(
+        model=found.name,
+        fingerprint=recipe.fingerprint(found.folder),
+        spec=found.spec,
+        device=rows[0][1],
+        processes=processes,
+        date=datetime.date.today().isoformat(),
+        gib=rows[0][2],
+        cells=tuple(
+            Cell(stage=s, work=w, attention=a, decoder=d, seconds=tuple(round(x, 5) for x in value))
+            for (s, w, a, d), value in seconds.items()
+        ),
+    )
+
+
+def is_loaded() -> bool:
+    """Tell whether other programs keep this machine's cores busy."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1)
+
+
+_Rows = tuple[list[tuple[tuple[Any, ...], list[float]]], Device, dict[str, float]]
+
+
+def _in_many(
+    name: str, settings: Sequence[Setting], device: str, repeats: int, processes: int
+) -> list[_Rows]:
+    """Measure in several new processes at once, one a core where the device is a CPU."""
+    context = mp.get_context("spawn")
+    together = context.Barrier(processes)
+    with context.Pool(
+        processes, initializer=_take, initargs=(together, context.Value("i", 0))
+    ) as pool:
+        jobs = [
+            pool.apply_async(_measure_pinned, (name, settings, device, repeats))
+            for _ in range(processes)
+        ]
+        return [job.get() for job in jobs]
+
+
+_own: dict[str, Any] = {}
+
+
+def _take(together: Any, counter: Any) -> None:
+    with counter.get_lock():
+        _own["index"], _own["together"] = counter.value, together
+        counter.value += 1
+
+
+def _measure_pinned(name: str, settings: Sequence[Setting], device: str, repeats: int) -> _Rows:
+    return _measure(name, settings, device, repeats, _own["index"], _own["together"])
+
+
+def _measure(
+    name: str,
+    settings: Sequence[Setting],
+    device: str,
+    repeats: int,
+    core: int | None,
+    together: Any,
+) -> _Rows:
+    import torch
+
+    from fastvideo.formats import PARTS
+    from fastvideo.model import load, pick_device
+    from fastvideo_inference.pipeline import VideoPipeline
+
+    place = pick_device(device)
+    if core is not None and place.type == "cpu":
+        if sys.platform == "linux":
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[core % len(cores)]})
+        torch.set_num_threads(1)
+    model = hub.open_model(name, weights=True)
+    found: list[tuple[tuple[Any, ...], list[float]]] = []
+    gib = {}
+    for part in PARTS:
+        seconds = []
+        for _ in range(_LOADS):
+            started = time.perf_counter()
+            loaded = load(model, device=place, parts=(part,))
+            seconds.append(time.perf_counter() - started)
+        network = getattr(loaded, part)
+        gib[part] = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**30
+        found.append(((f"{LOAD}.{part}", 1.0, "", ""), seconds))
+    for decoder in dict.fromkeys(setting.decoder for setting in settings):
+        pipe = VideoPipeline.load(
+            model,
+            device=str(place),
+            decoder=recipe.decoder_id(decoder or None, model.spec, model.folder),
+        )
+        for setting in settings:
+            if setting.decoder == decoder:
+                found += _clips(pipe, setting, repeats, together)
+    return found, _device(place), gib
+
+
+def _clips(
+    pipe: VideoPipeline, setting: Setting, repeats: int, together: Any
+) -> list[tuple[tuple[Any, ...], list[float]]]:
+    """Make a clip some times, and return the seconds of each stage and of the file."""
+    from fastvideo import stages
+
+    params, spec = setting.params, pipe.model.spec
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(_WARM_UPS + repeats):
+            if together is not None:
+                together.wait()
+            state = stages.make(pipe.model, [params])
+            started = time.perf_counter()
+            pipe.video(state).save(Path(folder, f"{index}.mp4"))
+            timings = {**state.timings, SAVE: time.perf_counter() - started}
+            timings[DENOISE] /= params.num_inference_steps
+            for stage, value in timings.items():
+                if index >= _WARM_UPS:
+                    seconds.setdefault(stage, []).append(value)
+    return [
+        (
+            (
+                stage,
+                work_of(stage, params, spec),
+                params.attention if stage == DENOISE else "",
+                setting.decoder if stage == DECODE else "",
+            ),
+            value,
+        )
+        for stage, value in seconds.items()
+    ]
+
+
+def _device(place: Any) -> Device:
+    import torch
+
+    from fastvideo import timing
+
+    facts = timing.machine()
+    return Device(
+        name=facts["gpu"] if place.type == "cuda" else facts["cpu"],
+        kind=place.type,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        fastvideo=fastvideo.__version__,
+    )

@@ -1,0 +1,250 @@
+"""Which workers to start on so many devices: placements, simulated, ranked by goodput per device.
+
+best, *others = plan(profile, params, devices=8, memory_gib=141, slo=Slo(deadline_s=5))
+print(toml(best))    # for `fastvideo serve --config`
+
+Every split of the row into neighbouring stages is tried with every number of workers and every
+degree of the profile that fits, one worker for all stages (the monolith) always among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fastvideo import registry
+from fastvideo.parallel.degrees import parse
+from fastvideo.sampling import SamplingParams
+from fastvideo_inference.goodput.profile import DECODE, DENOISE, SAVE, Profile
+from fastvideo_inference.goodput.simulate import BURST, Costs, Pool, arrivals, simulate
+
+REQUESTS, WARM_UP = 300, 0.1  # of a simulated run; the share of it that is dropped
+KEEP = 8  # placements that are told of
+_PRECISION = 0.02  # of the rate that bisection ends at
+_SHARED = (DENOISE, DECODE)  # stages that ranks share; the others run on each of them
+
+
+@dataclass(frozen=True)
+class Slo:
+    """A clip is good if it ends within `deadline_s`; `target` of all must be. Seconds.
+
+    `delivery_s` is what a client adds: the mean wait for the next poll, and the download.
+    """
+
+    deadline_s: float
+    target: float = 0.9
+    delivery_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no fleet could mean."""
+        if not 0 < self.deadline_s < math.inf or not 0 < self.target <= 1:
+            raise ValueError(
+                f"slo: deadline_s {self.deadline_s:g} must be above 0, target {self.target:g} in"
+                " (0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` workers of some stages, each on as many devices as its degrees multiply to."""
+
+    stages: tuple[str, ...]
+    count: int
+    parallel: str
+    memory_gib: float | None
+
+    @property
+    def devices(self) -> int:
+        """All devices of its workers."""
+        return self.count * parse(self.parallel).world_size
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Groups of workers, and what was simulated of them: requests a second, one clip's seconds."""
+
+    groups: tuple[Group, ...]
+    rate: float
+    bursty_rate: float
+    clip_s: float
+
+    @property
+    def devices(self) -> int:
+        """All devices."""
+        return sum(group.devices for group in self.groups)
+
+    @property
+    def goodput(self) -> float:
+        """Requests a second and device."""
+        return self.rate / self.devices
+
+
+def plan(
+    profile: Profile,
+    params: SamplingParams,
+    *,
+    devices: int,
+    slo: Slo,
+    memory_gib: float | None = None,
+    decoder: str = "",
+) -> list[Placement]:
+    """Return the `KEEP` best placements that meet the SLO, best first; ties to fewer devices.
+
+    Raises `ValueError` if even one clip on an idle fleet is too late for each of them.
+    """
+    if devices < 1:
+        raise ValueError(f"devices {devices} must be at least 1")
+    found, fastest = [], math.inf
+    for groups in placements(profile, devices=devices, memory_gib=memory_gib):
+        try:
+            pools = [pool_of(group, profile, params, decoder=decoder) for group in groups]
+        except ValueError:
+            continue  # a degree that was not measured for one of its stages
+        clip_s = sum(map(seconds_of, pools)) + slo.delivery_s
+        fastest = min(fastest, clip_s)
+        if clip_s <= slo.deadline_s:
+            most = capacity(pools) / sum(group.devices for group in groups)
+            found.append((most, groups, pools, clip_s))
+    if not found:
+        raise ValueError(
+            f"no placement on {devices} devices makes a clip in {slo.deadline_s:g} s; the fastest"
+            f" takes {fastest:.3g} s"
+        )
+    ranked: list[Placement] = []
+    for most, groups, pools, clip_s in sorted(found, key=lambda one: -one[0]):
+        if len(ranked) >= KEEP and most < ranked[KEEP - 1].goodput:
+            break  # what follows cannot be better: no rate is above the capacity
+        rate, bursty = (goodput(pools, slo, burst=burst) for burst in (1.0, BURST))
+        ranked.append(Placement(groups, rate, bursty, clip_s))
+        ranked.sort(key=lambda one: (-round(one.goodput, 6), one.devices))
+    return ranked[:KEEP]
+
+
+def placements(
+    profile: Profile, *, devices: int, memory_gib: float | None
+) -> Iterator[tuple[Group, ...]]:
+    """Yield every way to give at most `devices` to groups of neighbouring stages."""
+    degrees = sorted({cell.parallel for cell in profile.cells} | {""})
+    for split in _splits(profile.spec.stages):
+        for shapes in itertools.product(*(_shapes(stages, degrees) for stages in split)):
+            sizes = [parse(parallel).world_size for parallel in shapes]
+            for counts in _counts(sizes, devices):
+                yield tuple(
+                    Group(stages, count, parallel, memory_gib)
+                    for stages, count, parallel in zip(split, counts, shapes, strict=True)
+                )
+
+
+def pool_of(group: Group, profile: Profile, params: SamplingParams, *, decoder: str = "") -> Pool:
+    """Return a group for the simulator; `ValueError` if the profile lacks one of its stages."""
+    row, seconds = profile.spec.stages, {}
+    for stage in row:
+        parallel = group.parallel if stage in _SHARED and stage in group.stages else ""
+        seconds[stage] = profile.stage_s(stage, params, decoder=decoder, parallel=parallel)
+    seconds[row[-1]] += profile.stage_s(SAVE, params)
+    parts = {stage: _parts(stage) for stage in row}
+    costs = Costs(
+        seconds,
+        parts=parts,
+        load_s={part: profile.load_s([part]) for own in parts.values() for part in own},
+        gib=profile.gib,
+    )
+    return Pool(group.stages, group.count, costs, group.memory_gib)
+
+
+def seconds_of(pool: Pool) -> float:
+    """Return the median seconds of a pool's stages for one clip, with parts it must load."""
+    own = [part for stage in pool.stages for part in pool.costs.parts[stage]]
+    fits = pool.memory_gib is None or sum(map(_size(pool), own)) <= pool.memory_gib
+    loads = 0.0 if fits else sum(pool.costs.load_s[part] for part in own)
+    return sum(pool.costs.seconds[stage].median for stage in pool.stages) + loads
+
+
+def attainment(
+    pools: Sequence[Pool], slo: Slo, rate: float, *, burst: float = 1.0, seed: int = 0
+) -> float:
+    """Return the share of requests that end in time at a rate, the first tenth dropped."""
+    times = arrivals(rate, REQUESTS, seed=seed, burst=burst)
+    outcomes = simulate(pools, times, seed=seed)[int(REQUESTS * WARM_UP) :]
+    late = slo.deadline_s - slo.delivery_s
+    return sum(one.latency_s <= late for one in outcomes) / len(outcomes)
+
+
+def goodput(pools: Sequence[Pool], slo: Slo, *, burst: float = 1.0) -> float:
+    """Return the highest rate, by bisection, at which the target share is in time; 0 if none is."""
+    low, high = 0.0, capacity(pools)
+    while high - low > _PRECISION * high:
+        middle = (low + high) / 2
+        if attainment(pools, slo, middle, burst=burst) >= slo.target:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def capacity(pools: Sequence[Pool]) -> float:
+    """Return the rate that keeps the slowest pool busy."""
+    return min(pool.count / seconds_of(pool) for pool in pools)
+
+
+def serve_toml(best: Placement, profile: Profile, slo: Slo, *, policy: str = "fifo") -> str:
+    """Return the config with which `fastvideo serve` starts a placement, one worker an entry."""
+    numbers = itertools.count()
+    lines = [
+        f"# {best.rate:.3g} requests a second at {slo.target:.0%} within {slo.deadline_s:g} s"
+        f" ({profile.source}, {profile.device.name})",
+        f'policy = "{policy}"',
+        f"in_flight = {max(2, *(group.count for group in best.groups))}",
+        "",
+        "[[class]]",
+        'name = "default"',
+        f"deadline_s = {slo.deadline_s:g}",
+    ]
+    for group in best.groups:
+        for _ in range(group.count):
+            size = parse(group.parallel).world_size
+            own = [f"{profile.device.kind}:{next(numbers)}" for _ in range(size)]
+            lines += ["", "[[worker]]", f"stages = {json.dumps(group.stages)}"]
+            lines += [f"model = {json.dumps(profile.model)}", f"devices = {json.dumps(own)}"]
+            lines += [f'parallel = "{group.parallel}"'] if group.parallel else []
+            lines += [f"memory = {group.memory_gib:g}"] if group.memory_gib else []
+    return "\n".join(lines) + "\n"
+
+
+def _splits(row: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """Yield the ways to cut the row into neighbouring groups, none of them without weights."""
+    for cuts in itertools.product((False, True), repeat=len(row) - 1):
+        groups, start = [], 0
+        for index, is_cut in enumerate(cuts, start=1):
+            if is_cut:
+                groups.append(tuple(row[start:index]))
+                start = index
+        groups.append(tuple(row[start:]))
+        if all(any(map(_parts, group)) for group in groups):
+            yield tuple(groups)
+
+
+def _parts(stage: str) -> tuple[str, ...]:
+    parts: tuple[str, ...] = registry.module("fastvideo.stages", stage).PARTS
+    return parts
+
+
+def _shapes(stages: Sequence[str], degrees: Sequence[str]) -> Sequence[str]:
+    return degrees if set(stages) & set(_SHARED) else ("",)
+
+
+def _counts(sizes: Sequence[int], devices: int) -> Iterator[tuple[int, ...]]:
+    """Yield numbers of workers of such sizes that need at most so many devices."""
+    if not sizes:
+        yield ()
+        return
+    for count in range(1, devices // sizes[0] + 1):
+        for rest in _counts(sizes[1:], devices - count * sizes[0]):
+            yield count, *rest
+
+
+def _size(pool: Pool) -> Callable[[str], float]:
+    return lambda part: pool.costs.gib.get(part, 0.0)

@@ -1,0 +1,200 @@
+"""A profile: seconds of each stage of one model on one device, and estimates from them.
+
+profile = read(path)
+profile.stage_s("decode", params).median
+
+A stage's seconds are affine in its work between two measured sizes: FLOP of a denoising step,
+pixels of decoding and of writing the file, prompts of text encoding. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fastvideo import files
+from fastvideo.config import Strict, parse
+from fastvideo.sampling import SamplingParams
+from fastvideo.spec import Spec
+from fastvideo_inference.engine import book
+
+ENCODE, DENOISE, DECODE, SAVE = "encode_text", "denoise", "decode", "save"
+LOAD = "load"  # of a part, as load.text
+HIGH = 0.9  # the quantile of a late one
+
+
+class Cell(Strict):
+    """Measured seconds of one stage of one setting: of a step for `denoise`, else of the stage.
+
+    `work` is what the seconds are affine in (see `work_of`). What does not matter to the stage is
+    "": `attention` is the denoiser's pattern, `decoder` a small decoder's name, `parallel` degrees.
+    """
+
+    stage: str
+    work: float = Field(gt=0)
+    attention: str = ""
+    decoder: str = ""
+    parallel: str = ""
+    seconds: tuple[float, ...] = Field(min_length=1)
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What must be equal for two cells to be sizes of one thing."""
+        return self.stage, self.attention, self.decoder, self.parallel
+
+
+class Device(Strict):
+    """Whose seconds these are."""
+
+    name: str
+    kind: str
+    threads: int = Field(ge=1)
+    torch: str
+    fastvideo: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds: the median, and what nine of ten stay below."""
+
+    median: float
+    high: float
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Add medians, and what is above them as independent spreads add."""
+        median = self.median + other.median
+        above = math.hypot(self.high - self.median, other.high - other.median)
+        return Estimate(median, median + above)
+
+    def __mul__(self, times: float) -> Estimate:
+        """Scale both, as for steps of one clip, which are slow together."""
+        return Estimate(self.median * times, self.high * times)
+
+
+class Profile(Strict):
+    """Seconds of one model on one device.
+
+    `processes` worked at once while it was measured. `source` is "predicted" for what was computed
+    from a device's data sheet and never measured. `gib` is the size of each part. `factors` are
+    what later clips took, over what was estimated, by stage.
+    """
+
+    version: Literal[1] = 1
+    source: Literal["measured", "predicted"] = "measured"
+    model: str
+    fingerprint: str
+    spec: Spec
+    device: Device
+    processes: int = Field(default=1, ge=1)
+    date: str = ""
+    gib: dict[str, float] = Field(default_factory=dict)
+    cells: tuple[Cell, ...] = Field(min_length=1)
+    factors: dict[str, float] = Field(default_factory=dict)
+
+    def check(self, *, fingerprint: str, device: Device | None = None) -> None:
+        """Raise `ValueError` if it is of another model, or of another device or version."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the profile is of {self.model} {self.fingerprint[:12]}, the model is"
+                f" {fingerprint[:12]}; make one by: fastvideo profile"
+            )
+        for name, value in device or ():
+            own = getattr(self.device, name)
+            if own != value:
+                raise ValueError(
+                    f"the profile was made with {name} {own}, here it is {value};"
+                    " make one by: fastvideo profile"
+                )
+
+    def stage_s(
+        self,
+        stage: str,
+        params: SamplingParams,
+        *,
+        decoder: str = "",
+        parallel: str = "",
+    ) -> Estimate:
+        """Return a stage's seconds for one clip; `ValueError` if nothing alike was measured."""
+        attention = params.attention if stage == DENOISE else ""
+        key = (stage, attention, decoder if stage == DECODE else "", parallel)
+        cells = self._by_key.get(key, [])
+        if not cells:
+            known = sorted({" ".join(filter(None, one)) for one in self._by_key})
+            asked = " ".join(filter(None, key))
+            raise ValueError(f"the profile has no {asked} (it has: {', '.join(known)})")
+        times = params.num_inference_steps if stage == DENOISE else 1
+        median = _affine(cells, work_of(stage, params, self.spec)) * self.factors.get(stage, 1.0)
+        return Estimate(median, median * _spread(cells)) * times
+
+    def load_s(self, parts: Iterable[str]) -> float:
+        """Return the median seconds of loading parts of the model; those not measured take none."""
+        keys = [(f"{LOAD}.{part}", "", "", "") for part in parts]
+        return sum(_median(c) for key in keys for c in self._by_key.get(key, []))
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, ...], list[Cell]]:
+        found: dict[tuple[str, ...], list[Cell]] = {}
+        for cell in sorted(self.cells, key=lambda one: one.work):
+            found.setdefault(cell.key, []).append(cell)
+        return found
+
+
+def work_of(stage: str, params: SamplingParams, spec: Spec) -> float:
+    """Return what a stage's seconds grow with: FLOP of a step, pixels, or forwards of a prompt."""
+    if stage == DENOISE:
+        return book.work(params, spec)
+    if stage == ENCODE:
+        return 1.0 if params.guidance_scale == 1 else 2.0
+    return float(params.width * params.height * params.num_frames)
+
+
+def read(path: str | Path) -> Profile:
+    """Read a profile; `ValueError` names the file and what is wrong."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"profile {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"profile {path} is not JSON: {error}") from None
+    return parse(Profile, found, source=str(path))
+
+
+def write(profile: Profile, path: Path) -> None:
+    """Write a profile whole or not at all, over an older one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic(path, overwrite=True) as new:
+        new.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _affine(cells: Sequence[Cell], work: float) -> float:
+    """Return the median seconds at `work`, on the line through the two sizes around it.
+
+    Beyond the largest or smallest that line goes on, never below a proportional share; one size
+    alone is scaled.
+    """
+    last = cells[-1]
+    if len(cells) == 1:
+        return _median(last) * work / last.work
+    above = next((i for i, cell in enumerate(cells) if cell.work >= work), len(cells) - 1)
+    low, high = cells[max(above, 1) - 1], cells[max(above, 1)]
+    slope = (_median(high) - _median(low)) / (high.work - low.work)
+    line = _median(low) + slope * (work - low.work)
+    return max(line, _median(low) * min(1.0, work / low.work))
+
+
+def _spread(cells: Sequence[Cell]) -> float:
+    """Return how many times its median the high quantile of a stage is, over all its sizes."""
+    ratios = sorted(s / _median(cell) for cell in cells for s in cell.seconds)
+    return max(1.0, ratios[min(len(ratios) - 1, math.ceil(HIGH * len(ratios)) - 1)])
+
+
+def _median(cell: Cell) -> float:
+    return statistics.median(cell.seconds)

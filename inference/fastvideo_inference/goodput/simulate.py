@@ -1,0 +1,242 @@
+"""Jobs on workers, as the engine deals them out, in simulated time (simpy); no tensors.
+
+ends = simulate(workers, [Work(at_s, costs) for at_s in arrivals(rate=0.5, count=300, seed=0)])
+
+The same rules as the engine's: workers of late stages are served first, first come is first served,
+few states wait between two stages, a worker runs its stages of a clip without another between them,
+and loads what its memory could not keep. A change there that is not made here shows in the page's
+comparison with a live server.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvideo_inference.goodput.profile import HIGH, Estimate
+
+_Z_HIGH = 1.2815515655446004  # standard deviations of the normal distribution's quantile HIGH
+assert HIGH == 0.9, "as _Z_HIGH"
+BURST = 4.0  # squared coefficient of variation of bursty gaps
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one clip costs a worker: seconds by stage, and of loading its parts.
+
+    `parts` of a stage are loaded, `load_s` each, if the worker does not hold them; `gib` is their
+    size, against its memory.
+    """
+
+    seconds: Mapping[str, Estimate]
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    load_s: Mapping[str, float] = field(default_factory=dict)
+    gib: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The stages in their order."""
+        return tuple(self.seconds)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`count` equal workers. `costs` are those of a clip on them, `memory_gib` None: no limit."""
+
+    stages: tuple[str, ...]
+    count: int
+    costs: Costs
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """When a request arrived, and its end: None if it was refused. Seconds."""
+
+    at_s: float
+    end_s: float | None
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from arrival to the end; endless for one that was refused."""
+        return math.inf if self.end_s is None else self.end_s - self.at_s
+
+
+def arrivals(rate: float, count: int, *, seed: int, burst: float = 1.0) -> list[float]:
+    """Return the times of `count` requests at `rate` a second.
+
+    `burst` is the squared coefficient of variation of the gaps: 1 is Poisson, more is bursty
+    (gamma-distributed gaps).
+    """
+    if rate <= 0 or count < 1 or burst <= 0:
+        raise ValueError(f"rate {rate:g}, count {count} and burst {burst:g} must be above zero")
+    draw, now, times = random.Random(seed), 0.0, []
+    for _ in range(count):
+        now += draw.gammavariate(1 / burst, burst / rate)
+        times.append(now)
+    return times
+
+
+def simulate(
+    pools: Sequence[Pool],
+    times: Iterable[float],
+    *,
+    in_flight: int = 2,
+    queue: int | None = None,
+    refuse_after_s: float | None = None,
+    seed: int = 0,
+) -> list[Outcome]:
+    """Return what becomes of requests that arrive at `times`, in their order.
+
+    One is refused if `queue` others wait, or if it is predicted to end later than `refuse_after_s`
+    after its arrival.
+    """
+    simpy = _simpy()
+    env = simpy.Environment()
+    floor = _Floor(env, pools, in_flight=in_flight, draw=random.Random(seed))
+    outcomes: list[Outcome | None] = []
+
+    def end(index: int, at_s: float) -> Callable[[], None]:
+        def note() -> None:
+            outcomes[index] = Outcome(at_s, env.now)
+
+        return note
+
+    def arrive() -> Iterator[Any]:
+        for index, at_s in enumerate(times):
+            yield env.timeout(max(0.0, at_s - env.now))
+            outcomes.append(Outcome(at_s, None))
+            is_full = queue is not None and floor.num_queued >= queue
+            is_late = refuse_after_s is not None and floor.predict_s() > refuse_after_s
+            if not (is_full or is_late):
+                floor.add(end(index, at_s))
+
+    env.process(arrive())
+    env.run()
+    return [one for one in outcomes if one]
+
+
+@dataclass(eq=False)
+class _Clip:
+    end: Callable[[], None]
+    index: int = 0
+    is_handed: bool = False
+
+
+@dataclass(eq=False)
+class _Worker:
+    pool: Pool
+    clip: _Clip | None = None
+    follows: str | None = None
+    until_s: float = 0.0
+    held: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+
+class _Floor:
+    """The workers, and the clips that wait for them."""
+
+    def __init__(
+        self, env: Any, pools: Sequence[Pool], *, in_flight: int, draw: random.Random
+    ) -> None:
+        self._env, self._in_flight, self._draw = env, in_flight, draw
+        self._row = pools[0].costs.row
+        self._workers = [_Worker(pool) for pool in pools for _ in range(pool.count)]
+        self._waiting: list[_Clip] = []
+
+    @property
+    def num_queued(self) -> int:
+        """How many wait that no worker has had."""
+        return sum(not clip.is_handed for clip in self._waiting)
+
+    def add(self, end: Callable[[], None]) -> None:
+        self._waiting.append(_Clip(end))
+        self._pump()
+
+    def predict_s(self) -> float:
+        """Return the median seconds until the end of a clip that comes now.
+
+        The slowest kind of stage decides: its workers do what is there before, and then this one.
+        """
+        own, worst = 0.0, 0.0
+        for pool in {id(w.pool): w.pool for w in self._workers}.values():
+            seconds = {s: pool.costs.seconds[s].median for s in pool.stages}
+            own += sum(seconds.values())
+            mine = [w for w in self._workers if w.pool is pool]
+            busy = sum(max(0.0, w.until_s - self._env.now) for w in mine)
+            ahead = sum(
+                sum(s for name, s in seconds.items() if self._row.index(name) >= clip.index)
+                for clip in self._waiting
+            )
+            worst = max(worst, (busy + ahead) / len(mine))
+        return own + worst
+
+    def _pump(self) -> None:
+        for worker in reversed(self._workers):
+            if worker.clip is None:
+                fit = (c for c in self._waiting if self._row[c.index] in worker.pool.stages)
+                first = next((clip for clip in fit if self._has_room(clip, worker)), None)
+                if first:
+                    self._dispatch(first, worker)
+
+    def _has_room(self, clip: _Clip, worker: _Worker) -> bool:
+        follows = self._follows(clip, worker)
+        if follows is None:
+            return True
+        wait = sum(c.is_handed and self._row[c.index] == follows for c in self._waiting)
+        come = sum(w.follows == follows for w in self._workers)
+        return wait + come < max(self._in_flight, worker.pool.count)
+
+    def _follows(self, clip: _Clip, worker: _Worker) -> str | None:
+        """Return the first stage from the clip's on that the worker does not have."""
+        return next((s for s in self._row[clip.index :] if s not in worker.pool.stages), None)
+
+    def _dispatch(self, clip: _Clip, worker: _Worker) -> None:
+        self._waiting.remove(clip)
+        worker.clip, worker.follows = clip, self._follows(clip, worker)
+        end = len(self._row) if worker.follows is None else self._row.index(worker.follows)
+        seconds = sum(self._seconds(worker, stage) for stage in self._row[clip.index : end])
+        worker.until_s = self._env.now + seconds
+        self._env.process(self._run(clip, worker, seconds=seconds, end=end))
+
+    def _run(self, clip: _Clip, worker: _Worker, *, seconds: float, end: int) -> Iterator[Any]:
+        yield self._env.timeout(seconds)
+        worker.clip = worker.follows = None
+        if end == len(self._row):
+            clip.end()
+        else:
+            clip.index, clip.is_handed = end, True
+            self._waiting.append(clip)
+            # those that began come first, as in the engine
+            self._waiting.sort(key=lambda one: not one.is_handed)
+        self._pump()
+
+    def _seconds(self, worker: _Worker, stage: str) -> float:
+        costs = worker.pool.costs
+        estimate = costs.seconds[stage]
+        above = max(0.0, math.log(estimate.high / estimate.median)) if estimate.median else 0.0
+        drawn = estimate.median * math.exp(above / _Z_HIGH * self._draw.gauss(0.0, 1.0))
+        return drawn + sum(self._load(worker, part) for part in costs.parts.get(stage, ()))
+
+    def _load(self, worker: _Worker, part: str) -> float:
+        """Return the seconds of loading a part; those used longest ago are freed for it."""
+        costs, limit = worker.pool.costs, worker.pool.memory_gib
+        is_held = part in worker.held
+        worker.held[part] = None
+        worker.held.move_to_end(part)
+        while limit is not None and len(worker.held) > 1:
+            if sum(costs.gib.get(one, 0.0) for one in worker.held) <= limit:
+                break
+            worker.held.popitem(last=False)
+        return 0.0 if is_held else costs.load_s.get(part, 0.0)
+
+
+def _simpy() -> Any:
+    try:
+        import simpy
+    except ImportError:
+        raise ValueError("simulating needs simpy: pip install 'fastvideo[serve]'") from None
+    return simpy

@@ -1,0 +1,128 @@
+"""Load on a real server of the tiny model, and what is counted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from fastvideo_inference.goodput import bench as benches
+from fastvideo_inference.goodput import load
+from fastvideo_inference.goodput.bench import Bench
+from fastvideo_inference.goodput.load import Sample, Server, score
+from fastvideo_inference.goodput.plan import Slo
+
+from tests.serving import BALL, Running, config_of
+
+FIELDS = {**BALL, "num_frames": 5}
+SLO = Slo(deadline_s=60.0)
+
+
+@pytest.fixture
+def server(tiny_folder: Path, tmp_path: Path) -> Iterator[Running]:
+    one = Running(config_of(tiny_folder, tmp_path / "served", **{"class": [{"queue": 2}]}))
+    yield one
+    one.stop()
+
+
+def bench_of(server: Running, folder: Path, **changes: object) -> Bench:
+    values = {
+        "server": Server(server.url),
+        "request": {k: v for k, v in FIELDS.items() if k != "prompt"},
+        "prompts": ["a red ball", "a blue ball"],
+        "slo": SLO,
+        "num_frames": 5,
+        "folder": folder,
+        "count": 10,
+        "poll_s": 0.02,
+        **changes,
+    }
+    return Bench(**values)  # type: ignore[arg-type]
+
+
+def test_requests_are_good_in_time_and_whole_and_a_run_is_not_made_again(
+    server: Running, tmp_path: Path
+):
+    bench = bench_of(server, tmp_path / "bench")
+    bench.begin()
+    run = bench.run("server", rate=5.0)
+    assert run.is_complete
+    assert run.score.attempted == 9
+    assert run.score.statuses.keys() <= {"completed", "rejected"}
+    done = [s for s in run.samples if s.status == "completed"]
+    assert all(s.frames == 5 and s.latency_s >= s.server["total"] > 0 for s in done)
+    assert {"stage.encode_text", "stage.denoise", "stage.decode", "waits"} <= done[0].server.keys()
+    server.stop()
+    again = bench_of(server, tmp_path / "bench")
+    again.begin()
+    assert again.run("server", rate=5.0) == run
+    other = bench_of(server, tmp_path / "bench", count=11)
+    with pytest.raises(ValueError, match="another bench"):
+        other.begin()
+
+
+def test_a_burst_beyond_the_queue_counts_as_missed(server: Running, tmp_path: Path):
+    long = {"num_frames": 5, "num_inference_steps": 50, "guidance_scale": 1, "seed": 1}
+    bench = bench_of(server, tmp_path / "bench", request=long)
+    bench.begin()
+    run = bench.run("offline")
+    rejected = run.score.statuses["rejected"]
+    assert rejected > 0
+    assert run.score.attainment == pytest.approx(1 - rejected / run.score.attempted)
+
+
+def test_a_server_that_is_gone_ends_a_bench_with_what_was_measured(server: Running, tmp_path: Path):
+    bench = bench_of(server, tmp_path / "bench")
+    bench.begin()
+    single = bench.run("single")
+    server.stop()
+    run = bench.run("server", rate=100.0)
+    assert single.is_complete
+    assert not run.is_complete
+    assert not list((tmp_path / "bench").glob("server-*"))
+    assert benches.goodput([single, run], SLO) == 0.0
+
+
+def test_another_number_of_frames_is_no_good_clip(server: Running):
+    (sample,) = load.send(Server(server.url), [FIELDS], [0.0], poll_s=0.02)
+    assert score([sample], SLO, num_frames=5).attainment == 1.0
+    found = score([sample], SLO, num_frames=9)
+    assert (found.attainment, found.invalid) == (0.0, 1)
+
+
+def made(sent_s: float, latency_s: float, status: str = "completed") -> Sample:
+    return Sample(sent_s, sent_s, status, latency_s, frames=5 * (status == "completed"))
+
+
+def test_a_refused_request_is_wrongly_so_if_a_later_one_was_done_before_its_deadline():
+    slo = Slo(deadline_s=10.0)
+    refused = made(0.0, 0.01, "rejected")
+    assert score([refused, made(1.0, 5.0)], slo, num_frames=5).wrong_rejects == 1
+    assert score([refused, made(1.0, 9.5)], slo, num_frames=5).wrong_rejects == 0
+    assert score([made(-1.0, 5.0), refused], slo, num_frames=5).wrong_rejects == 0
+
+
+def test_shares_are_of_attempted_requests_after_the_first_tenth():
+    slow = [made(i, 20.0) for i in range(2)]
+    rest = [made(i + 2, 5.0) for i in range(14)] + [
+        made(20, 12.0),
+        made(21, 0.1, "rejected"),
+        made(22, 1.0, "failed"),
+        made(23, 29.0),
+    ]
+    found = score([*slow, *rest], Slo(deadline_s=10.0), num_frames=5, alone_s=9.0)
+    assert found.attempted == 18
+    assert found.attainment == pytest.approx(14 / 18)
+    assert found.attainment_3x == pytest.approx(15 / 18)
+    assert found.late_accepts == 2
+    assert found.latency_s["p50"] == 5.0
+    assert found.latency_s["p99"] == 29.0
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", ""])
+def test_what_is_no_server_is_refused(url: str):
+    with pytest.raises(ValueError, match="must look like"):
+        Server(url)
