@@ -110,7 +110,7 @@ def load(
         device=device,
         dtype=dtype,
         folder=folder,
-        decoder=_load_decoder(spec, folder, decoder, device=device, dtype=dtype),
+        decoder=load_decoder(spec, folder, decoder, device=device, dtype=dtype),
         **loaded,
     )
 
@@ -175,9 +175,15 @@ def _computes_bfloat16(device: torch.device) -> bool:
     return cpu.has_bfloat16() if device.type == "cpu" else device.type == "cuda"
 
 
-def _load_decoder(
-    spec: Spec, folder: Path, name: str | Path | None, **options: Any
+def load_decoder(
+    spec: Spec,
+    folder: Path,
+    name: str | Path | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> nn.Module | None:
+    """Load a small decoder for a model's folder; None for the VAE's own."""
     if name is None or str(name) == decoders.OWN:
         return None
     found = decoders.locate(name, folder)
@@ -185,7 +191,7 @@ def _load_decoder(
     decoders.check_fits(
         decoders.read_config(found), source=found, compression=spec.compression, vae=vae
     )
-    net: nn.Module = decoders.read(found, **options)
+    net: nn.Module = decoders.read(found, device=device, dtype=dtype)
     num_params = sum(p.numel() for p in net.parameters())
     logger.info("decoder %s: %s parameters, in place of the VAE's own", found, f"{num_params:,}")
     return net

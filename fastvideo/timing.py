@@ -71,6 +71,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def place() -> dict[str, Any]:
+    """Return what tells this machine's seconds from others', without torch: cores, versions."""
+    is_linux = sys.platform == "linux"
+    cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count()
+    return {"cpu": _processor(), "cores": cores, "torch": _version("torch")}
+
+
 def record(**results: Any) -> dict[str, Any]:
     """Return results beside the day, the command and the machine."""
     return {

@@ -83,7 +83,7 @@ HOMES = {
     "tokenizers": r"fastvideo/models/text/tokenizer\.py",
     "huggingface_hub": r"fastvideo/hub\.py",
     "pydantic": r"fastvideo/(config|sampling|spec|parallel/degrees)\.py"
-    r"|inference/fastvideo_inference/(recipe|comparison|engine/(config|journal))\.py"
+    r"|inference/fastvideo_inference/(recipe|comparison|engine/(config|journal)|goodput/(profile|quality))\.py"
     r"|train/fastvideo_train/(recipe|validate|export|(methods|strategies|data)/\w+)\.py",
     "typer": rf"fastvideo/cli\.py|{COMMANDS}",
     "rich": COMMANDS,
@@ -96,6 +96,7 @@ HOMES = {
     # the kernels are Triton's own language, in a file that is imported when a GPU is there
     "triton": r"fastvideo/attention/(backends/triton|triton_kernels)\.py",
     "gradio": r"demos/.*\.py",
+    "simpy": r"inference/fastvideo_inference/goodput/simulate\.py",
     # the server's own language, in a folder that only `serve` imports
     "fastapi": r"inference/fastvideo_inference/serve/\w+\.py",
     "starlette": r"inference/fastvideo_inference/serve/\w+\.py",

@@ -92,6 +92,8 @@ class Found:
     diversity: float | None
     flicker: float | None
     distance: Distance | None
+    overlap: float | None
+    """With the ideal shapes of the prompts; of a world that can tell."""
     against: Against | None
     seconds: Timed | None
 
@@ -131,7 +133,7 @@ def found(
 ) -> Found:
     """Put one setting's numbers together, with what tells it from the base."""
     first = made.repeats[0]
-    spread = spreads(made.repeats)
+    spread, fits = spreads(made.repeats), scores.fits(first, "fit")
     rows = scores.rows(first, "parse", legal)
     has_features = "features" in first[0]
     return Found(
@@ -146,6 +148,7 @@ def found(
         diversity=fmean(spread) if spread else None,
         flicker=scores.mean(first, "flicker"),
         distance=scores.distance(first, first) if has_features else None,
+        overlap=fits.overlap if fits else None,
         against=None if made is base else against(made, base, legal=legal),
         seconds=timed(made.name, base.name, rounds) if rounds else None,
     )

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -144,6 +145,18 @@ class VideoPipeline:
             url, model=model, decoder=decoder, slo_class=slo_class, api_key=api_key
         )
 
+    def with_decoder(self, name: str | Path | None) -> VideoPipeline:
+        """Return a pipeline of the same weights with another decoder; "" or None is the VAE's."""
+        from fastvideo.model import load_decoder
+
+        model, name = self.model, name or None
+        assert model.folder is not None, "a loaded model comes from a folder"
+        own = recipe.decoder_id(name, model.spec, model.folder)
+        net = load_decoder(model.spec, model.folder, name, device=model.device, dtype=model.dtype)
+        other = VideoPipeline(dataclasses.replace(model, decoder=net), self.model_id, own)
+        other.loras = self.loras
+        return other
+
     @overload
     def __call__(self, prompt: str, *, count: int, **fields: Any) -> list[Video]: ...
     @overload
@@ -171,6 +184,7 @@ class VideoPipeline:
         lora: Sequence[str] | None = None,
         latents: Tensor | None = None,
         output: Literal["frames", "latents"] | None = None,
+        budget: float | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
     ) -> Video: ...
     def __call__(
@@ -192,6 +206,7 @@ class VideoPipeline:
         count: int | None = None,
         latents: Tensor | None = None,
         output: Literal["frames", "latents"] | None = None,
+        budget: float | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         **foreign: Any,
     ) -> Video | list[Video]:
@@ -201,9 +216,11 @@ class VideoPipeline:
         seed, seed + 1, and so on. `attention` is another pattern than the model's, such as
         "vsa(sparsity=0.8)", and `backend` the name of what computes it; `drop_gates` lets a pattern
         drop the gates of a VSA model. `latents` replaces the noise drawn from the seed (B C T H W,
-        standard normal); with `output="latents"` the clip stays undecoded. Short names (`steps`)
-        and names of diffusers are taken where they mean the same. Raises `ValueError` before any
-        work for what the model cannot make.
+        standard normal); with `output="latents"` the clip stays undecoded. Within a `budget` of
+        seconds a clip, what is left open is chosen for the best one, and `Video.budget` says how
+        and why; the first call measures this machine. Short names (`steps`) and names of diffusers
+        are taken where they mean the same. Raises `ValueError` before any work for what the model
+        cannot make.
         """
         own = {k: v for k, v in locals().items() if v is not None and k not in ("self", "foreign")}
         if foreign:
@@ -216,21 +233,43 @@ class VideoPipeline:
         fields = {k: v for k, v in own.items() if k in sampling.settings()}
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
         seeds = seed if isinstance(seed, list | tuple | range) else [seed]
-        rows = [self._resolved(request) for request in _requests(prompts, seeds, fields)]
+        requests = _requests(prompts, seeds, fields)
+        rows = [(request, *self._resolved(request)) for request in requests]
         each = 1 if count is None else count
-        asked = [(one, lines) for row, lines in rows for one in sampling.clips(row, each)]
+        asked = [(of, one, lines) for of, row, lines in rows for one in sampling.clips(row, each)]
         if latents is not None and len(asked) != 1:
             raise ValueError(f"latents are the noise of one clip; {len(asked)} are asked for")
-        made = []
-        for params, notices in asked:
-            events = self.events(params, latents=latents, output=output, notices=notices)
-            if callback_on_step_end is not None:
-                events = diffusers_names.after_steps(events, callback_on_step_end, self)
-            last = deque(events, maxlen=1).pop()  # a list would keep every step's state
-            assert isinstance(last, Done), "stages end in Done"
-            made.append(self.video(last.state, own_noise=latents is not None))
+
+        make = partial(self._make, latents=latents, output=output, callback=callback_on_step_end)
+        if budget is None:
+            made = [make(self, params, notices) for _, params, notices in asked]
+        elif output != "frames" or latents is not None:
+            raise ValueError("a budget is for clips of frames, whose noise is drawn from the seed")
+        else:
+            from fastvideo_inference.goodput.budget import make_in_time
+
+            made = make_in_time(self, asked, seconds=budget, make=make)
         is_one = isinstance(prompt, str) and count is None and seeds is not seed
         return made[0] if is_one else made
+
+    def _make(
+        self,
+        pipe: VideoPipeline,
+        params: SamplingParams,
+        notices: tuple[str, ...],
+        *,
+        latents: Tensor | None,
+        output: Literal["frames", "latents"],
+        callback: Callable[..., Any] | None,
+    ) -> Video:
+        """Make a clip by this pipeline with its decoder or another."""
+        events: Iterator[Event]
+        events = pipe.events(params, latents=latents, output=output, notices=notices)
+        if callback is not None:
+            events = diffusers_names.after_steps(events, callback, self)
+        last = deque(events, maxlen=1).pop()  # a list would keep every step's state
+        assert isinstance(last, Done), "stages end in Done"
+        return pipe.video(last.state, own_noise=latents is not None)
 
     def stream(
         self, prompt: str | None = None, *, latents: Tensor | None = None, **fields: Any

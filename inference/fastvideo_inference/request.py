@@ -24,16 +24,19 @@ from fastvideo.registry import did_you_mean
 from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import GenerateRequest, Layer, SamplingParams
 from fastvideo_inference import naming, prompts, sharing
+from fastvideo_inference.goodput import quality
+from fastvideo_inference.goodput.profile import Setting
 from fastvideo_inference.recipe import DecoderId, Recipe, decoder_id, fingerprint, read_recipe
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+_BUDGET = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})\s*s?\s*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FLAGS = {"prompt": "the prompt", "height": "--size", "width": "--size"}
-_SERVER_DECIDES = ("attention", "backend", "drop_gates", "device", "dtype", "parallel")
+_SERVER_DECIDES = ("attention", "backend", "drop_gates", "device", "dtype", "parallel", "budget")
 _BESIDE = ("model", "decoder")  # keys of a config that are no sampling fields
 
-Resolved = tuple[SamplingParams, tuple[str, ...]]
-"""Complete parameters, and the notices about them."""
+Resolved = tuple[SamplingParams, tuple[str, ...], tuple[Setting, ...]]
+"""Complete parameters, the notices about them, and what a budget may choose in their place."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class CliArgs:
     dtype: str | None = None
     parallel: str | None = None
     count: int = 1
+    budget: str | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -66,6 +70,7 @@ class Job:
     params: SamplingParams
     notices: tuple[str, ...]
     path: Path
+    settings: tuple[Setting, ...] = ()  # with a budget, those that it may choose, best first
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Batch:
     jobs: tuple[Job, ...]
     numbered: bool
     overwrite: bool
+    budget_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ def flag(keys: Keys) -> str:
 def read(args: CliArgs) -> Batch:
     """Check everything asked for; raise a one-line `ValueError` or `OSError` if it is wrong."""
     check_place(args.device, args.dtype, num_processes=env.world_size())
+    budget_s = _budget_s(args.budget)
     repeated = _repeated(args.repeat)
     layers, beside = _layers(args, repeated)
     rows = _rows(args)
@@ -131,6 +138,7 @@ def read(args: CliArgs) -> Batch:
     if not model.has_weights:  # the small files allow the request: the rest is worth fetching
         whole = hub.fetched(model)
         batch = replace(batch, model=whole) if whole.spec == model.spec else check(whole)
+    batch = replace(batch, budget_s=budget_s)
     if repeated:
         _check_repeatable(args.repeat, repeated, batch.model)
         _check_same_decoder(args.repeat, repeated, batch.decoder)
@@ -186,13 +194,13 @@ def _checked(
     decoder = decoder_id(decoder_name, model.spec, model.folder)
     seeds = _one_seed_each(layers)
     resolved = [
-        (one, (*args.notices, *lines))
+        (one, (*args.notices, *lines), settings)
         for row in rows
         for own in seeds
-        for one, lines in _resolved(row, own, model, count=args.count)
+        for one, lines, settings in _resolved(args, row, own, decoder_name, model)
     ]
-    params = [one for one, _ in resolved]
-    warned(line for _, lines in resolved for line in lines if line not in args.notices)
+    params = [one for one, _, _ in resolved]
+    warned(line for _, lines, _ in resolved for line in lines if line not in args.notices)
     template = _template(args, num_clips=len(params), count=args.count * len(seeds))
     return Batch(
         model=model,
@@ -325,15 +333,34 @@ def _merged(row: Layer, layers: list[Layer]) -> tuple[GenerateRequest, dict[str,
     return sampling.read_with_origins(*ordered, beside=_BESIDE)
 
 
-def _resolved(row: Layer, layers: list[Layer], model: OpenModel, *, count: int) -> list[Resolved]:
+def _budget_s(text: str | None) -> float | None:
+    """Return the seconds of a budget such as 5 or 5s."""
+    if text is None:
+        return None
+    found = _BUDGET.fullmatch(text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"--budget {text!r} must be seconds above 0, such as 5s")
+    if env.world_size() > 1:
+        raise ValueError("--budget chooses for a clip of one process; leave torchrun out")
+    return float(found[1])
+
+
+def _resolved(
+    args: CliArgs, row: Layer, layers: list[Layer], decoder: str | None, model: OpenModel
+) -> list[Resolved]:
     """Return the clips of a row."""
     request, origin = _merged(row, layers)
     params = resolve(request, model.spec, origin=origin)
     lines = notices(request, params, model.spec)
     try:
-        return [(one, lines) for one in sampling.clips(params, count)]
+        clips = sampling.clips(params, args.count)
     except ValueError as error:
         raise ValueError(f"{error} (from {origin.get('seed', '--count')})") from None
+    if args.budget is None:
+        return [(one, lines, ()) for one in clips]
+    asked = (request.model_copy(update={"seed": one.seed}) for one in clips)
+    each = (quality.candidates(one, model, decoder=decoder) for one in asked)
+    return [(one, lines, settings) for one, settings in zip(clips, each, strict=True)]
 
 
 def _degrees(
@@ -382,6 +409,6 @@ def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | Non
 
 def _jobs(resolved: list[Resolved], template: str) -> tuple[Job, ...]:
     return tuple(
-        Job(one, lines, naming.fill(template, prompt=one.prompt, seed=one.seed, index=index))
-        for index, (one, lines) in enumerate(resolved)
+        Job(one, lines, naming.fill(template, prompt=one.prompt, seed=one.seed, index=i), settings)
+        for i, (one, lines, settings) in enumerate(resolved)
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class Video:
     """A clip: `frames` T H W 3 uint8 or `latents` B C T H W normalised; `timings` in seconds.
 
+    `budget` says what was chosen within a budget and why, and the seconds predicted and taken.
     Of the processes that made it together one `writes`; `save` does nothing on the others.
     """
 
@@ -30,6 +31,7 @@ class Video:
     frames: Frames | None = None
     latents: Tensor | None = None
     writes: bool = True
+    budget: dict[str, Any] | None = None
 
     @property
     def frames_sha256(self) -> str:

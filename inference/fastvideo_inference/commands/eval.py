@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastvideo_inference.commands.generate import Attention, Backend, DropGates
 from fastvideo_inference.comparison import Comparison, read
 from fastvideo_inference.contrast import Contrast, markdown
 from fastvideo_inference.evaluation import Evaluation
+from fastvideo_inference.goodput import quality as qualities
 from fastvideo_inference.request import check_place, flag
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ def evaluate(
     compare: Annotated[
         Path | None, Option(help="TOML file of settings to hold against each other.")
     ] = None,
+    quality: Annotated[
+        bool, Option("--quality", help="Write the rows' quality.toml beside their model.")
+    ] = False,
     settings: Annotated[
         list[str] | None, Option("--set", help="key=value, over the comparison; repeatable.")
     ] = None,
@@ -75,10 +80,15 @@ def evaluate(
     with refusing():
         check_place(device, dtype)
         plan = (_comparison if compare else _evaluation)(typed, **place)
-    return _carry_out(plan, as_json=as_json)
+        if quality:
+            qualities.folder_of(plan)
+    table = _carry_out(plan, as_json=as_json)
+    if quality:
+        print(qualities.write(plan, table), file=sys.stderr)
+    return OK
 
 
-_EVERYWHERE = ("output", "as_json", "device", "dtype")
+_EVERYWHERE = ("output", "as_json", "device", "dtype", "quality")
 
 
 def _evaluation(typed: dict[str, Any], **place: Any) -> Evaluation:
@@ -102,11 +112,11 @@ def _comparison(typed: dict[str, Any], **place: Any) -> Comparison:
     return plan
 
 
-def _carry_out(plan: Evaluation | Comparison, *, as_json: bool) -> int:
+def _carry_out(plan: Evaluation | Comparison, *, as_json: bool) -> Table | Contrast:
     _run(plan.run())
     table, where = plan.report(), f"clips, table.json, sheet.png and clips.webp: {plan.results}"
     print(table.to_json() if as_json else f"{_text(table)}\n{where}")
-    return OK
+    return table
 
 
 _SAY_EVERY_S = 60.0  # without a terminal

@@ -6,17 +6,22 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
 from fastvideo import env, files, hub, sampling
 from fastvideo.errors import FAILED, OK, one_line, refusing
+from fastvideo.log import warned
+from fastvideo.stages import Notice
 from fastvideo_inference import naming, sharing
 from fastvideo_inference.commands.report import Report, reporting
+from fastvideo_inference.goodput.budget import Budget, process_age_s
 from fastvideo_inference.request import Batch, CliArgs, Job, check_place, claimed, read
 
 if TYPE_CHECKING:
@@ -87,6 +92,13 @@ def generate(
     drop_gates: DropGates = None,
     lora: Lora = None,
     decoder: Decoder = None,
+    budget: Annotated[
+        str | None,
+        Option(
+            help="Seconds from this command to the file, such as 5s; what is left"
+            " open is chosen for the best clip within them."
+        ),
+    ] = None,
     output: Output = None,
     overwrite: Overwrite = False,
     config: Annotated[Path | None, Option(help="TOML file with fields of the request.")] = None,
@@ -138,23 +150,36 @@ def _run_in_many(args: CliArgs, *, as_json: bool) -> int:
 
 def _run(batch: Batch, *, as_json: bool) -> int:
     started = time.perf_counter()
+    budget = _budget(batch)
     from fastvideo_inference.pipeline import VideoPipeline  # torch comes in here
 
     pipe = VideoPipeline.load(
         batch.model,
         device=batch.device,
         dtype=batch.dtype,
-        decoder=batch.decoder,
+        decoder=None if budget else batch.decoder,
         degrees=batch.degrees,
     )
     gc.freeze()  # what is loaded stays; imageio collects garbage twice a clip
     load_s = time.perf_counter() - started
     is_silent = pipe.model.meshes.axis("sample").rank > 0
     with reporting(as_json=as_json, is_silent=is_silent) as report:
-        return _make_all(pipe, batch, report, load_s=load_s)
+        return _make_all(pipe, batch, report, load_s=load_s, budget=budget)
 
 
-def _make_all(pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: float) -> int:
+def _budget(batch: Batch) -> Budget | None:
+    """Return the budget of a clip, unless no setting of the first one can be in time."""
+    if batch.budget_s is None:
+        return None
+    with refusing():
+        budget = Budget(batch.budget_s, batch.model, device=batch.device)
+        budget.choose_cold(batch.jobs[0].settings, spent_s=process_age_s())
+    return budget
+
+
+def _make_all(
+    pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: float, budget: Budget | None
+) -> int:
     code, total = OK, len(batch.jobs)
     replica = pipe.model.meshes.axis("data")
     for index in range(replica.rank, total, replica.size):
@@ -163,7 +188,11 @@ def _make_all(pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: floa
         report.start(index=index, total=total, prompt=params.prompt, seed=params.seed)
         try:
             own_load_s = load_s if index == replica.rank else 0.0
-            timings = _make(pipe, job, report, load_s=own_load_s, overwrite=batch.overwrite)
+            make = partial(_make, report=report, load_s=own_load_s, overwrite=batch.overwrite)
+            if budget is None:
+                timings = make(pipe, job)
+            else:
+                timings = _make_in_time(pipe, job, report, budget, make, is_first=index == 0)
         except (ValueError, OSError, RuntimeError) as error:
             report.failed(params.prompt, one_line(error))
             if total == 1 or batch.degrees.world_size > 1:  # others wait for this one
@@ -174,9 +203,45 @@ def _make_all(pipe: VideoPipeline, batch: Batch, report: Report, *, load_s: floa
     return code
 
 
-def _make(
-    pipe: VideoPipeline, job: Job, report: Report, *, load_s: float, overwrite: bool
+def _make_in_time(
+    pipe: VideoPipeline,
+    job: Job,
+    report: Report,
+    budget: Budget,
+    make: Callable[..., dict[str, float]],
+    *,
+    is_first: bool,
 ) -> dict[str, float]:
+    """Make a clip of the best setting that is in time; a first one counts from the command on."""
+    started_s = 0.0 if is_first else process_age_s()
+    loaded_s = process_age_s()
+    started_s += budget.prepare(pipe, job.settings)
+    with refusing():
+        spent_s = process_age_s() - started_s
+        choice = budget.choose(job.settings, spent_s=spent_s, first=is_first)
+    report.event(Notice("budget", *warned([choice.reason])))
+    own = dataclasses.replace(
+        job, params=choice.setting.params, notices=(*job.notices, choice.reason)
+    )
+
+    def facts() -> dict[str, Any]:
+        return choice.facts(budget.seconds, process_age_s() - started_s)
+
+    timings = make(pipe.with_decoder(choice.setting.decoder), own, beside=facts)
+    budget.note(choice.setting, timings, start_s=loaded_s if is_first else None)
+    return timings
+
+
+def _make(
+    pipe: VideoPipeline,
+    job: Job,
+    *,
+    report: Report,
+    load_s: float,
+    overwrite: bool,
+    beside: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Make a clip and its file; `beside` is called when that is whole, for the sidecar."""
     from fastvideo.stages import Done
 
     last = None
@@ -198,6 +263,7 @@ def _make(
         timings=timings,
         notices=last.state.notices,
         parallel=degrees,
+        budget=beside() if beside else {},
         overwrite=overwrite,
     )
     return timings
@@ -210,6 +276,7 @@ def write_sidecar(
     timings: dict[str, float],
     notices: Sequence[str],
     parallel: str = "",
+    budget: Mapping[str, Any] = MappingProxyType({}),
     overwrite: bool,
 ) -> None:
     """Write the JSON beside a clip."""
@@ -218,6 +285,7 @@ def write_sidecar(
         **({"parallel": parallel} if parallel else {}),  # beside it: it decides nothing
         "frames_sha256": video.frames_sha256,
         "timings_s": timings,
+        **({"budget": dict(budget)} if budget else {}),
         **({"notices": list(notices)} if notices else {}),
         "output": path.name,
     }

@@ -15,6 +15,7 @@ from fastvideo.models import decoder as decoders
 from fastvideo.resolve import resolve
 from fastvideo.spec import Spec
 from fastvideo_inference.goodput import profile as profiles
+from fastvideo_inference.goodput.profile import Setting
 
 PROMPT = "a big red ball moving left at night"
 
@@ -52,13 +53,13 @@ def profile(
         print("other programs are busy on this machine: seconds will be too long", file=sys.stderr)
     made = measure.measure(
         hub.fetched(found),
-        [measure.Setting(params, decoder) for params, decoder in settings],
+        measure.shortened(settings, found.spec),
         device=device,
         repeats=repeats,
         processes=processes,
     )
     profiles.write(made, path)
-    params = settings[0][0]
+    params = settings[0].params
     for stage in (*found.spec.stages, profiles.SAVE):
         estimate = made.stage_s(stage, params)
         print(f"{stage:<16}{estimate.median:9.3f} s   nine of ten below {estimate.high:.3f} s")
@@ -68,10 +69,9 @@ def profile(
 
 def _settings(
     found: OpenModel, sizes: list[str], frames: list[int], patterns: list[str]
-) -> list[tuple[sampling.SamplingParams, str]]:
+) -> list[Setting]:
     """Return the clips to measure: every size, length and pattern, then every small decoder."""
     spec = found.spec
-    steps = None if spec.scheduler.name == "few_step" else 2  # a step costs the same in all
     lengths = frames or [spec.defaults.num_frames, _half(spec)]
     asked = [
         resolve(
@@ -79,7 +79,7 @@ def _settings(
                 ("--size", {"size": size} if size else {}),
                 ("--frames", {"frames": length}),
                 ("--attention", {"attention": pattern} if pattern else {}),
-                ("profile", {"prompt": PROMPT, "seed": 0} | ({"steps": steps} if steps else {})),
+                ("profile", {"prompt": PROMPT, "seed": 0}),
             ),
             spec,
         )
@@ -89,7 +89,9 @@ def _settings(
     ]
     small = decoders.names(found.folder) if found.folder else []
     first = {(one.width, one.height, one.num_frames): one for one in reversed(asked)}
-    return [(one, "") for one in asked] + [(one, d) for d in small for one in first.values()]
+    return [Setting(one) for one in asked] + [
+        Setting(one, d) for d in small for one in first.values()
+    ]
 
 
 def _half(spec: Spec) -> int:

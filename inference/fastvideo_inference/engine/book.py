@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fastvideo.models.wan_dit_config import WanConfig
@@ -41,8 +41,8 @@ class Book:
 
     def __init__(self) -> None:
         self._intervals: dict[Key, dict[float, float]] = {}
-        self._clips: dict[str, dict[float, float]] = {}
-        self._stages: dict[str, dict[str, float]] = {}
+        self._clips: dict[str, dict[float, dict[str, float]]] = {}
+        self._last: dict[str, dict[str, float]] = {}
 
     def note(self, key: Key, work: float, seconds: float) -> None:
         """Keep an interval; a longer one counts at once, a shorter one slowly."""
@@ -60,24 +60,29 @@ class Book:
 
     def note_clip(self, model: str, work: float, stage_seconds: dict[str, float]) -> None:
         """Keep the seconds of a finished clip."""
-        self._clips.setdefault(model, {})[work] = sum(stage_seconds.values())
-        self._stages[model] = dict(stage_seconds)
+        self._last[model] = self._clips.setdefault(model, {})[work] = dict(stage_seconds)
 
-    def clip_s(self, model: str, work: float) -> float | None:
-        """Return the estimated seconds of a clip; None before any of about its size."""
+    def stages_s(self, model: str, work: float) -> dict[str, float] | None:
+        """Return the estimated seconds of a clip by stage; None before any of about its size."""
         known = self._clips.get(model)
         nearest = _nearest(known, work) if known else 0.0
-        is_alike = known and max(nearest / work, work / nearest) <= _ALIKE
-        return known[nearest] * work / nearest if known and is_alike else None
+        if not known or max(nearest / work, work / nearest) > _ALIKE:
+            return None
+        return {stage: s * work / nearest for stage, s in known[nearest].items()}
+
+    def clip_s(self, model: str, work: float) -> float | None:
+        """Return the estimated seconds of a clip, as `stages_s`."""
+        found = self.stages_s(model, work)
+        return sum(found.values()) if found else None
 
     def progress(self, model: str, row: Sequence[str], index: int, fraction: float) -> float:
         """Return the done fraction of a clip, by the stage seconds of the clip before."""
-        shares = [self._stages.get(model, {}).get(stage, 0.0) for stage in row]
+        shares = [self._last.get(model, {}).get(stage, 0.0) for stage in row]
         if not sum(shares):
             shares = [1.0] * len(row)
         done = sum(shares[:index]) + (shares[index] * fraction if index < len(row) else 0.0)
         return done / sum(shares)
 
 
-def _nearest(known: dict[float, float], work: float) -> float:
+def _nearest(known: Iterable[float], work: float) -> float:
     return min(known, key=lambda other: abs(math.log(other / work)))

@@ -30,11 +30,15 @@ class WorkerConfig(Strict):
 
 
 class ClassConfig(Strict):
-    """An SLO class: how many jobs may wait, and the deadline that orders them; None: unpromised."""
+    """An SLO class: how many jobs may wait, and within how many seconds of its acceptance a clip is
+    promised to be ready (None: unpromised). `allow_smaller`: what a request leaves open is chosen
+    so that the promise can be kept.
+    """
 
     name: str = "default"
     deadline_s: float | None = Field(default=None, gt=0)
     queue: int = Field(default=64, ge=1)
+    allow_smaller: bool = False
 
 
 class KeyConfig(Strict):
@@ -72,10 +76,17 @@ class ServeConfig(Strict):
     decoder: dict[str, str] = Field(default_factory=dict, description="name: path")
     limits: Limits = Limits()
     hosts: tuple[str, ...] = Field(default=(), description="names that clients without keys use")
-    policy: str = "fifo"
+    policy: str = Field(default="", description="deadline if a class promises one, else fifo")
+    profile: tuple[Path, ...] = Field(default=(), description="of `fastvideo profile`, by model")
     executor: Literal["local", "process"] = "process"
     checkpoint_every: int = Field(default=1, ge=1, description="denoising steps")
     in_flight: int = Field(default=2, ge=1, description="states that wait between two stages")
     interrupted: Literal["requeue", "fail"] = "requeue"
     heartbeat_s: float = Field(default=10.0, gt=0)
     folder: Path = Path("outputs/serve")
+
+    @property
+    def policy_name(self) -> str:
+        """The policy that is used."""
+        is_promised = any(one.deadline_s for one in self.class_)
+        return self.policy or ("deadline" if is_promised else "fifo")

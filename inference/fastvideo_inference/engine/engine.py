@@ -24,6 +24,7 @@ from typing import Any
 from fastvideo import hub, registry
 from fastvideo.spec import Spec
 from fastvideo_inference.engine import pools
+from fastvideo_inference.engine.admission import Admission
 from fastvideo_inference.engine.book import Book
 from fastvideo_inference.engine.config import ServeConfig
 from fastvideo_inference.engine.fleet import Fleet, Slot
@@ -33,7 +34,6 @@ from fastvideo_inference.engine.job import (
     Failure,
     Job,
     JobEvent,
-    QueueFullError,
     Submission,
 )
 from fastvideo_inference.engine.ledger import Ledger, log_error
@@ -41,7 +41,6 @@ from fastvideo_inference.engine.messages import LAST, Report, Task
 from fastvideo_inference.engine.record import ENCODE, Counts, PromptCache, Record, add
 
 MOST_DEATHS, _MOST_STARTS = 2, 3  # worker deaths of a job; failed starts of a worker in a row
-_GUESS_S = 10.0  # of a clip, before any was made
 _PACKAGE = "fastvideo_inference.engine"
 _DRAIN_PAUSE_S = 0.05
 
@@ -53,9 +52,10 @@ class Engine:
         self.config = config
         self._classes = {slo.name: slo for slo in config.class_}
         self._deadlines_s = {s.name: s.deadline_s for s in config.class_ if s.deadline_s}
-        self._policy: Any = registry.module(f"{_PACKAGE}.policies", config.policy)
+        self._policy: Any = registry.module(f"{_PACKAGE}.policies", config.policy_name)
         executor = registry.load(f"{_PACKAGE}.executors", config.executor, "Executor")()
         self._book = Book()
+        self._admission = Admission(config, self._book, self._policy)
         self._fleet = Fleet(config, executor, self._book, hear=self._hear, lost=self._lost)
         self._ledger = Ledger(config.folder)
         self._records = self._ledger.records
@@ -95,8 +95,9 @@ class Engine:
     async def submit(self, submission: Submission) -> Job:
         """Commit a job and return it; the first one, if its idempotency key was used before.
 
-        Raises `QueueFullError`, `EngineStoppingError`, `ConflictError`, and `ValueError` for what
-        no worker can make. Like `cancel` and `delete`, it is done even if its caller is cancelled.
+        Raises `QueueFullError`, `LateError`, `EngineStoppingError`, `ConflictError`, and
+        `ValueError` for what no worker can make in time. Like `cancel` and `delete`, it is done
+        even if its caller is cancelled.
         """
         return await asyncio.shield(asyncio.ensure_future(self._accept(submission)))
 
@@ -109,7 +110,9 @@ class Engine:
             if known := self.known(submission):
                 return known
             record = await self._new(submission)
-            self._check_room(record)
+            waiting = [one for one in self._waiting if not one.is_warmup]
+            at = {slot: self._at(slot) for slot in self._fleet.slots}
+            record = self._admission.admit(record, waiting, at, self._order)
             await self._ledger.add(record)
         self._counts.admitted += 1
         self._waiting.append(record)
@@ -214,15 +217,6 @@ class Engine:
         if model not in self._specs:
             self._specs[model] = (await asyncio.to_thread(hub.open_model, model)).spec
         return self._specs[model]
-
-    def _check_room(self, record: Record) -> None:
-        name = record.job.slo_class
-        limit = self._classes[name].queue
-        if sum(other.job.slo_class == name for other in self._queued()) < limit:
-            return
-        clip_s = self._book.clip_s(record.model, record.total) or _GUESS_S
-        text = f"the queue of class {name} is full: {limit} jobs wait"
-        raise QueueFullError(text, retry_after_s=max(1.0, clip_s / self._num_lines))
 
     async def _restore(self, job: Job) -> None:
         """Take a job from the journal; requeue it, or fail it, if it had not ended."""
@@ -463,6 +457,7 @@ class Engine:
             await self._commit_end(record, status="failed", failure=failure)
             return
         self._book.note_clip(record.model, record.total, seconds)
+        self._admission.note(record, seconds)
         made = {name: values[name] for name in ("frames_sha256", "recipe")}
         made |= {"path": path, "progress": 1.0, "stage_seconds": seconds}
         await self._commit_end(record, status="completed", **made)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fastvideo.sampling import SamplingParams
+from fastvideo_inference.goodput.profile import Setting
 from fastvideo_inference.recipe import Names
 
 Status: TypeAlias = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -22,6 +23,8 @@ class Submission:
     """A complete request for one clip. `owner` is the API key's name, "" without keys; `decoder`
     is the path of a small decoder, "" for the VAE's own.
 
+    `smaller` are settings in place of one that would be late, best first; None of
+    `allow_smaller` leaves it to the class whether they are taken.
     `names` stand in the recipe where paths of this machine would; None: the paths.
     `slo_class` "" is the owner's class, else the first of the config. `idempotency_key` counts for
     its owner, 24 hours, though its job be deleted; `body_sha256` tells repeats from other requests.
@@ -37,6 +40,8 @@ class Submission:
     previews: bool = False
     decoder: str = ""
     names: Names | None = None
+    smaller: tuple[Setting, ...] = ()
+    allow_smaller: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,10 @@ class QueueFullError(ValueError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class LateError(QueueFullError):
+    """A promise could not be kept; `retry_after_s` is when it could, if nothing else came."""
 
 
 class EngineStoppingError(ValueError):

@@ -1,172 +1,220 @@
-"""A latency budget for one clip: the best of a model's settings that is expected to be done in time.
+"""A latency budget for one clip: the best of a model's settings that will be in time.
 
-choice = choose(request, options(folder), profile, seconds=5.0)
-choice.params, choice.decoder, choice.reason
+budget = Budget(5.0, found)
+budget.prepare(pipe, settings)             # best first: `goodput.quality.candidates`
+choice = budget.choose(settings, spent_s=0.4)
 
-The order of settings is measured on the model and stored beside it, in `quality.toml`; the seconds
-are those of a profile of this machine, corrected by what later clips took.
+Seconds are those of a profile of this machine, made on first use and corrected by later clips.
 """
 
 from __future__ import annotations
 
 import hashlib
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from fastvideo.config import Strict, parse, read_toml, toml_line
-from fastvideo.resolve import resolve
-from fastvideo.sampling import GenerateRequest, SamplingParams, spelled
-from fastvideo.spec import Spec
+import fastvideo
+from fastvideo import timing
+from fastvideo.hub import OpenModel
+from fastvideo.log import logger
+from fastvideo_inference import recipe
 from fastvideo_inference.goodput import profile as profiles
-from fastvideo_inference.goodput.profile import DENOISE, SAVE, Device, Estimate, Profile
+from fastvideo_inference.goodput import quality
+from fastvideo_inference.goodput.profile import SAVE, Estimate, Profile, Setting
 
-FILE = "quality.toml"
+if TYPE_CHECKING:
+    from fastvideo.sampling import GenerateRequest, SamplingParams
+    from fastvideo_inference.pipeline import VideoPipeline
+    from fastvideo_inference.video import Video
+
+START, FIRST = "start", "first"  # factors: seconds until a model is loaded; of a first clip
 _CACHE = Path("~/.cache/fastvideo/profiles")
-_NEW = 0.3  # how much the newest clip counts
-_MOST = 4.0  # times that a factor may be, or part of one
-
-
-class Option(Strict):
-    """One setting and its measured quality; fields that are not given are the model's defaults."""
-
-    quality: float = Field(ge=0, allow_inf_nan=False)
-    size: str | None = None
-    frames: int | None = None
-    steps: int | None = None
-    attention: str | None = None
-    decoder: str = ""
-
-
-class Quality(Strict):
-    """`quality.toml`: settings, and how their quality was measured."""
-
-    measured: str
-    option: tuple[Option, ...] = Field(min_length=1)
+_REPEATS = 3  # of each setting, for the profile of a first use
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a budget bought: complete parameters, a small decoder's name or "", and the seconds."""
+    """What a budget bought: a setting, why, and the seconds from the clock's start to the end."""
 
-    params: SamplingParams
-    decoder: str
-    expected: Estimate
-    quality: float
+    setting: Setting
     reason: str
+    expected_s: float
+    high_s: float
+
+    def facts(self, budget_s: float, actual_s: float) -> dict[str, Any]:
+        """Return what a sidecar says of it."""
+        predicted = {
+            "predicted_s": round(self.expected_s, 3),
+            "nine_of_ten_s": round(self.high_s, 3),
+        }
+        return {
+            "budget_s": budget_s,
+            "reason": self.reason,
+            **predicted,
+            "actual_s": round(actual_s, 3),
+        }
 
 
-def options(folder: Path | None, *, name: str) -> tuple[Option, ...]:
-    """Return a model's settings, best first; `ValueError` if it has no `quality.toml`."""
-    path = folder / FILE if folder else None
-    if path is None or not path.is_file():
+class Budget:
+    """Seconds that a clip may take, and the profile of this machine by which they are spent.
+
+    `saves`: the clip's file is within them.
+    """
+
+    def __init__(
+        self, seconds: float, found: OpenModel, *, device: str = "auto", saves: bool = True
+    ) -> None:
+        if not 0 < seconds < float("inf"):
+            raise ValueError(f"budget {seconds:g} s must be above 0")
+        self.seconds, self._found, self._saves = seconds, found, saves
+        self._fingerprint = recipe.fingerprint(found.folder)
+        self._path = _path(self._fingerprint, device)
+        self._is_loaded = False  # by other programs, while it was measured
+        self.profile: Profile | None = None
+        try:
+            self.profile = profiles.read(self._path) if self._path.exists() else None
+        except ValueError as error:  # of another version
+            logger.warning("%s: measured anew", error)
+
+    def choose_cold(self, known: Sequence[Setting], *, spent_s: float) -> None:
+        """Raise `ValueError` if nothing can be in time, before the model is loaded."""
+        if self.profile and self._covers(known):
+            self.choose(known, spent_s=spent_s + self.profile.factors.get(START, 0.0), first=True)
+
+    def prepare(self, pipe: VideoPipeline, known: Sequence[Setting]) -> float:
+        """Measure what the profile lacks; return the seconds of it, which no budget counts."""
+        if self.profile and self._covers(known):
+            return 0.0
+        from fastvideo_inference.goodput import measure
+
+        began, self._is_loaded = time.perf_counter(), measure.is_loaded()
+        logger.warning("budget: measuring %s on this machine, once", self._found.name)
+        if self._is_loaded:
+            logger.warning("budget: other programs keep it busy, so this is measured again later")
+        self.profile = measure.quick(pipe, known, fingerprint=self._fingerprint, repeats=_REPEATS)
+        self._keep()
+        return time.perf_counter() - began
+
+    def choose(
+        self, known: Sequence[Setting], *, spent_s: float = 0.0, first: bool = False
+    ) -> Choice:
+        """Return the best setting that nine times of ten is in time, of which some is spent.
+
+        `first`: of a process, which takes longer. Raises `ValueError` with the smallest budget that
+        could be met.
+        """
+        missed: list[tuple[float, Setting]] = []
+        for setting in known:
+            expected = self._clip_s(setting, first=first)
+            median, high = expected.median + spent_s, expected.high + spent_s
+            if high <= self.seconds:
+                text = _reason(setting, missed, self.seconds, median, high)
+                return Choice(setting, text, median, high)
+            missed.append((high, setting))
+        high, fastest = min(missed, key=lambda one: one[0])
         raise ValueError(
-            f"budget: {name} has no {FILE}, which orders its settings by measured quality"
+            f"budget {self.seconds:g} s: no setting of {self._found.spec.name} is in time on this"
+            f" machine; the smallest budget that could be met is {-(-high * 10 // 1) / 10:g} s"
+            f" ({fastest})"
         )
-    found = parse(Quality, read_toml(path), source=lambda keys: toml_line(path, keys))
-    return tuple(sorted(found.option, key=lambda one: -one.quality))
+
+    def note(
+        self, setting: Setting, took_s: Mapping[str, float], *, start_s: float | None = None
+    ) -> None:
+        """Correct the profile by a clip; `start_s`: it was a first one, loaded after these."""
+        assert self.profile is not None, "a choice was made by it"
+        took = {stage: s for stage, s in took_s.items() if stage != SAVE or self._saves}
+        if start_s is None:
+            self.profile = self.profile.corrected(setting.params, took, decoder=setting.decoder)
+        else:
+            usual = self._clip_s(setting, first=False).median
+            self.profile = self.profile.with_factors(
+                {START: start_s, FIRST: sum(took.values()) / usual}
+            )
+        self._keep()
+
+    def _clip_s(self, setting: Setting, *, first: bool) -> Estimate:
+        assert self.profile is not None, "prepare() comes first"
+        row = self.profile.row_s(setting.params, decoder=setting.decoder, saves=self._saves)
+        whole = sum(row.values(), Estimate(0.0, 0.0))
+        return whole * self.profile.factors.get(FIRST, 1.0) if first else whole
+
+    def _covers(self, known: Sequence[Setting]) -> bool:
+        try:
+            return all(self._clip_s(setting, first=False).high for setting in known)
+        except ValueError:
+            return False
+
+    def _keep(self) -> None:
+        assert self.profile is not None, "there is one to keep"
+        if self._is_loaded:
+            return
+        try:
+            profiles.write(self.profile, self._path)
+        except OSError as error:
+            logger.warning("budget: the profile cannot be kept: %s", error)
 
 
-def choose(
-    request: GenerateRequest,
-    known: Sequence[Option],
-    profile: Profile,
+def make_in_time(
+    pipe: VideoPipeline,
+    asked: Sequence[tuple[GenerateRequest, SamplingParams, tuple[str, ...]]],
     *,
     seconds: float,
-    decoder: str | None = None,
-    spent_s: float = 0.0,
-) -> Choice:
-    """Return the best setting that nine times of ten is done in `seconds`, of which some are spent.
-
-    What the request (or `decoder`) says itself stays. Raises `ValueError` with the smallest budget
-    that could be met if none fits.
-    """
-    found = list(candidates(request, profile.spec, known, decoder=decoder))
+    make: Callable[[VideoPipeline, SamplingParams, tuple[str, ...]], Video],
+) -> list[Video]:
+    """Make each clip of a call within a budget."""
+    model, own = pipe.model, pipe.decoder_id
+    assert model.folder is not None, "a loaded model comes from a folder"
+    found = OpenModel(pipe.model_id.name_or_path, model.spec, model.folder)
+    decoder = own.name_or_path if own else None
+    requests = (request.model_copy(update={"seed": one.seed}) for request, one, _ in asked)
+    each = [quality.candidates(request, found, decoder=decoder) for request in requests]
+    if model.meshes.degrees.world_size > 1:
+        raise ValueError("a budget chooses for a clip of one process")
+    budget = Budget(seconds, found, device=str(model.device), saves=False)
     made = []
-    for option, params, own in found:
-        expected = clip_s(profile, params, decoder=own)
-        made.append((expected.high + spent_s, option, params, own, expected))
-        if expected.high + spent_s <= seconds:
-            return Choice(params, own, expected, option.quality, _reason(made, seconds, spent_s))
-    smallest = min(high for high, *_ in made)
-    raise ValueError(
-        f"budget {seconds:g} s: no setting of {profile.spec.name} is done in it on this machine; the"
-        f" smallest that could be met is {_rounded_up(smallest):g} s"
-    )
+    for known, (_, _, notices) in zip(each, asked, strict=True):
+        budget.prepare(pipe, known)
+        began, choice = time.perf_counter(), budget.choose(known)
+        setting = choice.setting
+        video = make(pipe.with_decoder(setting.decoder), setting.params, (*notices, choice.reason))
+        budget.note(setting, video.timings)
+        facts = choice.facts(seconds, time.perf_counter() - began)
+        made.append(replace(video, budget=facts))
+    return made
 
 
-def candidates(
-    request: GenerateRequest, spec: Spec, known: Sequence[Option], *, decoder: str | None
-) -> list[tuple[Option, SamplingParams, str]]:
-    """Return the settings that differ in what the request leaves open, best first."""
-    given = request.model_dump(exclude_none=True)
-    found: dict[tuple[Any, ...], tuple[Option, SamplingParams, str]] = {}
-    for option in known:
-        own = option.model_dump(exclude_none=True, exclude={"quality", "decoder"})
-        fields = spelled(own, source=FILE)
-        params = resolve(GenerateRequest(**{**fields, **given, "seed": request.seed or 0}), spec)
-        name = option.decoder if decoder is None else decoder
-        found.setdefault((params, name), (option, params, name))
-    return list(found.values())
+def process_age_s() -> float:
+    """Return the seconds since this process was started; those of its CPU where no /proc tells."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        born_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since the machine's own start
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - born_s
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.process_time()
 
 
-def clip_s(profile: Profile, params: SamplingParams, *, decoder: str) -> Estimate:
-    """Return the seconds of a whole clip, its file included."""
-    total = Estimate(0.0, 0.0)
-    for stage in (*profile.spec.stages, SAVE):
-        total += profile.stage_s(stage, params, decoder=decoder)
-    return total
+def _path(fingerprint: str, device: str) -> Path:
+    """Return where the profile of a model is kept: one for each machine, device and version."""
+    facts = timing.place()
+    key = json.dumps([fingerprint, device, fastvideo.__version__, facts])
+    return _CACHE.expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def corrected(
-    profile: Profile,
-    params: SamplingParams,
-    took_s: Mapping[str, float],
-    *,
-    decoder: str,
-) -> Profile:
-    """Return a profile whose factors know what a clip took, by stage."""
-    factors = dict(profile.factors)
-    for stage, took in took_s.items():
-        if stage not in (*profile.spec.stages, SAVE) or not took:
-            continue
-        expected = profile.stage_s(stage, params, decoder=decoder).median
-        old = factors.get(stage, 1.0)
-        ratio = took / (expected / old)
-        mixed = (1 - _NEW) * old + _NEW * ratio
-        factors[stage] = round(min(_MOST, max(1 / _MOST, mixed)), 4)
-    return profile.model_copy(update={"factors": factors})
-
-
-def path_of(fingerprint: str, device: Device) -> Path:
-    """Return where the profile of a model on a device is kept, one for each version of ours."""
-    key = hashlib.sha256(f"{fingerprint} {device.model_dump_json()}".encode()).hexdigest()
-    return _CACHE.expanduser() / f"{key[:24]}.json"
-
-
-def _reason(made: Sequence[tuple[Any, ...]], seconds: float, spent_s: float) -> str:
-    *better, (_, option, params, own, expected) = made
-    text = (
-        f"budget {seconds:g} s: {_words(params, own)}, quality {option.quality:g}:"
-        f" {expected.median + spent_s:.2f} s expected, {expected.high + spent_s:.2f} s nine times"
-        " of ten"
-    )
-    if better:
-        high, missed, *rest = better[-1]
-        text += f"; {_words(rest[0], rest[1])}, quality {missed.quality:g}, takes {high:.2f} s"
+def _reason(
+    setting: Setting,
+    missed: Sequence[tuple[float, Setting]],
+    budget_s: float,
+    median: float,
+    high: float,
+) -> str:
+    text = f"budget {budget_s:g} s: {setting}: {median:.2f} s expected, nine of ten in {high:.2f} s"
+    if missed:
+        late, better = missed[-1]
+        text += f"; {better} would take {late:.2f} s"
     return text
-
-
-def _words(params: SamplingParams, decoder: str) -> str:
-    return (
-        f"{params.width}x{params.height}x{params.num_frames}, {params.num_inference_steps} steps,"
-        f" {params.attention}" + (f", decoder {decoder}" if decoder else "")
-    )
-
-
-def _rounded_up(seconds: float) -> float:
-    return -(-seconds * 10 // 1) / 10

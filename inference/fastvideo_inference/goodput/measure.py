@@ -15,15 +15,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastvideo
 from fastvideo import hub
 from fastvideo.hub import OpenModel
-from fastvideo.sampling import SamplingParams
+from fastvideo.spec import Spec
 from fastvideo_inference import recipe
 from fastvideo_inference.goodput.profile import (
     DECODE,
@@ -33,6 +33,7 @@ from fastvideo_inference.goodput.profile import (
     Cell,
     Device,
     Profile,
+    Setting,
     work_of,
 )
 
@@ -42,14 +43,6 @@ if TYPE_CHECKING:
 _WARM_UPS = 1
 _LOADS = 3  # how often each part is loaded
 _BUSY = 0.5  # runnable processes a core beside our own, from which seconds are not to be trusted
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured: a clip, and the decoder ("" is the VAE's own)."""
-
-    params: SamplingParams
-    decoder: str = ""
 
 
 def measure(
@@ -65,21 +58,46 @@ def measure(
         rows = [_measure(found.name, settings, device, repeats, None, None)]
     else:
         rows = _in_many(found.name, settings, device, repeats, processes)
+    cells = itertools.chain.from_iterable(cells for cells, _, _ in rows)
+    facts = {"model": found.name, "fingerprint": recipe.fingerprint(found.folder)}
+    return _profile(cells, spec=found.spec, device=rows[0][1], gib=rows[0][2], **facts).model_copy(
+        update={"processes": processes}
+    )
+
+
+def quick(
+    pipe: VideoPipeline, settings: Sequence[Setting], *, fingerprint: str, repeats: int
+) -> Profile:
+    """Return a profile of a loaded model: one short clip of each size, pattern and decoder."""
+    spec = pipe.model.spec
+    cells: list[tuple[tuple[Any, ...], list[float]]] = []
+    for setting in shortened(settings, spec):
+        cells += _clips(pipe.with_decoder(setting.decoder), setting, repeats, None)
+    facts = {"model": pipe.model_id.name_or_path, "fingerprint": fingerprint}
+    return _profile(cells, spec=spec, device=_device(pipe.model.device), gib={}, **facts)
+
+
+def shortened(settings: Sequence[Setting], spec: Spec) -> list[Setting]:
+    """Return settings with few steps, where a model leaves their number open: all cost the same."""
+    few = {} if spec.scheduler.name == "few_step" else {"num_inference_steps": 2}
+    own = [replace(one, params=one.params.model_copy(update=few), quality=0.0) for one in settings]
+    return list(dict.fromkeys(own))
+
+
+def _profile(
+    cells: Iterable[tuple[tuple[Any, ...], list[float]]], *, spec: Spec, **facts: Any
+) -> Profile:
     seconds: dict[tuple[Any, ...], list[float]] = {}
-    for key, value in itertools.chain.from_iterable(cells for cells, _, _ in rows):
+    for key, value in cells:
         seconds.setdefault(key, []).extend(value)
     return Profile(
-        model=found.name,
-        fingerprint=recipe.fingerprint(found.folder),
-        spec=found.spec,
-        device=rows[0][1],
-        processes=processes,
         date=datetime.date.today().isoformat(),
-        gib=rows[0][2],
+        spec=spec,
         cells=tuple(
             Cell(stage=s, work=w, attention=a, decoder=d, seconds=tuple(round(x, 5) for x in value))
             for (s, w, a, d), value in seconds.items()
         ),
+        **facts,
     )
 
 
@@ -152,15 +170,9 @@ def _measure(
         network = getattr(loaded, part)
         gib[part] = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**30
         found.append(((f"{LOAD}.{part}", 1.0, "", ""), seconds))
-    for decoder in dict.fromkeys(setting.decoder for setting in settings):
-        pipe = VideoPipeline.load(
-            model,
-            device=str(place),
-            decoder=recipe.decoder_id(decoder or None, model.spec, model.folder),
-        )
-        for setting in settings:
-            if setting.decoder == decoder:
-                found += _clips(pipe, setting, repeats, together)
+    pipe = VideoPipeline.load(model, device=str(place))
+    for setting in settings:
+        found += _clips(pipe.with_decoder(setting.decoder), setting, repeats, together)
     return found, _device(place), gib
 
 
@@ -208,6 +220,6 @@ def _device(place: Any) -> Device:
         name=facts["gpu"] if place.type == "cuda" else facts["cpu"],
         kind=place.type,
         threads=torch.get_num_threads(),
-        torch=torch.__version__,
+        torch=timing.place()["torch"],
         fastvideo=fastvideo.__version__,
     )

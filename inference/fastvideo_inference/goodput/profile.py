@@ -9,10 +9,11 @@ pixels of decoding and of writing the file, prompts of text encoding. Torch-free
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fastvideo import files
+from fastvideo import files, registry
 from fastvideo.config import Strict, parse
 from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
@@ -28,7 +29,12 @@ from fastvideo_inference.engine import book
 
 ENCODE, DENOISE, DECODE, SAVE = "encode_text", "denoise", "decode", "save"
 LOAD = "load"  # of a part, as load.text
+SHARED = (DENOISE, DECODE)  # stages that ranks share; the others run on each of them
 HIGH = 0.9  # the quantile of a late one
+_NEW, _MOST = (
+    0.3,
+    4.0,
+)  # how much the newest clip counts for a factor, and the most that this may be
 
 
 class Cell(Strict):
@@ -49,6 +55,21 @@ class Cell(Strict):
     def key(self) -> tuple[str, str, str, str]:
         """What must be equal for two cells to be sizes of one thing."""
         return self.stage, self.attention, self.decoder, self.parallel
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Complete parameters, a small decoder's name ("": the VAE's own), and a measured quality."""
+
+    params: SamplingParams
+    decoder: str = ""
+    quality: float = 0.0
+
+    def __str__(self) -> str:
+        """Name what may differ between two of them."""
+        p = self.params
+        size = f"{p.width}x{p.height}, {p.num_frames} frames, {p.num_inference_steps} steps"
+        return f"{size}, {p.attention}" + (f", decoder {self.decoder}" if self.decoder else "")
 
 
 class Device(Strict):
@@ -99,14 +120,17 @@ class Profile(Strict):
     cells: tuple[Cell, ...] = Field(min_length=1)
     factors: dict[str, float] = Field(default_factory=dict)
 
-    def check(self, *, fingerprint: str, device: Device | None = None) -> None:
-        """Raise `ValueError` if it is of another model, or of another device or version."""
+    def check(self, *, fingerprint: str, **here: object) -> None:
+        """Raise `ValueError` if it is of another model, or of another device or version.
+
+        `here` is what this machine has, by fields of `Device`.
+        """
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"the profile is of {self.model} {self.fingerprint[:12]}, the model is"
                 f" {fingerprint[:12]}; make one by: fastvideo profile"
             )
-        for name, value in device or ():
+        for name, value in here.items():
             own = getattr(self.device, name)
             if own != value:
                 raise ValueError(
@@ -134,10 +158,56 @@ class Profile(Strict):
         median = _affine(cells, work_of(stage, params, self.spec)) * self.factors.get(stage, 1.0)
         return Estimate(median, median * _spread(cells)) * times
 
+    def row_s(
+        self,
+        params: SamplingParams,
+        *,
+        decoder: str = "",
+        parallel: str = "",
+        saves: bool = True,
+    ) -> dict[str, Estimate]:
+        """Return the seconds of each stage of a clip; those of its file are the last's."""
+        row = self.spec.stages
+        shared = {stage: parallel if stage in SHARED else "" for stage in row}
+        found = {
+            stage: self.stage_s(stage, params, decoder=decoder, parallel=shared[stage])
+            for stage in row
+        }
+        if saves:
+            found[row[-1]] += self.stage_s(SAVE, params)
+        return found
+
+    def corrected(
+        self, params: SamplingParams, took_s: Mapping[str, float], *, decoder: str = ""
+    ) -> Profile:
+        """Return a profile whose factors know what a clip took, by stage."""
+        found = {}
+        for stage in (*self.spec.stages, SAVE):
+            if took_s.get(stage):
+                alone_s = self.stage_s(stage, params, decoder=decoder).median
+                ratio = took_s[stage] * self.factors.get(stage, 1.0) / alone_s
+                found[stage] = min(_MOST, max(1 / _MOST, ratio))
+        return self.with_factors(found, first=1.0)
+
+    def with_factors(self, new: Mapping[str, float], *, first: float | None = None) -> Profile:
+        """Return a profile that new factors count in; `first` is what they are held against."""
+        factors = dict(self.factors)
+        for name, value in new.items():
+            old = factors.get(name, value if first is None else first)
+            factors[name] = round((1 - _NEW) * old + _NEW * value, 4)
+        return self.model_copy(update={"factors": factors})
+
     def load_s(self, parts: Iterable[str]) -> float:
         """Return the median seconds of loading parts of the model; those not measured take none."""
         keys = [(f"{LOAD}.{part}", "", "", "") for part in parts]
         return sum(_median(c) for key in keys for c in self._by_key.get(key, []))
+
+    def reload_s(self, stages: Sequence[str], memory_gib: float | None) -> dict[str, float]:
+        """Return the seconds of loading each stage's parts for a clip: none if memory holds all."""
+        parts = {s: registry.module("fastvideo.stages", s).PARTS for s in stages}
+        whole = sum(self.gib.get(part, 0.0) for part in set(itertools.chain(*parts.values())))
+        fits = memory_gib is None or whole <= memory_gib
+        return {s: 0.0 if fits else self.load_s(own) for s, own in parts.items()}
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, ...], list[Cell]]:

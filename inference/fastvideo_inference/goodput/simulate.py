@@ -15,8 +15,10 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from fastvideo_inference.engine.forecast import Demand, Lane, ends
 from fastvideo_inference.goodput.profile import HIGH, Estimate
 
 _Z_HIGH = 1.2815515655446004  # standard deviations of the normal distribution's quantile HIGH
@@ -51,6 +53,18 @@ class Pool:
     count: int
     costs: Costs
     memory_gib: float | None = None
+
+    @cached_property
+    def expected(self) -> dict[str, float]:
+        """Median seconds of its stages, with the parts that it must load for each clip."""
+        costs, limit = self.costs, math.inf if self.memory_gib is None else self.memory_gib
+        parts = {part for stage in self.stages for part in costs.parts.get(stage, ())}
+        fits = sum(costs.gib.get(part, 0.0) for part in parts) <= limit
+        return {
+            stage: costs.seconds[stage].median
+            + (0.0 if fits else sum(costs.load_s.get(p, 0.0) for p in costs.parts.get(stage, ())))
+            for stage in self.stages
+        }
 
 
 @dataclass(frozen=True)
@@ -157,22 +171,25 @@ class _Floor:
         self._pump()
 
     def predict_s(self) -> float:
-        """Return the median seconds until the end of a clip that comes now.
+        """Return in how many seconds a clip that comes now is done, nine times of ten.
 
-        The slowest kind of stage decides: its workers do what is there before, and then this one.
+        That is the engine's own forecast, which decides whom it admits.
         """
-        own, worst = 0.0, 0.0
-        for pool in {id(w.pool): w.pool for w in self._workers}.values():
-            seconds = {s: pool.costs.seconds[s].median for s in pool.stages}
-            own += sum(seconds.values())
-            mine = [w for w in self._workers if w.pool is pool]
-            busy = sum(max(0.0, w.until_s - self._env.now) for w in mine)
-            ahead = sum(
-                sum(s for name, s in seconds.items() if self._row.index(name) >= clip.index)
-                for clip in self._waiting
-            )
-            worst = max(worst, (busy + ahead) / len(mine))
-        return own + worst
+        pools = {id(w.pool): w.pool for w in self._workers}
+        seconds = {key: pool.expected for key, pool in pools.items()}
+        lanes, demands = [], []
+        for worker in self._workers:
+            free_s = max(0.0, worker.until_s - self._env.now)
+            lanes.append(Lane(id(worker.pool), worker.pool.stages, free_s))
+            if worker.clip and worker.follows:
+                later = self._row[self._row.index(worker.follows) :]
+                demands.append(Demand(later, seconds, free_s))
+        demands += [Demand(self._row[clip.index :], seconds) for clip in self._waiting]
+        own = sum(
+            (pool.costs.seconds[s] for pool in pools.values() for s in pool.stages),
+            Estimate(0.0, 0.0),
+        )
+        return ends([*demands, Demand(self._row, seconds)], lanes)[-1] + own.high - own.median
 
     def _pump(self) -> None:
         for worker in reversed(self._workers):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -16,11 +17,14 @@ from starlette.requests import ClientDisconnect
 
 from fastvideo import sampling
 from fastvideo.config import Strict, parse
+from fastvideo.hub import OpenModel
 from fastvideo.resolve import notices, resolve
 from fastvideo.sampling import GenerateRequest, SamplingParams
 from fastvideo.spec import Spec
 from fastvideo_inference.engine.config import Limits
 from fastvideo_inference.engine.job import Submission
+from fastvideo_inference.goodput import quality
+from fastvideo_inference.goodput.profile import Setting
 from fastvideo_inference.recipe import Names
 from fastvideo_inference.serve.catalogue import Catalogue
 from fastvideo_inference.serve.errors import ApiError, public
@@ -47,6 +51,7 @@ class Beside(Strict):
     slo_class: str = ""
     decoder: str = ""
     previews: bool = False
+    allow_smaller: bool | None = None
 
 
 async def read(request: Request) -> dict[str, Any]:
@@ -97,8 +102,13 @@ async def _read_multipart(request: Request) -> dict[str, Any]:
     return found
 
 
-def submission(fields: Mapping[str, Any], *, catalogue: Catalogue, limits: Limits) -> Submission:
-    """Complete and check the fields of a body; `ApiError` names the field at fault."""
+def submission(
+    fields: Mapping[str, Any], *, catalogue: Catalogue, limits: Limits, is_adaptive: bool = False
+) -> Submission:
+    """Complete and check the fields of a body; `ApiError` names the field at fault.
+
+    `is_adaptive`: a class of the config chooses what a request leaves open, to be in time.
+    """
     for name in fields.keys() & REFUSED.keys():
         text = f"{name} cannot be set over HTTP: {REFUSED[name]}"
         raise ApiError(400, text, code="unsupported_field", param=name)
@@ -114,6 +124,11 @@ def submission(fields: Mapping[str, Any], *, catalogue: Catalogue, limits: Limit
         request = request.model_copy(update={"lora": tuple(map(catalogue.lora, uses))})
         params = resolve(request, model.spec)
         _check_limits(params, limits)
+        smaller: tuple[Setting, ...] = ()
+        if beside.allow_smaller or (beside.allow_smaller is None and is_adaptive):
+            fixed = catalogue.decoder(beside.decoder, model) if beside.decoder else None
+            asked = request.model_copy(update={"seed": params.seed})
+            smaller = _smaller(asked, model, fixed, limits, is_asked=bool(beside.allow_smaller))
         digest = hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
         return Submission(
             model=model.name,
@@ -124,9 +139,34 @@ def submission(fields: Mapping[str, Any], *, catalogue: Catalogue, limits: Limit
             body_sha256=digest,
             previews=beside.previews,
             names=names,
+            smaller=smaller,
+            allow_smaller=beside.allow_smaller,
         )
     except (ValueError, RecursionError) as error:
         raise invalid(error) from None
+
+
+def _smaller(
+    request: GenerateRequest,
+    model: OpenModel,
+    decoder: str | None,
+    limits: Limits,
+    *,
+    is_asked: bool,
+) -> tuple[Setting, ...]:
+    """Return the settings of a model that may replace a request's, within the server's limits."""
+    try:
+        found = quality.candidates(request, model, decoder=decoder)
+    except ValueError:
+        if is_asked:
+            raise
+        return ()
+    kept = []
+    for setting in found:
+        with suppress(ApiError):
+            _check_limits(setting.params, limits)
+            kept.append(setting)
+    return tuple(kept)
 
 
 def invalid(error: Exception) -> ApiError:

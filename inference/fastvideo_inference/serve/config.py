@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from fastvideo import hub
+import fastvideo
+from fastvideo import hub, timing
 from fastvideo.config import parse, read_toml, toml_line
 from fastvideo.parallel import degrees
 from fastvideo.registry import did_you_mean, names
+from fastvideo_inference import recipe
 from fastvideo_inference.engine.config import ServeConfig, WorkerConfig
+from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.request import DEVICE
 from fastvideo_inference.serve.catalogue import Catalogue
 
@@ -47,7 +50,7 @@ def check(config: ServeConfig) -> None:
                 raise ValueError(f"{field} {value!r} is given twice")
     for key in config.key:
         _check_known("key.class", key.slo_class or classes[0], classes)
-    _check_known("policy", config.policy, names("fastvideo_inference.engine.policies"))
+    _check_known("policy", config.policy_name, names("fastvideo_inference.engine.policies"))
     for worker in config.worker:
         _check_worker(worker, is_local=config.executor == "local")
     for model in set(Catalogue(config).models.values()):
@@ -55,10 +58,23 @@ def check(config: ServeConfig) -> None:
             _check_row(model, config.worker)
     for lora in config.lora.values():
         hub.find_lora(lora)
+    for path in config.profile:
+        _check_profile(path, Catalogue(config))
     for name, decoder in config.decoder.items():
         is_path = Path(decoder).name != decoder  # else a name in a model's own folder of decoders
         if is_path and not Path(decoder).expanduser().exists():
             raise ValueError(f"decoder.{name} {decoder!r} does not exist")
+
+
+def _check_profile(path: Path, catalogue: Catalogue) -> None:
+    made = profiles.read(path)
+    if made.model not in catalogue.models.values():
+        raise ValueError(f"profile {path} is of model {made.model!r}, which is not served")
+    place = timing.place()
+    here = {"name": place["cpu"]} if made.device.kind == "cpu" else {}
+    if made.source == "measured":
+        here |= {"torch": place["torch"], "fastvideo": fastvideo.__version__}
+    made.check(fingerprint=recipe.fingerprint(hub.open_model(made.model).folder), **here)
 
 
 def _check_known(field: str, word: str, known: Collection[str]) -> None:

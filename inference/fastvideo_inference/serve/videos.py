@@ -29,6 +29,7 @@ from fastvideo_inference.engine.job import (
     EngineStoppingError,
     Job,
     JobEvent,
+    LateError,
     QueueFullError,
 )
 from fastvideo_inference.serve import body
@@ -82,7 +83,12 @@ class Videos:
             text = "Idempotency-Key must be 1 to 255 printable ASCII characters"
             raise ApiError(400, text, code="invalid_value")
         fields = await body.read(request)
-        read = partial(body.submission, catalogue=self._catalogue, limits=self._config.limits)
+        read = partial(
+            body.submission,
+            catalogue=self._catalogue,
+            limits=self._config.limits,
+            is_adaptive=any(one.allow_smaller for one in self._config.class_),
+        )
         asked = replace(await asyncio.to_thread(read, fields), owner=owner, idempotency_key=key)
         async with self.keys.locks[owner]:
             try:
@@ -285,6 +291,9 @@ def _status(job: Job) -> str:
 def _refusal(error: ValueError | OSError) -> ApiError:
     """Return the answer to a submission that the engine does not take."""
     match error:
+        case LateError():
+            wait_s = error.retry_after_s
+            return ApiError(429, str(error), code="late", retry_after_s=wait_s)
         case QueueFullError():
             wait_s = min(_MAX_WAIT_S, error.retry_after_s)
             return ApiError(429, str(error), code="queue_full", retry_after_s=wait_s)

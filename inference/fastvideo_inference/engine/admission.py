@@ -1,0 +1,195 @@
+"""Who is let in: a queue of bounded length, and of promised jobs those that will be done in time.
+
+A promise is kept nine times of ten if a job's forecast end, with the spread of its own seconds, is
+before its deadline; and it must make no job late that was let in before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastvideo_inference.engine import pools
+from fastvideo_inference.engine.book import Book
+from fastvideo_inference.engine.config import ServeConfig, WorkerConfig
+from fastvideo_inference.engine.fleet import Slot
+from fastvideo_inference.engine.forecast import Demand, Lane, ends
+from fastvideo_inference.engine.job import LateError, QueueFullError
+from fastvideo_inference.engine.record import Record
+from fastvideo_inference.goodput import profile as profiles
+from fastvideo_inference.goodput.profile import DENOISE, Estimate, Profile, Setting
+
+_GUESS_S = 10.0  # of a clip, before any was made
+Order = Callable[[list[Record]], list[Record]]
+
+
+class Admission:
+    """Checks new jobs against what waits and runs; with a profile's seconds, else past ones."""
+
+    def __init__(self, config: ServeConfig, book: Book, policy: Any) -> None:
+        self._config, self._book, self._policy = config, book, policy
+        self._classes = {slo.name: slo for slo in config.class_}
+        self._deadlines_s = {s.name: s.deadline_s for s in config.class_ if s.deadline_s}
+        found = map(profiles.read, config.profile)
+        self._profiles: dict[str, Profile] = {one.model: one for one in found}
+
+    def admit(
+        self,
+        new: Record,
+        waiting: Sequence[Record],
+        at: Mapping[Slot, Record | None],
+        order: Order,
+    ) -> Record:
+        """Return the job, or that of its best smaller setting which is in time.
+
+        `at` is what each worker runs. Raises `QueueFullError`, `LateError`, or `ValueError` for a
+        promise that idle workers could not keep either.
+        """
+        self._check_room(new, [one for one in waiting if one.is_queued])
+        asked, refusal = new.job.submission, ""
+        slo, given = self._classes[new.job.slo_class], asked.allow_smaller
+        adapts = slo.allow_smaller if given is None else given
+        settings = [Setting(asked.params, asked.decoder), *(asked.smaller if adapts else ())]
+        for setting in settings:
+            own = replace(asked, params=setting.params, decoder=setting.decoder, smaller=())
+            if asked.names and setting is not settings[0]:
+                own = replace(own, names=replace(asked.names, decoder=setting.decoder))
+            one = Record(replace(new.job, submission=own), new.spec)
+            try:
+                pools.check(self._config.worker, own, new.spec)
+                self._check(one, waiting, at, order)
+            except ValueError as error:
+                if setting is settings[-1]:
+                    raise
+                refusal = refusal or str(error)
+                continue
+            if refusal:
+                one.add_notices(f"{setting}, to be in time: {refusal}")
+            return one
+        raise AssertionError("the last setting is taken or refused")
+
+    def _check_room(self, new: Record, queued: Sequence[Record]) -> None:
+        name = new.job.slo_class
+        limit = self._classes[name].queue
+        if sum(other.job.slo_class == name for other in queued) < limit:
+            return
+        clip_s = self._book.clip_s(new.model, new.total) or _GUESS_S
+        lines = min(pool.count for pool in self._config.worker)
+        text = f"the queue of class {name} is full: {limit} jobs wait"
+        raise QueueFullError(text, retry_after_s=max(1.0, clip_s / lines))
+
+    def _check(
+        self,
+        new: Record,
+        waiting: Sequence[Record],
+        at: Mapping[Slot, Record | None],
+        order: Order,
+    ) -> None:
+        name = new.job.slo_class
+        if name not in self._deadlines_s or self._seconds(new) is None:
+            return
+        idle = dict.fromkeys(at)
+        alone_s = self._ends([new], idle, new, order)[new.id] + self._margin_s(new)
+        if alone_s > self._deadlines_s[name]:
+            raise ValueError(
+                f"class {name} promises {self._deadlines_s[name]:g} s; this clip takes"
+                f" {alone_s:.1f} s on idle workers"
+            )
+        before = self._ends(waiting, at, new, order)
+        after = self._ends([*waiting, new], at, new, order)
+        now = time.time()
+        late_s = after[new.id] + self._margin_s(new) - self._left_s(new, now)
+        for other in [*waiting, *filter(None, at.values())]:
+            left_s = self._left_s(other, now)
+            if before.get(other.id, math.inf) <= left_s < after.get(other.id, 0.0):
+                late_s = max(late_s, after[other.id] - left_s)
+        if late_s > 0:
+            text = f"class {name} promises {self._deadlines_s[name]:g} s, which would be missed"
+            raise LateError(f"{text} by {late_s:.1f} s", retry_after_s=late_s)
+
+    def note(self, record: Record, took_s: Mapping[str, float]) -> None:
+        """Correct the model's profile by what a clip took."""
+        known, asked = self._profiles.get(record.model), record.job.submission
+        if known and self._seconds(record):
+            self._profiles[record.model] = known.corrected(
+                asked.params, took_s, decoder=asked.decoder
+            )
+
+    def _ends(
+        self,
+        waiting: Iterable[Record],
+        at: Mapping[Slot, Record | None],
+        new: Record,
+        order: Order,
+    ) -> dict[str, float]:
+        """Return in how many seconds each job ends whose seconds are known."""
+        lanes, begun, queued = [], list[tuple[Record, Demand]](), [*waiting]
+        found: dict[str, float] = {}
+        for slot, record in at.items():
+            lanes.append(lane := Lane(slot.pool, slot.config.stages))
+            seconds = self._seconds(record) if record else None
+            if record is None or slot.task is None or seconds is None:
+                continue
+            own, later = seconds[slot.pool], slot.task.later
+            if self._gives_way(record, new):
+                lane.free_s = own[DENOISE] / record.job.submission.params.num_inference_steps
+                queued.append(record)
+                continue
+            stages = record.row[record.index : len(record.row) - len(later)]
+            lane.free_s = found[record.id] = sum(own[stage] for stage in stages)
+            if later:
+                begun.append((record, Demand(later, seconds, lane.free_s)))
+        for record in order(queued):
+            if seconds := self._seconds(record):
+                begun.append((record, Demand(record.row[record.index :], seconds)))
+        done = ends([demand for _, demand in begun], lanes)
+        return found | {record.id: s for (record, _), s in zip(begun, done, strict=True)}
+
+    def _gives_way(self, running: Record, new: Record) -> bool:
+        """Tell whether a job is asked back from its worker, within a step, for a new one."""
+        is_later = self._policy.PREEMPTS and running.job.stage == DENOISE
+        return is_later and self._policy.preempts(new.job, running.job, self._deadlines_s)
+
+    def _seconds(self, record: Record) -> dict[int, dict[str, float]] | None:
+        """Return the seconds that each stage still takes on each pool; None if nothing is known."""
+        since = record.since or (record.next, time.monotonic())
+        done_s = record.job.stage_seconds.get(record.next, 0.0)
+        done_s += time.monotonic() - since[1] if since[0] == record.next else 0.0
+        found = {}
+        for index, pool in enumerate(self._config.worker):
+            known = self._row_s(record, pool)
+            if known is None:
+                return None
+            left = {**known, record.next: max(0.0, known[record.next] - done_s)}
+            found[index] = {s: left[s] for s in record.row if record.fits(pool, s)}
+        return found
+
+    def _row_s(self, record: Record, pool: WorkerConfig) -> dict[str, float] | None:
+        asked, profile = record.job.submission, self._profiles.get(record.model)
+        if profile is None:
+            known = self._book.stages_s(record.model, record.total)
+            saved = {record.row[-1]: known["save"]} if known else {}
+            return known and {s: known.get(s, 0.0) + saved.get(s, 0.0) for s in record.row}
+        try:
+            row = profile.row_s(asked.params, decoder=asked.decoder, parallel=pool.parallel)
+        except ValueError:  # a setting that was not measured
+            return None
+        loads = profile.reload_s(pool.stages, pool.memory)
+        return {stage: one.median + loads.get(stage, 0.0) for stage, one in row.items()}
+
+    def _margin_s(self, record: Record) -> float:
+        """Return how much longer than usual one of ten clips takes; 0 if that is not known."""
+        profile, asked = self._profiles.get(record.model), record.job.submission
+        if profile is None:
+            return 0.0
+        row = profile.row_s(asked.params, decoder=asked.decoder)
+        whole = sum(row.values(), Estimate(0.0, 0.0))
+        return whole.high - whole.median
+
+    def _left_s(self, record: Record, now_s: float) -> float:
+        """Return the seconds until a job's deadline; endless without a promise."""
+        deadline_s = self._deadlines_s.get(record.job.slo_class, math.inf)
+        return record.job.accepted_at_s + deadline_s - now_s
