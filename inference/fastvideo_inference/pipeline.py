@@ -35,6 +35,7 @@ from fastvideo.resolve import check_lora_samplers, find_lora
 from fastvideo.sampling import GenerateRequest, LoraUse, SamplingParams, read_layers
 from fastvideo.stages import Chunk, Done, Event, State
 from fastvideo_inference import diffusers_names, recipe, sharing
+from fastvideo_inference.goodput.budget import make_in_time
 from fastvideo_inference.recipe import DecoderId, ModelId, Recipe
 from fastvideo_inference.video import Video
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     Frames = npt.NDArray[np.uint8]
 
+_WHOLE = ("frames", None)  # output, latents
 _LEFT_OUT = {"frames": "", "latents": "decode"}  # output: the stage that is not run
 
 
@@ -243,12 +245,8 @@ class VideoPipeline:
         make = partial(self._make, latents=latents, output=output, callback=callback_on_step_end)
         if budget is None:
             made = [make(self, params, notices) for _, params, notices in asked]
-        elif output != "frames" or latents is not None:
-            raise ValueError("a budget is for clips of frames, whose noise is drawn from the seed")
         else:
-            from fastvideo_inference.goodput.budget import make_in_time
-
-            made = make_in_time(self, asked, seconds=budget, make=make)
+            made = make_in_time(self, asked, budget, make, is_whole=(output, latents) == _WHOLE)
         is_one = isinstance(prompt, str) and count is None and seeds is not seed
         return made[0] if is_one else made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from fastvideo_inference import comparison
 from fastvideo_inference.comparison import Comparison, read
 from fastvideo_inference.contrast import Contrast
 from fastvideo_inference.evaluation import Evaluation
+from fastvideo_inference.goodput import quality
 from fastvideo_inference.paired import difference
+from fastvideo_inference.recipe import fingerprint
 from fastvideo_inference.scores import Records
 
 from fastvideo import hub, media
@@ -29,6 +32,7 @@ from fastvideo.metrics.faithfulness import wilson
 from fastvideo.model import load
 from fastvideo.models import decoder as decoders
 from fastvideo.models.decoder import taehv
+from fastvideo.sampling import GenerateRequest
 from fastvideo.spec import Scheduler
 from fastvideo.worlds.shapes import ATTRIBUTES, CLASSIFIER
 from tests.clips import frames
@@ -353,6 +357,32 @@ def test_the_command_prints_the_tables_or_their_json(done, file: Path, capsys):
     assert (compared.results / "table.md").read_text() in text
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(table.to_json())
+
+
+def test_the_order_of_settings_is_written_beside_their_model_and_others_are_kept(
+    tiny_folder: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    text = 'base = "two"\nprompts = 2\nrepeats = 0\ntimed = 0\n'
+    for name, steps in (("two", 2), ("one", 1)):
+        text += f'[[rows]]\nname = "{name}"\nmodel = "{folder}"\nsteps = {steps}\n'
+    (tmp_path / "rows.toml").write_text(text)
+    asked = ["eval", "--compare", str(tmp_path / "rows.toml"), "--quality", "-o", str(tmp_path)]
+    assert main([*asked, "--device", "cpu"]) == 0
+    assert main([*asked, "--device", "cpu", "--set", "frames=5"]) == 0
+    found = quality.read(folder / quality.FILE).option
+    assert {(one.steps, one.frames) for one in found} == {(2, 9), (1, 9), (2, 5), (1, 5)}
+    assert [one.quality for one in found] == sorted((one.quality for one in found), reverse=True)
+    assert fingerprint(folder) == fingerprint(tiny_folder)
+    settings = quality.candidates(GenerateRequest(prompt="a"), hub.open_model(folder), decoder=None)
+    assert len(settings) == 4
+
+
+def test_an_order_of_settings_is_of_one_model(file: Path, tmp_path: Path, capsys):
+    assert main(["eval", "--compare", str(file), "--quality", "-o", str(tmp_path)]) == 2
+    assert "one model" in capsys.readouterr().err
+    assert main(["eval", "--quality", "-o", str(tmp_path)]) == 2
+    assert "--compare" in capsys.readouterr().err
 
 
 def test_prompts_cap_those_of_every_row(file: Path, tmp_path: Path):

@@ -82,10 +82,7 @@ def evaluate(
         plan = (_comparison if compare else _evaluation)(typed, **place)
         if quality:
             qualities.folder_of(plan)
-    table = _carry_out(plan, as_json=as_json)
-    if quality:
-        print(qualities.write(plan, table), file=sys.stderr)
-    return OK
+    return _carry_out(plan, as_json=as_json, quality=quality)
 
 
 _EVERYWHERE = ("output", "as_json", "device", "dtype", "quality")
@@ -112,11 +109,13 @@ def _comparison(typed: dict[str, Any], **place: Any) -> Comparison:
     return plan
 
 
-def _carry_out(plan: Evaluation | Comparison, *, as_json: bool) -> Table | Contrast:
+def _carry_out(plan: Evaluation | Comparison, *, as_json: bool, quality: bool) -> int:
     _run(plan.run())
     table, where = plan.report(), f"clips, table.json, sheet.png and clips.webp: {plan.results}"
     print(table.to_json() if as_json else f"{_text(table)}\n{where}")
-    return table
+    if quality:
+        print(qualities.write(plan, table), file=sys.stderr)
+    return OK
 
 
 _SAY_EVERY_S = 60.0  # without a terminal

@@ -163,11 +163,14 @@ class Budget:
 def make_in_time(
     pipe: VideoPipeline,
     asked: Sequence[tuple[GenerateRequest, SamplingParams, tuple[str, ...]]],
-    *,
     seconds: float,
     make: Callable[[VideoPipeline, SamplingParams, tuple[str, ...]], Video],
+    *,
+    is_whole: bool,
 ) -> list[Video]:
-    """Make each clip of a call within a budget."""
+    """Make each clip of a call within a budget: `is_whole`, with frames, and noise of its seed."""
+    if not is_whole:
+        raise ValueError("a budget is for clips of frames, whose noise is drawn from the seed")
     model, own = pipe.model, pipe.decoder_id
     assert model.folder is not None, "a loaded model comes from a folder"
     found = OpenModel(pipe.model_id.name_or_path, model.spec, model.folder)

@@ -15,6 +15,7 @@ from fastvideo_inference.goodput.profile import Cell, Device, Estimate, Profile,
 from fastvideo_inference.goodput.simulate import Costs, Pool, simulate
 
 from fastvideo import hub
+from fastvideo.sampling import SamplingParams
 from tests.fastvideo_inference.engine.conftest import ended, running, submission
 
 PROMISED = [{"name": "clip", "deadline_s": 10.0}, {"name": "batch"}]
@@ -37,10 +38,12 @@ def test_a_forecast_is_what_the_simulated_workers_do(
     assert sorted(forecast) == pytest.approx([one.end_s for one in done])
 
 
-def profile_of(model: Path, path: Path, **seconds: float) -> Path:
-    """Write a profile of the tiny model whose stages take these seconds, whatever the clip."""
+def profile_of(
+    model: Path, path: Path, *, params: SamplingParams | None = None, **seconds: float
+) -> Path:
+    """Write a profile of the tiny model whose stages take these seconds for a clip."""
     found = hub.open_model(model)
-    params = submission(model, guidance_scale=1).params
+    params = params or submission(model, guidance_scale=1).params
     cells = [
         Cell(
             stage=stage,
