@@ -4,7 +4,7 @@ best, *others = plan(profile, params, devices=8, memory_gib=141, slo=Slo(deadlin
 print(toml(best))    # for `fastvideo serve --config`
 
 Every split of the row into neighbouring stages is tried with every number of workers and every
-degree of the profile that fits, one worker for all stages (the monolith) always among them.
+degree of the profile that fits. The best monolith (each worker runs all stages) is always reported.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from fastvideo import registry
 from fastvideo.parallel.degrees import parse
@@ -40,10 +40,10 @@ class Slo:
 
     def __post_init__(self) -> None:
         """Refuse what no fleet could mean."""
-        if not 0 < self.deadline_s < math.inf or not 0 < self.target <= 1:
+        if not 0 <= self.delivery_s < self.deadline_s < math.inf or not 0 < self.target <= 1:
             raise ValueError(
-                f"slo: deadline_s {self.deadline_s:g} must be above 0, target {self.target:g} in"
-                " (0, 1]"
+                f"slo: deadline {self.deadline_s:g} s must be above 0 and delivery"
+                f" {self.delivery_s:g} s, which is not negative; target {self.target:g} in (0, 1]"
             )
 
 
@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Placement:
-    """Groups of workers, and what was simulated of them: requests a second, one clip's seconds."""
+    """Groups of workers and their simulated goodput: requests a second, one clip's seconds."""
 
     groups: tuple[Group, ...]
     rate: float
@@ -81,6 +81,22 @@ class Placement:
         """Requests a second and device."""
         return self.rate / self.devices
 
+    @property
+    def is_monolith(self) -> bool:
+        """Whether each worker runs all stages."""
+        return len(self.groups) == 1
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    groups: tuple[Group, ...]
+    pools: tuple[Pool, ...]
+    clip_s: float
+
+    @property
+    def devices(self) -> int:
+        return sum(group.devices for group in self.groups)
+
 
 def plan(
     profile: Profile,
@@ -91,36 +107,60 @@ def plan(
     memory_gib: float | None = None,
     decoder: str = "",
 ) -> list[Placement]:
-    """Return the `KEEP` best placements that meet the SLO, best first; ties to fewer devices.
+    """Return the `KEEP` best placements, best first, ties to fewer devices.
 
-    Raises `ValueError` if even one clip on an idle fleet is too late for each of them.
+    The best monolith comes last if it is not among them. Raises `ValueError` if a single clip on an
+    idle fleet misses the SLO on every placement.
     """
     if devices < 1:
         raise ValueError(f"devices {devices} must be at least 1")
-    found, fastest = [], math.inf
+    _check_memory(profile, memory_gib)
+    found = []
     for groups in placements(profile, devices=devices, memory_gib=memory_gib):
         try:
-            pools = [pool_of(group, profile, params, decoder=decoder) for group in groups]
-        except ValueError:
-            continue  # a degree that was not measured for one of its stages
-        clip_s = sum(map(seconds_of, pools)) + slo.delivery_s
-        fastest = min(fastest, clip_s)
-        if clip_s <= slo.deadline_s:
-            most = capacity(pools) / sum(group.devices for group in groups)
-            found.append((most, groups, pools, clip_s))
+            pools = tuple(pool_of(group, profile, params, decoder=decoder) for group in groups)
+        except ValueError as error:
+            reason = error  # a degree that the profile lacks for one of the stages
+            continue
+        found.append(_Candidate(groups, pools, sum(map(seconds_of, pools)) + slo.delivery_s))
     if not found:
+        raise reason
+    fastest = min(one.clip_s for one in found)
+    if fastest > slo.deadline_s:
         raise ValueError(
-            f"no placement on {devices} devices makes a clip in {slo.deadline_s:g} s; the fastest"
-            f" takes {fastest:.3g} s"
+            f"slo {slo.deadline_s:g} s: no placement on {devices} devices makes a clip in it; the"
+            f" fastest takes {fastest:.3g} s"
         )
-    ranked: list[Placement] = []
-    for most, groups, pools, clip_s in sorted(found, key=lambda one: -one[0]):
-        if len(ranked) >= KEEP and most < ranked[KEEP - 1].goodput:
-            break  # what follows cannot be better: no rate is above the capacity
-        rate, bursty = (goodput(pools, slo, burst=burst) for burst in (1.0, BURST))
-        ranked.append(Placement(groups, rate, bursty, clip_s))
-        ranked.sort(key=lambda one: (-round(one.goodput, 6), one.devices))
-    return ranked[:KEEP]
+    ranked = _rank([one for one in found if one.clip_s <= slo.deadline_s], slo, keep=KEEP)
+    if not any(one.is_monolith for one in ranked):
+        ranked += _rank([one for one in found if len(one.groups) == 1], slo, keep=1)
+    return ranked
+
+
+def _rank(found: Sequence[_Candidate], slo: Slo, *, keep: int) -> list[Placement]:
+    """Simulate candidates in the order of their capacity, until none can be better."""
+    ranked: list[tuple[Placement, _Candidate]] = []
+    for one in sorted(found, key=lambda one: (-_most(one, slo), one.devices)):
+        bar = ranked[keep - 1][0].goodput if len(ranked) >= keep else 0.0
+        if _most(one, slo) < bar:
+            break
+        low = bar * one.devices
+        if low and attainment(one.pools, slo, low) < slo.target:
+            continue
+        made = Placement(one.groups, goodput(one.pools, slo, low=low), 0.0, one.clip_s)
+        ranked = sorted([*ranked, (made, one)], key=lambda pair: _order(pair[0]))[:keep]
+    return [replace(made, bursty_rate=goodput(one.pools, slo, burst=BURST)) for made, one in ranked]
+
+
+def _most(one: _Candidate, slo: Slo) -> float:
+    """Return the bound of goodput per device: workers always busy, and the rest refused."""
+    return capacity(one.pools) / slo.target / one.devices
+
+
+def _order(one: Placement) -> tuple[float, int, float]:
+    """Rank by goodput; those that bisection cannot tell apart, by devices."""
+    level = round(math.log(one.goodput, 1 + _PRECISION)) if one.goodput else -math.inf
+    return -level, one.devices, -one.goodput
 
 
 def placements(
@@ -158,7 +198,8 @@ def pool_of(group: Group, profile: Profile, params: SamplingParams, *, decoder: 
 def seconds_of(pool: Pool) -> float:
     """Return the median seconds of a pool's stages for one clip, with parts it must load."""
     own = [part for stage in pool.stages for part in pool.costs.parts[stage]]
-    fits = pool.memory_gib is None or sum(map(_size(pool), own)) <= pool.memory_gib
+    size = sum(pool.costs.gib.get(part, 0.0) for part in own)
+    fits = pool.memory_gib is None or size <= pool.memory_gib
     loads = 0.0 if fits else sum(pool.costs.load_s[part] for part in own)
     return sum(pool.costs.seconds[stage].median for stage in pool.stages) + loads
 
@@ -166,17 +207,22 @@ def seconds_of(pool: Pool) -> float:
 def attainment(
     pools: Sequence[Pool], slo: Slo, rate: float, *, burst: float = 1.0, seed: int = 0
 ) -> float:
-    """Return the share of requests that end in time at a rate, the first tenth dropped."""
-    times = arrivals(rate, REQUESTS, seed=seed, burst=burst)
-    outcomes = simulate(pools, times, seed=seed)[int(REQUESTS * WARM_UP) :]
-    late = slo.deadline_s - slo.delivery_s
+    """Return the share of requests that end in time at a rate, the first tenth dropped.
+
+    As on the server, a request that is predicted to be late is refused; it counts as missed.
+    """
+    times, late = arrivals(rate, REQUESTS, seed=seed, burst=burst), slo.deadline_s - slo.delivery_s
+    outcomes = simulate(pools, times, refuse_after_s=late, seed=seed)[int(REQUESTS * WARM_UP) :]
     return sum(one.latency_s <= late for one in outcomes) / len(outcomes)
 
 
-def goodput(pools: Sequence[Pool], slo: Slo, *, burst: float = 1.0) -> float:
-    """Return the highest rate, by bisection, at which the target share is in time; 0 if none is."""
-    low, high = 0.0, capacity(pools)
-    while high - low > _PRECISION * high:
+def goodput(pools: Sequence[Pool], slo: Slo, *, burst: float = 1.0, low: float = 0.0) -> float:
+    """Return the highest rate, by bisection from `low`, at which the target share is in time.
+
+    0 if a thousandth of the capacity is too much.
+    """
+    high = most = capacity(pools) / slo.target
+    while high - low > _PRECISION * high and high > most / 1000:
         middle = (low + high) / 2
         if attainment(pools, slo, middle, burst=burst) >= slo.target:
             low = middle
@@ -190,18 +236,21 @@ def capacity(pools: Sequence[Pool]) -> float:
     return min(pool.count / seconds_of(pool) for pool in pools)
 
 
-def serve_toml(best: Placement, profile: Profile, slo: Slo, *, policy: str = "fifo") -> str:
+def serve_toml(
+    best: Placement, profile: Profile, slo: Slo, *, policy: str = "fifo", decoder: str = ""
+) -> str:
     """Return the config with which `fastvideo serve` starts a placement, one worker an entry."""
     numbers = itertools.count()
     lines = [
-        f"# {best.rate:.3g} requests a second at {slo.target:.0%} within {slo.deadline_s:g} s"
-        f" ({profile.source}, {profile.device.name})",
+        f"# {60 * best.rate:.3g} requests a minute, {slo.target:.0%} within {slo.deadline_s:g} s at"
+        f" the client ({profile.source}, {profile.device.name})",
         f'policy = "{policy}"',
-        f"in_flight = {max(2, *(group.count for group in best.groups))}",
+        f"in_flight = {max(2, *(group.count for group in best.groups), 0)}",
+        *(["", "[decoder]", f"{decoder} = {json.dumps(decoder)}"] if decoder else []),
         "",
         "[[class]]",
         'name = "default"',
-        f"deadline_s = {slo.deadline_s:g}",
+        f"deadline_s = {slo.deadline_s - slo.delivery_s:g}",
     ]
     for group in best.groups:
         for _ in range(group.count):
@@ -214,8 +263,20 @@ def serve_toml(best: Placement, profile: Profile, slo: Slo, *, policy: str = "fi
     return "\n".join(lines) + "\n"
 
 
+def _check_memory(profile: Profile, memory_gib: float | None) -> None:
+    needed, part = max(((gib, part) for part, gib in profile.gib.items()), default=(0.0, ""))
+    if memory_gib is not None and not memory_gib >= max(needed, 1e-3):
+        raise ValueError(
+            f"memory {memory_gib:g} GiB a worker is too little for the largest part of"
+            f" {profile.model}: {part} takes {needed:.3g} GiB"
+        )
+
+
 def _splits(row: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
-    """Yield the ways to cut the row into neighbouring groups, none of them without weights."""
+    """Yield the ways to cut the row into neighbouring groups.
+
+    None ends in a stage without weights, which goes with the stage after it.
+    """
     for cuts in itertools.product((False, True), repeat=len(row) - 1):
         groups, start = [], 0
         for index, is_cut in enumerate(cuts, start=1):
@@ -223,7 +284,7 @@ def _splits(row: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
                 groups.append(tuple(row[start:index]))
                 start = index
         groups.append(tuple(row[start:]))
-        if all(any(map(_parts, group)) for group in groups):
+        if all(_parts(group[-1]) for group in groups):
             yield tuple(groups)
 
 
@@ -244,7 +305,3 @@ def _counts(sizes: Sequence[int], devices: int) -> Iterator[tuple[int, ...]]:
     for count in range(1, devices // sizes[0] + 1):
         for rest in _counts(sizes[1:], devices - count * sizes[0]):
             yield count, *rest
-
-
-def _size(pool: Pool) -> Callable[[str], float]:
-    return lambda part: pool.costs.gib.get(part, 0.0)

@@ -1,0 +1,137 @@
+"""Placements: which exist, how they rank, what is refused, and the config that starts one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fastvideo_inference.goodput import plan as planning
+from fastvideo_inference.goodput import profile as profiles
+from fastvideo_inference.goodput.plan import Placement, Slo
+
+from fastvideo import cli
+from fastvideo.sampling import SamplingParams
+from tests.fastvideo_inference.goodput.conftest import SECONDS, Make
+
+pytest.importorskip("simpy")
+
+CLIP_S = sum(SECONDS.values()) + 2 * SECONDS["denoise"]  # of three steps
+SLO = Slo(deadline_s=3 * CLIP_S)
+
+
+def sizes(found: Placement) -> list[tuple[int, str, int]]:
+    return [(len(group.stages), group.parallel, group.count) for group in found.groups]
+
+
+def test_every_split_that_fits_is_a_placement_once(make_profile: Make):
+    profile = make_profile(ulysses={"denoise": 0.1, "decode": 0.3})
+    for devices, expected in ((1, 1), (2, 2 + 1 + 2)):
+        found = list(planning.placements(profile, devices=devices, memory_gib=None))
+        assert len(found) == len({*found}) == expected
+        assert all(sum(group.devices for group in one) <= devices for one in found)
+    stages = {group.stages for one in found for group in one}
+    assert ("encode_text", "prepare_latents") not in stages
+
+
+def test_the_monolith_wins_if_nothing_speaks_against_it_and_ties_go_to_fewer_devices(
+    make_profile: Make, params: SamplingParams
+):
+    found = planning.plan(make_profile(), params, devices=2, slo=SLO)
+    assert found[0].is_monolith
+    levels = [planning._order(one) for one in found]
+    assert levels == sorted(levels)
+    (group,) = found[0].groups
+    one, two = (
+        Placement((replace(group, count=n),), rate=rate, bursty_rate=0.0, clip_s=1.0)
+        for n, rate in ((1, 1.0), (2, 2.001))
+    )
+    assert planning._order(one) < planning._order(two)
+
+
+def test_splitting_wins_where_a_monolith_must_reload_its_parts(
+    make_profile: Make, params: SamplingParams
+):
+    found = planning.plan(make_profile(), params, devices=3, slo=SLO, memory_gib=2.5)
+    assert not found[0].is_monolith
+    monoliths = [one for one in found if one.is_monolith]
+    assert monoliths
+    assert found[0].goodput > 1.1 * max(one.goodput for one in monoliths)
+    assert all(one.clip_s >= CLIP_S + 1.0 for one in monoliths), "it loads three parts each time"
+
+
+def test_a_monolith_that_is_too_slow_is_reported_last_with_no_goodput(
+    make_profile: Make, params: SamplingParams
+):
+    slo = Slo(deadline_s=CLIP_S + 0.5)
+    *better, last = planning.plan(make_profile(), params, devices=3, slo=slo, memory_gib=2.5)
+    assert better
+    assert last.is_monolith
+    assert (last.rate, last.bursty_rate) == (0.0, 0.0)
+
+
+def test_goodput_is_the_highest_rate_that_attains_the_target(
+    make_profile: Make, params: SamplingParams
+):
+    (best, *_) = planning.plan(make_profile(), params, devices=2, slo=SLO)
+    pools = [planning.pool_of(group, make_profile(), params) for group in best.groups]
+    assert planning.attainment(pools, SLO, best.rate) >= SLO.target
+    assert planning.attainment(pools, SLO, 1.05 * best.rate) < SLO.target
+    assert best.bursty_rate < best.rate <= planning.capacity(pools) / SLO.target
+    tight, wide = (Slo(scale * CLIP_S, target=0.9) for scale in (1.05, 10.0))
+    assert planning.goodput(pools, tight) < best.rate < planning.goodput(pools, wide)
+
+
+def test_the_command_writes_a_table_json_plot_and_a_config_that_serve_accepts(
+    make_profile: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("fastapi")
+    profiles.write(make_profile(), tmp_path / "p.json")
+    folder = tmp_path / "plan"
+    words = ["plan", str(tmp_path / "p.json"), "--devices", "2", "--slo", "3", "-o", str(folder)]
+    assert cli.main(words) == 0
+    table = capsys.readouterr().out
+    assert "measured (cpu)" in table and "monolith" in table
+    found = json.loads((folder / "plan.json").read_text())
+    assert found["profile"]["source"] == "measured"
+    assert found["placements"][0]["goodput"] > 0
+    assert (folder / "plan.svg").read_text().count("<polyline") == 2 * len(found["placements"][:4])
+    config = folder / "serve.toml"
+    assert '"cpu:0"' in config.read_text()
+    assert cli.main(["serve", "--check", "--config", str(config)]) == 0
+    assert cli.main(words) == 2, "nothing is overwritten"
+
+
+def test_what_is_predicted_is_called_so_in_table_json_and_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--shape", "1.3B", "--devices", "1", "--slo", "10", "--decoder", "taehv"]
+    assert cli.main(["plan", "H200", *words, "-o", str(tmp_path)]) == 0
+    config = (tmp_path / "serve.toml").read_text()
+    for text in (capsys.readouterr().out, (tmp_path / "plan.json").read_text(), config):
+        assert "predicted" in text
+    assert cli.main(["serve", "--check", "--config", str(tmp_path / "serve.toml")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--devices 0 --slo 5", "devices 0"),
+        ("--devices 1 --slo 0.1", "the fastest takes"),
+        ("--devices 1 --slo -1", "deadline -1"),
+        ("--devices 1 --slo 5 --target 0", "target 0"),
+        ("--devices 1 --slo 5 --delivery -1", "delivery -1"),
+        ("--devices 1 --slo 5 --memory 1", "memory 1 GiB"),
+        ("--devices 1 --slo 5 --steps -3", "num_inference_steps"),
+        ("--devices 1 --slo 5 --decoder none", "has no decode none"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(
+    words: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["plan", "H200", "--shape", "14B", *words.split(), "-o", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
