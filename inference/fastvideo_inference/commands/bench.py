@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,14 +43,14 @@ def _bench() -> None:
 def serve(
     url: Annotated[str, Argument(help="A server of OpenAI's Videos API.")],
     slo: Annotated[float, Option(help="Seconds from POST to the last byte of a good clip.")],
-    frames: Annotated[int, Option(help="Frames that a good file holds.")],
+    frames: Annotated[int, Option(min=1, help="Frames that a good file holds.")],
     rate: Annotated[
-        list[float] | None, Option(help="Requests a minute; repeatable. [the goodput is searched]")
+        list[float] | None, Option(help="Requests a minute; repeatable. [bisected]")
     ] = None,
     target: Annotated[float, Option(help="The share of requests that must be good.")] = 0.9,
     count: Annotated[int, Option(min=10, help="Requests a run.")] = 200,
     burst: Annotated[float, Option(help="1: Poisson; more: bursts (squared CV of gaps).")] = 1.0,
-    offline: Annotated[bool, Option("--offline", help="Send all at once too.")] = False,
+    offline: Annotated[bool, Option("--offline", help="At last, send all at once.")] = False,
     settings: Annotated[
         list[str] | None, Option("--set", help="A field of the request, key=value; repeatable.")
     ] = None,
@@ -56,10 +58,10 @@ def serve(
     seed: Annotated[int, Option(help="Of the times.")] = 0,
     api_key: Annotated[str | None, Option(help="The server's key, or @FILE that holds it.")] = None,
     output: Annotated[
-        Path, Option("--output", "-o", help="Folder; the same command goes on from it.")
+        Path, Option("--output", "-o", help="Folder; the same command resumes from it.")
     ] = Path("bench"),
 ) -> int:
-    """Send requests whether or not others have ended, and tell which share was in time and whole.
+    """Send requests whether or not others have ended; print the share that was in time and whole.
 
     Rejected, failed and undecodable requests count as missed. The first tenth of a run is dropped.
     """
@@ -77,39 +79,60 @@ def serve(
             seed=seed,
         )
         own.begin()
+        rates = [one / 60 for one in rate or ()]
+        if any(not 0 < one < math.inf for one in rates):
+            raise ValueError(f"rate {min(rates) * 60:g} a minute must be above 0")
     runs: list[Run] = []
-    for run in own.given(rate) if rate else own.find():
+    for run in own.runs(rates, offline=offline):
         runs.append(run)
         print(line(run), flush=True)
-    if offline and all(run.is_complete for run in runs):
-        runs.append(own.run("offline"))
-        print(line(runs[-1]), flush=True)
-    found = benches.goodput(runs, own.slo)
-    is_whole = all(run.is_complete for run in runs)
-    facts = {
-        "goodput_per_s": found,
-        "is_complete": is_whole,
-        "runs": [{"mode": r.mode, "rate": r.rate, **asdict(r.score)} for r in runs],
-    }
-    files.write_text(output / "table.json", json.dumps(facts, indent=1) + "\n", overwrite=True)
-    files.write_text(output / "attainment.svg", _plot(runs, own), overwrite=True)
-    print(f"goodput: {60 * found:.3g} requests a minute at {target:.0%} within {slo:g} s")
-    if not is_whole:
+        _write(runs, own, is_complete=False)
+    is_complete = all(run.is_complete for run in runs)
+    found = _write(runs, own, is_complete=is_complete)
+    print(
+        f"goodput: {60 * found:.3g} requests/min at {target:.0%} within {slo:g} s (polled every"
+        f" {poll:g} s)"
+    )
+    if not is_complete:
         print("incomplete: the server is gone; these are the requests until then")
-    return OK if is_whole else FAILED
+    return OK if is_complete else FAILED
 
 
 def line(run: Run) -> str:
-    """Return what a run gave, as a line."""
-    found, latency = run.score, run.score.latency_s
+    """Return the figures of a run in two lines: the client's, and the server's own seconds."""
+    found = run.score
     ends = ", ".join(f"{count} {status}" for status, count in sorted(found.statuses.items()))
+    at_3x = f", {found.attainment_3x:.1%} at 3x alone" if found.attainment_3x is not None else ""
+    server = ", ".join(f"{n.removeprefix('stage.')} {_s(q)}" for n, q in found.server_s.items())
     return (
-        f"{run.mode:>8} {60 * run.rate:7.2f}/min: {found.attainment:6.1%} good"
-        + (f", {found.attainment_3x:.1%} at 3x alone" if found.attainment_3x is not None else "")
-        + f"; p50 {latency.get('p50', 0):.2f} p95 {latency.get('p95', 0):.2f}"
-        f" p99 {latency.get('p99', 0):.2f} s; {ends}; late accepts {found.late_accepts},"
-        f" wrong rejects {found.wrong_rejects}, invalid {found.invalid}"
+        f"{run.mode:>8} {60 * run.rate:7.2f}/min: {found.attainment:6.1%} good{at_3x};"
+        f" p50/p90/p95/p99 {_s(found.latency_s)} s, {60 * found.throughput_per_s:.3g} clips/min;"
+        f" {ends}; late accepts {found.late_accepts}, wrong rejects {found.wrong_rejects}, invalid"
+        f" {found.invalid}\n{'server':>8} {server}"
     )
+
+
+def _s(quantiles: Mapping[str, float]) -> str:
+    return "/".join(f"{value:.2f}" for value in quantiles.values()) or "-"
+
+
+def _write(runs: list[Run], own: Bench, *, is_complete: bool) -> float:
+    """Write `table.json` and the plot of the runs so far; return their goodput."""
+    found = benches.goodput(runs, own.slo)
+    facts = {
+        "goodput_per_s": found,
+        "is_complete": is_complete,
+        "slo": asdict(own.slo),
+        "poll_s": own.poll_s,
+        "runs": [
+            {"mode": r.mode, "rate": r.rate, "is_complete": r.is_complete, **asdict(r.score)}
+            for r in runs
+        ],
+    }
+    text = json.dumps(facts, indent=1) + "\n"
+    files.write_text(own.folder / "table.json", text, overwrite=True)
+    files.write_text(own.folder / "attainment.svg", _plot(runs, own), overwrite=True)
+    return found
 
 
 def _key(given: str | None) -> str:

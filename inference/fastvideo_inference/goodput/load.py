@@ -1,10 +1,11 @@
 """Open-loop load on any server of OpenAI's Videos API, and what became of each request.
 
-samples = [*send(server, request, times=arrivals(0.5, 200, seed=0), poll_s=0.1)]
-score(samples, slo).attainment
+samples = send(server, requests, times=arrivals(0.5, 200, seed=0), poll_s=0.1)
+score(samples, slo, num_frames=81).attainment
 
 Requests are sent at their times whether or not others have ended, so a slow server gets no slower
-load. The clock of one runs from its POST to the last byte of its file at the client.
+load. Latency runs from POST to the last byte of the file at the client; files are decoded after the
+run, since the server may share this machine.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import http.client
 import json
 import math
 import queue
+import socket
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -28,9 +30,11 @@ from urllib.parse import urlsplit
 from fastvideo import media
 from fastvideo_inference.goodput.plan import WARM_UP, Slo
 
-TIMEOUT_S = 600.0  # of one request, after which it is given up as failed
-_QUANTILES = (0.5, 0.95, 0.99)
+TIMEOUT_S = 600.0  # of one request, which then failed
+_QUANTILES = (0.5, 0.9, 0.95, 0.99)
 _LATE_SEND_S = 0.1
+_GONE = "server is gone"
+_REJECTED = (429, 503, 529)
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,24 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"server {self.url!r} must look like http://127.0.0.1:8000")
 
+    def is_gone(self) -> bool:
+        """Tell whether nothing listens there any more."""
+        parts = urlsplit(self.url)
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname, port), timeout=5).close()
+        except OSError:
+            return True
+        return False
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: when it was to be sent and was (seconds since the start), and its end.
+    """One request: when it was due and sent (seconds since the start), and its end.
 
-    `status` is "completed", "rejected" (429, 503), or "failed" with `error`. `latency_s` is from
-    POST to the last byte, of a rejected one to its answer. `server` is what the server says took
-    how long; `frames` how many frames the file holds, 0 if it cannot be decoded.
+    `status` is "completed", "rejected" (429, 503, 529; `retry_after_s` if the server says when), or
+    "failed" with `error`. `latency_s` of a rejected request ends with the answer. `server` holds
+    the server's own seconds; `frames` how many the file holds, 0 if it cannot be decoded.
     """
 
     due_s: float
@@ -62,6 +76,7 @@ class Sample:
     latency_s: float
     frames: int = 0
     error: str = ""
+    retry_after_s: float | None = None
     server: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -71,58 +86,74 @@ def send(
     times: Sequence[float],
     *,
     poll_s: float,
-) -> Iterator[Sample]:
-    """Send a request at each of the times, of fields in turn, and yield samples as they end."""
-    started, ended = time.perf_counter(), queue.Queue[Sample]()
-    with tempfile.TemporaryDirectory() as folder:
+) -> list[Sample]:
+    """Send a request at each of the times, of fields in turn; stop early if the server is gone."""
+    started, ended, stop = time.perf_counter(), queue.Queue[tuple[int, Sample]](), threading.Event()
+    samples: dict[int, Sample] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
         def one(index: int, due_s: float) -> None:
             sent = time.perf_counter()
-            path = Path(folder, f"{index}.mp4")
             values = {k: str(v) for k, v in fields[index % len(fields)].items()}
-            status, error, told = _follow(server, values, path, poll_s=poll_s)
+            found = _follow(server, values, Path(folder, str(index)), poll_s=poll_s, stop=stop)
             latency_s = time.perf_counter() - sent
-            ended.put(
-                Sample(due_s, sent - started, status, latency_s, error=error, server=told)
-                if status != "completed"
-                else Sample(due_s, sent - started, status, latency_s, _frames(path), server=told)
-            )
+            ended.put((index, Sample(due_s, sent - started, latency_s=latency_s, **found)))
 
         def start_all() -> None:
             for index, due_s in enumerate(times):
-                time.sleep(max(0.0, started + due_s - time.perf_counter()))
+                if stop.wait(max(0.0, started + due_s - time.perf_counter())):
+                    return
                 threading.Thread(target=one, args=(index, due_s), daemon=True).start()
 
         threading.Thread(target=start_all, daemon=True).start()
-        for _ in times:
-            yield ended.get()
+        try:
+            while len(samples) < len(times) and is_complete(samples.values()):
+                index, sample = ended.get()
+                samples[index] = sample
+        finally:
+            stop.set()
+        return [
+            replace(one, frames=_frames(Path(folder, str(index))))
+            if one.status == "completed"
+            else one
+            for index, one in sorted(samples.items())
+        ]
+
+
+def is_complete(samples: Iterable[Sample]) -> bool:
+    """Tell whether the server lived to the end of a run."""
+    return not any(one.error.startswith(_GONE) for one in samples)
 
 
 def _follow(
-    server: Server, values: dict[str, str], path: Path, *, poll_s: float
-) -> tuple[str, str, dict[str, float]]:
-    """Make one clip; return how it ended, why, and the server's own seconds."""
+    server: Server, values: dict[str, str], path: Path, *, poll_s: float, stop: threading.Event
+) -> dict[str, Any]:
+    """Make one clip; return the fields of a sample that tell how it ended."""
     give_up = time.perf_counter() + TIMEOUT_S
     try:
         with closing(_Client(server)) as client:
-            status, body = client.ask("POST", "/v1/videos", values)
-            if status in (429, 503):
-                return "rejected", _message(body), {}
+            status, headers, body = client.ask("POST", "/v1/videos", values)
+            if status in _REJECTED:
+                after = headers.get("retry-after", "")
+                after_s = float(after) if after.isdigit() else None
+                return {"status": "rejected", "error": _message(body), "retry_after_s": after_s}
             job = _json(status, body)
             while job["status"] in ("queued", "in_progress"):
-                if time.perf_counter() > give_up:
-                    return "failed", f"not done after {TIMEOUT_S:g} s", {}
-                time.sleep(poll_s)
-                job = _json(*client.ask("GET", f"/v1/videos/{job['id']}"))
+                if stop.wait(poll_s) or time.perf_counter() > give_up:
+                    return {"status": "failed", "error": f"not done in {TIMEOUT_S:g} s"}
+                status, _, body = client.ask("GET", f"/v1/videos/{job['id']}")
+                job = _json(status, body)
             if job["status"] != "completed":
-                return "failed", str((job.get("error") or {}).get("message", job["status"])), {}
-            status, body = client.ask("GET", f"/v1/videos/{job['id']}/content")
+                raise ValueError((job.get("error") or {}).get("message", job["status"]))
+            status, _, body = client.ask("GET", f"/v1/videos/{job['id']}/content")
             if status != 200:
-                return "failed", _message(body), {}
+                raise ValueError(_message(body))
             path.write_bytes(body)
-            return "completed", "", _told(job)
+            return {"status": "completed", "server": _server_s(job)}
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-        return "failed", f"{type(error).__name__}: {error}", {}
+        is_lost = isinstance(error, OSError | http.client.HTTPException) and server.is_gone()
+        text = f"{type(error).__name__}: {error}"
+        return {"status": "failed", "error": f"{_GONE}: {text}" if is_lost else text}
 
 
 class _Client:
@@ -139,8 +170,8 @@ class _Client:
 
     def ask(
         self, method: str, path: str, values: dict[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        """Return the status and the body of an answer."""
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Return the status, the headers and the body of an answer."""
         headers, body = dict(self._headers), b""
         if values is not None:
             mark = token_hex(16)
@@ -152,7 +183,7 @@ class _Client:
             body = f"{form}--{mark}--\r\n".encode()
         self._connection.request(method, self._base + path, body or None, headers)
         answer = self._connection.getresponse()
-        return answer.status, answer.read()
+        return answer.status, answer.headers, answer.read()
 
     def close(self) -> None:
         """End the connection."""
@@ -173,14 +204,14 @@ def _message(body: bytes) -> str:
         return body[:200].decode(errors="replace")
 
 
-def _told(job: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds that a server tells of a job, where it does: ours in all."""
+def _server_s(job: Mapping[str, Any]) -> dict[str, float]:
+    """Return a server's own seconds of a job, if it has such fields: stages, total and the rest."""
     stages = job.get("stage_seconds") or {}
-    told = {f"stage.{name}": float(s) for name, s in stages.items()}
+    found = {f"stage.{name}": float(s) for name, s in stages.items()}
     if job.get("accepted_at_s") is not None and job.get("finished_at_s") is not None:
-        told["total"] = job["finished_at_s"] - job["accepted_at_s"]
-        told["waits"] = told["total"] - sum(stages.values())
-    return told
+        found["total"] = job["finished_at_s"] - job["accepted_at_s"]
+        found["queue"] = max(0.0, found["total"] - sum(stages.values()))
+    return found
 
 
 def _frames(path: Path) -> int:
@@ -189,25 +220,29 @@ def _frames(path: Path) -> int:
     except (ValueError, OSError):
         return 0
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a run at one rate gave; shares are of attempted requests after the first tenth.
+    """Counts and shares of a run, of attempted requests after the first tenth.
 
-    `attainment` counts requests that are in time *and* whose file holds the frames asked for;
-    `attainment_3x` those within three times what one alone takes. `wrong_rejects` are refused ones
-    after which a later one was taken and was done before the refused one's own deadline.
+    `attainment` counts requests in time *and* whose file holds the frames asked for;
+    `attainment_3x` those within three times the seconds of a clip alone. Seconds are of completed
+    requests; the server's "queue" is all of its time in which no stage worked. `late_accepts` were
+    taken and ended late, `wrong_rejects` were refused although a later request ended before their
+    deadline, `untimed_rejects` without a time at which they would fit.
     """
 
     attempted: int
     attainment: float
     attainment_3x: float | None
+    throughput_per_s: float
     statuses: Mapping[str, int]
     invalid: int
     late_accepts: int
     wrong_rejects: int
+    untimed_rejects: int
     late_sends: int
     latency_s: Mapping[str, float]
     server_s: Mapping[str, Mapping[str, float]]
@@ -219,36 +254,36 @@ def score(
     """Return the score of a run; `alone_s` is a clip's seconds on an idle server."""
     ordered = sorted(samples, key=lambda one: one.due_s)
     kept = ordered[int(len(ordered) * WARM_UP) :]
+    done = [s for s in kept if s.status == "completed"]
+    rejected = [s for s in kept if s.status == "rejected"]
+    spent_s = max((s.sent_s + s.latency_s for s in kept), default=0.0) - kept[0].due_s
 
     def within(limit_s: float) -> float:
-        good = (s.status == "completed" and s.frames == num_frames for s in kept)
-        return sum(g and s.latency_s <= limit_s for g, s in zip(good, kept, strict=True)) / len(
-            kept
-        )
+        return sum(s.frames == num_frames and s.latency_s <= limit_s for s in done) / len(kept)
 
-    done = [s for s in kept if s.status == "completed"]
-    names = sorted({name for s in done for name in s.server})
     return Score(
         attempted=len(kept),
         attainment=within(slo.deadline_s),
         attainment_3x=within(3 * alone_s) if alone_s else None,
-        statuses=Counter(s.status for s in kept),
+        throughput_per_s=len(done) / spent_s,
+        statuses=dict(Counter(s.status for s in kept)),
         invalid=sum(s.frames != num_frames for s in done),
         late_accepts=sum(s.latency_s > slo.deadline_s for s in done),
-        wrong_rejects=sum(_is_wrong(s, kept, slo.deadline_s) for s in kept),
+        wrong_rejects=sum(_is_wrong(s, done, slo.deadline_s) for s in rejected),
+        untimed_rejects=sum(s.retry_after_s is None for s in rejected),
         late_sends=sum(s.sent_s - s.due_s > _LATE_SEND_S for s in kept),
         latency_s=_quantiles([s.latency_s for s in done]),
-        server_s={n: _quantiles([s.server[n] for s in done if n in s.server]) for n in names},
+        server_s={
+            name: _quantiles([s.server[name] for s in done if name in s.server])
+            for name in sorted({name for s in done for name in s.server})
+        },
     )
 
 
-def _is_wrong(sample: Sample, samples: Sequence[Sample], deadline_s: float) -> bool:
+def _is_wrong(rejected: Sample, done: Sequence[Sample], deadline_s: float) -> bool:
     """Tell whether a refused request could have been done, since a later one was."""
-    if sample.status != "rejected":
-        return False
-    limit = sample.sent_s + deadline_s
-    later = (s for s in samples if s.status == "completed" and s.sent_s >= sample.sent_s)
-    return any(s.sent_s + s.latency_s <= limit for s in later)
+    limit_s = rejected.sent_s + deadline_s
+    return any(rejected.sent_s <= s.sent_s <= limit_s - s.latency_s for s in done)
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:

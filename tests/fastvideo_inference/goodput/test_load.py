@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastvideo_inference.goodput.bench import Bench
 from fastvideo_inference.goodput.load import Sample, Server, score
 from fastvideo_inference.goodput.plan import Slo
 
+from fastvideo import cli
 from tests.serving import BALL, Running, config_of
 
 FIELDS = {**BALL, "num_frames": 5}
@@ -54,7 +56,7 @@ def test_requests_are_good_in_time_and_whole_and_a_run_is_not_made_again(
     assert run.score.statuses.keys() <= {"completed", "rejected"}
     done = [s for s in run.samples if s.status == "completed"]
     assert all(s.frames == 5 and s.latency_s >= s.server["total"] > 0 for s in done)
-    assert {"stage.encode_text", "stage.denoise", "stage.decode", "waits"} <= done[0].server.keys()
+    assert {"stage.encode_text", "stage.denoise", "stage.decode", "queue"} <= done[0].server.keys()
     server.stop()
     again = bench_of(server, tmp_path / "bench")
     again.begin()
@@ -71,6 +73,7 @@ def test_a_burst_beyond_the_queue_counts_as_missed(server: Running, tmp_path: Pa
     run = bench.run("offline")
     rejected = run.score.statuses["rejected"]
     assert rejected > 0
+    assert run.score.untimed_rejects == 0, "each 429 says when it would fit"
     assert run.score.attainment == pytest.approx(1 - rejected / run.score.attempted)
 
 
@@ -84,6 +87,45 @@ def test_a_server_that_is_gone_ends_a_bench_with_what_was_measured(server: Runni
     assert not run.is_complete
     assert not list((tmp_path / "bench").glob("server-*"))
     assert benches.goodput([single, run], SLO) == 0.0
+
+
+def test_the_command_bisects_and_writes_what_it_found_also_of_a_server_that_died(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "bench"
+    words = ["bench", "serve", server.url, "--slo", "60", "--frames", "5", "--count", "10"]
+    words += ["--set", "seed=1", "--set", "guidance_scale=1", "-o", str(folder)]
+    assert cli.main([*words, "--rate", "120", "--offline"]) == 0
+    table = json.loads((folder / "table.json").read_text())
+    assert [run["mode"] for run in table["runs"]] == ["single", "server", "offline"]
+    assert table["is_complete"] and table["goodput_per_s"] == 2.0 and table["poll_s"] == 0.1
+    assert all(run["attainment_3x"] is not None for run in table["runs"][1:])
+    assert {"p50", "p95", "p99"} <= table["runs"][1]["server_s"]["queue"].keys()
+    assert "<polyline" in (folder / "attainment.svg").read_text()
+    server.stop()
+    assert cli.main([*words, "--rate", "120", "--rate", "240"]) == 1
+    table = json.loads((folder / "table.json").read_text())
+    assert [run["is_complete"] for run in table["runs"]] == [True, True, False]
+    assert not table["is_complete"] and table["goodput_per_s"] == 2.0
+    assert "incomplete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--slo -1", "deadline -1"),
+        ("--slo 5 --rate -3", "rate -3"),
+        ("--slo 5 --poll 0", "poll 0"),
+        ("--slo 5 --burst -1", "burst -1"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(
+    words: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    given = ["bench", "serve", "http://127.0.0.1:9", "--frames", "5", *words.split()]
+    assert cli.main([*given, "-o", str(tmp_path / "bench")]) == 2
+    error = capsys.readouterr().err
+    assert why in error and error.count("\n") == 1
 
 
 def test_another_number_of_frames_is_no_good_clip(server: Running):
