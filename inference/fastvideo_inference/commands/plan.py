@@ -72,7 +72,8 @@ def plan(
         ],
     }
     files.write_text(output / "plan.json", json.dumps(facts, indent=1) + "\n")
-    config = planning.serve_toml(found[0], made, promise, decoder=decoder)
+    path = None if profile in predict.DEVICES else Path(profile).absolute()
+    config = planning.serve_toml(found[0], made, promise, profile_path=path, decoder=decoder)
     files.write_text(output / "serve.toml", config)
     drawn = [*found[:_DRAWN], *(one for one in found[_DRAWN:] if one.is_monolith)][: _DRAWN + 1]
     files.write_text(output / "plan.svg", _plot(drawn, made, params, promise, decoder))

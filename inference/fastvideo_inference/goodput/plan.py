@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fastvideo import registry
 from fastvideo.parallel.degrees import parse
@@ -237,14 +238,14 @@ def capacity(pools: Sequence[Pool]) -> float:
 
 
 def serve_toml(
-    best: Placement, profile: Profile, slo: Slo, *, policy: str = "fifo", decoder: str = ""
+    best: Placement, profile: Profile, slo: Slo, *, profile_path: Path | None, decoder: str = ""
 ) -> str:
     """Return the config with which `fastvideo serve` starts a placement, one worker an entry."""
     numbers = itertools.count()
     lines = [
         f"# {60 * best.rate:.3g} requests a minute, {slo.target:.0%} within {slo.deadline_s:g} s at"
         f" the client ({profile.source}, {profile.device.name})",
-        f'policy = "{policy}"',
+        *([f"profile = [{json.dumps(str(profile_path))}]"] if profile_path else []),
         f"in_flight = {max(2, *(group.count for group in best.groups), 0)}",
         *(["", "[decoder]", f"{decoder} = {json.dumps(decoder)}"] if decoder else []),
         "",

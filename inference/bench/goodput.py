@@ -1,0 +1,195 @@
+"""Is the planner right? Its placements as real servers under load, on the cores of this machine.
+
+python inference/bench/goodput.py --case split --append inference/bench/results-goodput.jsonl
+
+A case is profiled (one pinned thread a worker, all cores busy), planned, and each placement that is
+named is served by `fastvideo serve` and loaded as `fastvideo bench serve` does. Printed: simulated
+and live goodput, attainment at 50 % and 80 % of the simulated one, and good clips at five times it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastvideo_inference.commands.plan import name
+from fastvideo_inference.goodput import plan as planning
+from fastvideo_inference.goodput import profile as profiles
+from fastvideo_inference.goodput.bench import Bench
+from fastvideo_inference.goodput.load import Server
+from fastvideo_inference.goodput.plan import Placement, Slo
+
+from fastvideo import timing
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest, SamplingParams
+
+MODEL = "fastwan-nano"
+# frames of a clip; GiB of weights a worker (None: no limit); the deadline, in clips made alone
+CASES: dict[str, tuple[int, float | None, float]] = {
+    "monolith": (41, None, 3.0),
+    "split": (5, 0.0145, 5.0),  # DiT and VAE fit together, the text encoder beside them does not
+}
+STEP = 1.15  # from one rate to the next
+POLL_S = 0.05
+
+
+def main() -> None:
+    """Run the cases that are asked for."""
+    p = argparse.ArgumentParser()
+    p.add_argument("--case", choices=CASES, action="append")
+    p.add_argument("--count", type=int, default=200, help="requests of a run")
+    p.add_argument("--cores", type=int, default=2)
+    p.add_argument("--append", type=Path, help="JSON lines to add the results to")
+    args = p.parse_args()
+    for case in args.case or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            result = timing.record(case=case, **run(case, args, Path(folder)))
+        if args.append:
+            timing.append(args.append, result)
+
+
+def run(case: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Profile, plan, and measure every placement that was planned."""
+    frames, memory_gib, times = CASES[case]
+    path = folder / "profile.json"
+    command = ["profile", MODEL, "--frames", str(frames), "--processes", str(args.cores)]
+    cli(*command, "--device", "cpu", "--repeats", "8", "-o", str(path))
+    profile = profiles.read(path)
+    params = resolve(GenerateRequest(prompt="bench", seed=0, num_frames=frames), profile.spec)
+    alone_s = sum(one.median for one in profile.row_s(params).values())
+    slo = Slo(deadline_s=round(times * alone_s, 2), delivery_s=POLL_S)
+    ranked = planning.plan(profile, params, devices=args.cores, slo=slo, memory_gib=memory_gib)
+    print(f"{case}: a clip takes {alone_s:.2f} s, deadline {slo.deadline_s} s", flush=True)
+    live = []
+    for index, placement in enumerate(one for one in ranked if one.devices == args.cores):
+        own = folder / f"placement{index}"
+        own.mkdir()
+        text = planning.serve_toml(placement, profile, slo, profile_path=path)
+        (own / "serve.toml").write_text(text, encoding="utf-8")
+        with served(own / "serve.toml") as url:
+            one = measured(url, placement, profile, params, slo, own / "bench", args.count)
+        print(line(one), flush=True)
+        live.append(one)
+    return {
+        "model": MODEL,
+        "frames": frames,
+        "memory_gib": memory_gib,
+        "slo": {"deadline_s": slo.deadline_s, "target": slo.target},
+        "count": args.count,
+        "alone_s": round(alone_s, 4),
+        "placements": live,
+    }
+
+
+def measured(
+    url: str,
+    placement: Placement,
+    profile: profiles.Profile,
+    params: SamplingParams,
+    slo: Slo,
+    folder: Path,
+    count: int,
+) -> dict[str, Any]:
+    """Return what was simulated of a placement and what a server of it did."""
+    bench = Bench(
+        Server(url),
+        {"num_frames": params.num_frames},
+        ("a big red ball moving left at night",),
+        replace(slo, delivery_s=0.0),
+        num_frames=params.num_frames,
+        folder=folder,
+        count=count,
+        poll_s=POLL_S,
+    )
+    bench.begin()
+    pools = [planning.pool_of(group, profile, params) for group in placement.groups]
+    alone_s = bench.run("single").score.latency_s["p50"]
+    attainment = []
+    for share in (0.5, 0.8):
+        rate = share * placement.rate
+        score = bench.run("server", rate=rate).score
+        simulated = planning.attainment(pools, slo, rate)
+        attainment.append({"share": share, "live": score.attainment, "simulated": simulated})
+    peak = best_rate(bench, placement.rate)
+    overload = bench.run("server", rate=5 * placement.rate).score
+    good_share = overload.attainment * overload.attempted / overload.statuses["completed"]
+    return {
+        "placement": name(placement),
+        "simulated_per_s": round(placement.rate, 4),
+        "live_per_s": round(peak, 4),
+        "alone_s": round(alone_s, 4),
+        "attainment": attainment,
+        "overload_good_per_s": round(good_share * overload.throughput_per_s, 4),
+        "overload_statuses": dict(overload.statuses),
+        "late_accepts": overload.late_accepts,
+    }
+
+
+def best_rate(bench: Bench, rate: float) -> float:
+    """Return the highest rate, in steps, at which the target share was good."""
+    passed = failed = 0.0
+    while not (passed and failed):
+        if bench.run("server", rate=rate).passes(bench.slo):
+            passed, rate = rate, rate * STEP
+        else:
+            failed, rate = rate, rate / STEP
+    middle = (passed * failed) ** 0.5
+    return middle if bench.run("server", rate=middle).passes(bench.slo) else passed
+
+
+@contextmanager
+def served(config: Path) -> Iterator[str]:
+    """Start a server in the config's folder, wait until it is ready, and end it."""
+    command = [sys.executable, "-m", "fastvideo", "serve", "--config", str(config), "--port", "0"]
+    with subprocess.Popen(command, cwd=config.parent, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().strip()
+            while not is_ready(url):
+                time.sleep(0.1)
+            yield url
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.send_signal(signal.SIGTERM)
+
+
+def is_ready(url: str) -> bool:
+    """Tell whether a server has made its first clip."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return False
+
+
+def cli(*words: str) -> None:
+    """Run a command of ours."""
+    subprocess.run([sys.executable, "-m", "fastvideo", *words], check=True)
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return a placement's results in a line."""
+    shares = ", ".join(
+        f"{one['share']:.0%}: {one['live']:.1%} live, {one['simulated']:.1%} simulated"
+        for one in found["attainment"]
+    )
+    return (
+        f"  {found['placement']}: {60 * found['live_per_s']:.1f}/min live,"
+        f" {60 * found['simulated_per_s']:.1f} simulated; {shares};"
+        f" {60 * found['overload_good_per_s']:.1f} good/min at 5x"
+    )
+
+
+if __name__ == "__main__":
+    main()
