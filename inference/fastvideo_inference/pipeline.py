@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from fastvideo.model import Model
     from fastvideo.parallel.mesh import Meshes
+    from fastvideo_inference.goodput.profile import Profile
     from fastvideo_inference.remote import RemotePipeline
 
     Frames = npt.NDArray[np.uint8]
@@ -65,6 +66,7 @@ class VideoPipeline:
         self.model_id = model_id
         self.decoder_id = decoder_id
         self.loras: dict[str, LoraUse] = {}
+        self.profile: Profile | None = None  # what budgets go by, once one was asked for
         self._thread = threading.get_ident()
 
     @classmethod

@@ -180,13 +180,14 @@ def make_in_time(
     if model.meshes.degrees.world_size > 1:
         raise ValueError("a budget chooses for a clip of one process")
     budget = Budget(seconds, found, device=str(model.device), saves=False)
-    made = []
+    budget.profile, made = budget.profile or pipe.profile, []
     for known, (_, _, notices) in zip(each, asked, strict=True):
         budget.prepare(pipe, known)
         began, choice = time.perf_counter(), budget.choose(known)
         setting = choice.setting
         video = make(pipe.with_decoder(setting.decoder), setting.params, (*notices, choice.reason))
         budget.note(setting, video.timings)
+        pipe.profile = budget.profile
         facts = choice.facts(seconds, time.perf_counter() - began)
         made.append(replace(video, budget=facts))
     return made

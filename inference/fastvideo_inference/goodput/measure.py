@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _WARM_UPS = 1
 _LOADS = 3  # how often each part is loaded
-_BUSY = 0.5  # runnable processes a core beside our own, from which seconds are not to be trusted
+_BUSY, _LOOK_S = 0.25, 0.3  # share of the cores from which seconds are not trusted; how long
 
 
 def measure(
@@ -102,8 +102,19 @@ def _profile(
 
 
 def is_loaded() -> bool:
-    """Tell whether other programs keep this machine's cores busy."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1)
+    """Tell whether other programs keep this machine's cores busy, while this one sleeps."""
+    if sys.platform != "linux":
+        return False
+    before = _clocks()
+    time.sleep(_LOOK_S)
+    idle, whole = (b - a for a, b in zip(before, _clocks(), strict=True))
+    return idle < (1 - _BUSY) * whole
+
+
+def _clocks() -> tuple[int, int]:
+    """Return how long all cores were idle, and the whole time of them, in ticks."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 _Rows = tuple[list[tuple[tuple[Any, ...], list[float]]], Device, dict[str, float]]
