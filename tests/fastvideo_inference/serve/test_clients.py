@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
 
+from tests import aiperf
 from tests.serving import BALL, Running, Start
 
 openai = pytest.importorskip("openai")
@@ -121,23 +120,11 @@ def test_schemathesis_finds_no_request_that_is_answered_5xx(
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not shutil.which("aiperf"), reason="needs aiperf on PATH (.ci/full clients)")
+@pytest.mark.skipif(not aiperf.IS_THERE, reason=aiperf.WHY)
 @pytest.mark.parametrize("extra", [[], ["--download-video-content"]])
 def test_aiperf_measures_the_server(server: Running, tmp_path: Path, extra: list[str]):
-    vocabulary = models.WordLevel({"<unk>": 0}, unk_token="<unk>")
-    Tokenizer(vocabulary).save(str(tmp_path / "tokenizer.json"))
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "prompts.jsonl").write_text('{"text": "a red ball moving left"}\n')
-    words = [
-        *("aiperf", "profile", "--model", "tiny", "--url", server.url, "--ui", "none"),
-        *("--endpoint-type", "video_generation", "--request-count", "4", "--concurrency", "2"),
-        *("--tokenizer", ".", "--input-file", "prompts.jsonl"),
-        *("--custom-dataset-type", "single_turn", "--extra-inputs", "size:48x32", *extra),
-    ]
-    run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    (report,) = tmp_path.rglob("profile_export_aiperf.json")
-    found = json.loads(report.read_text())
-    assert found["request_count"]["avg"] == 4, run.stdout[-2000:]
+    words = ["--request-count", "4", "--concurrency", "2", "--extra-inputs", "size:48x32", *extra]
+    rows = [{"text": "a red ball moving left"}]
+    found = aiperf.measured(server.url, rows, words, folder=tmp_path)
+    assert found["request_count"]["avg"] == 4
     assert found["video_inference_time"]["min"] > 0
