@@ -19,13 +19,12 @@ from pathlib import Path
 from fastvideo import registry
 from fastvideo.parallel.degrees import parse
 from fastvideo.sampling import SamplingParams
-from fastvideo_inference.goodput.profile import DECODE, DENOISE, SAVE, Profile
+from fastvideo_inference.goodput.profile import SAVE, SHARED, Profile
 from fastvideo_inference.goodput.simulate import BURST, Costs, Pool, arrivals, simulate
 
 REQUESTS, WARM_UP = 300, 0.1  # of a simulated run; the share of it that is dropped
 KEEP = 8  # placements that are told of
 _PRECISION = 0.02  # of the rate that bisection ends at
-_SHARED = (DENOISE, DECODE)  # stages that ranks share; the others run on each of them
 
 
 @dataclass(frozen=True)
@@ -181,28 +180,19 @@ def placements(
 
 def pool_of(group: Group, profile: Profile, params: SamplingParams, *, decoder: str = "") -> Pool:
     """Return a group for the simulator; `ValueError` if the profile lacks one of its stages."""
-    row, seconds = profile.spec.stages, {}
-    for stage in row:
-        parallel = group.parallel if stage in _SHARED and stage in group.stages else ""
-        seconds[stage] = profile.stage_s(stage, params, decoder=decoder, parallel=parallel)
-    seconds[row[-1]] += profile.stage_s(SAVE, params)
-    parts = {stage: _parts(stage) for stage in row}
-    costs = Costs(
-        seconds,
-        parts=parts,
-        load_s={part: profile.load_s([part]) for own in parts.values() for part in own},
-        gib=profile.gib,
-    )
+    seconds = profile.row_s(params, decoder=decoder)
+    for stage in {*group.stages} & {*SHARED} if group.parallel else ():
+        one = profile.stage_s(stage, params, decoder=decoder, parallel=group.parallel)
+        seconds[stage] = one + profile.stage_s(SAVE, params) * (stage == profile.spec.stages[-1])
+    parts = {stage: _parts(stage) for stage in seconds}
+    load_s = {part: profile.load_s([part]) for own in parts.values() for part in own}
+    costs = Costs(seconds, parts=parts, load_s=load_s, gib=profile.gib)
     return Pool(group.stages, group.count, costs, group.memory_gib)
 
 
 def seconds_of(pool: Pool) -> float:
     """Return the median seconds of a pool's stages for one clip, with parts it must load."""
-    own = [part for stage in pool.stages for part in pool.costs.parts[stage]]
-    size = sum(pool.costs.gib.get(part, 0.0) for part in own)
-    fits = pool.memory_gib is None or size <= pool.memory_gib
-    loads = 0.0 if fits else sum(pool.costs.load_s[part] for part in own)
-    return sum(pool.costs.seconds[stage].median for stage in pool.stages) + loads
+    return sum(pool.expected.values())
 
 
 def attainment(
@@ -295,7 +285,7 @@ def _parts(stage: str) -> tuple[str, ...]:
 
 
 def _shapes(stages: Sequence[str], degrees: Sequence[str]) -> Sequence[str]:
-    return degrees if set(stages) & set(_SHARED) else ("",)
+    return degrees if set(stages) & set(SHARED) else ("",)
 
 
 def _counts(sizes: Sequence[int], devices: int) -> Iterator[tuple[int, ...]]:
