@@ -20,44 +20,9 @@ from fastvideo.models.wan_dit_config import WanConfig
 from fastvideo.sampling import SamplingParams
 from fastvideo.shapes import TokenGrid
 from fastvideo.spec import Defaults, Network, Spec
-from fastvideo_inference.goodput.profile import (
-    DECODE,
-    DENOISE,
-    ENCODE,
-    LOAD,
-    SAVE,
-    Cell,
-    Device,
-    Profile,
-    work_of,
-)
+from fastvideo_inference.goodput import profile as profiles
+from fastvideo_inference.goodput.profile import Cell, Device, Profile, work_of
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Throughput: bf16 FLOP/s without sparsity, bytes/s of memory and of one link direction.
-
-    `efficiency` scales EFFICIENCY, and none is above `most`.
-    """
-
-    flop_s: float
-    memory_s: float
-    link_s: float
-    efficiency: float = 1.0
-    most: float = 1.0
-
-
-# H200: measured matmul on random data and device copy. B200, GB200: data sheets, of which H200
-# sustains 790 / 989; at most half of a floor is believed until somebody runs it.
-DEVICES = {
-    "H200": Gpu(790e12, 4.3e12, 450e9),
-    "B200": Gpu(2250e12, 8e12, 900e9, efficiency=790 / 989, most=0.5),
-    "GB200": Gpu(2500e12, 8e12, 900e9, efficiency=790 / 989, most=0.5),
-}
-SHAPES = {
-    "1.3B": WanConfig(num_attention_heads=12, num_layers=30, ffn_dim=8960),
-    "14B": WanConfig(),
-}
 EFFICIENCY = {
     "dense": 0.75,  # FastVideo, H200, 3 steps in 1.49 s (floor 1.11)
     "vsa": 0.60,  # FastVideo, H200, 3 steps in 0.98 s (floor 0.61)
@@ -65,12 +30,40 @@ EFFICIENCY = {
     "vae": 0.21,  # SGLang, H200, fused RMSNorm + SiLU, 1.88 s (floor 0.40)
     "taehv": 0.25,  # 60 ms, a goal (floor 15): published is LightTAE, 0.25 s on H100
 }
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Throughput: bf16 FLOP/s without sparsity, bytes/s of memory and of one link direction."""
+
+    flop_s: float
+    memory_s: float
+    link_s: float
+    is_datasheet: bool = True
+
+    def efficiency(self, name: str) -> float:
+        """Return the share of a floor that is reached: of a data sheet, at most half.
+
+        Of its own data sheet H200 sustains 790 / 989.
+        """
+        share = EFFICIENCY[name]
+        return min(0.5, share * 790 / 989) if self.is_datasheet else share
+
+
+DEVICES = {
+    "H200": Gpu(790e12, 4.3e12, 450e9, is_datasheet=False),  # measured matmul and device copy
+    "B200": Gpu(2250e12, 8e12, 900e9),
+    "GB200": Gpu(2500e12, 8e12, 900e9),
+}
+SHAPES = {
+    "1.3B": WanConfig(num_attention_heads=12, num_layers=30, ffn_dim=8960),
+    "14B": WanConfig(),
+}
 PATTERNS = ("dense", "vsa(sparsity=0.8)", "vsa(sparsity=0.9)")
-TINY = "taehv"  # the decoder's name in the profile
 _SIZES = ((832, 480, 81), (1280, 720, 81))
-_BF16 = 2
-_TEXT_TOKENS = 512
-_FUSED_PASSES = 19  # of pointwise kernels over a layer's tokens, forward, fused
+_BF16, _TEXT_TOKENS = 2, 512
+_TEXT_PARAMS = 24 * (4 * 4096**2 + 3 * 4096 * 10240)  # of UMT5-XXL's layers
+_FUSED_PASSES = 19  # of fused pointwise kernels over a layer's tokens in a forward
 _LINK_SHARE, _CALL_S = 0.75, 15e-6  # of NVLink's bandwidth; latency of a collective
 _DECODE_SERIAL = 1 / 7  # of a spatially sharded decode: 1.75x on 2 GPUs (Amdahl)
 _LOAD_S = 6.2e9  # bytes/s: mmap, threads and a pinned buffer (FastVideo, B200)
@@ -84,39 +77,36 @@ def predicted(device: str, shape: str) -> Profile:
     for name, value, known in (("device", device, DEVICES), ("shape", shape, SHAPES)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown (known: {', '.join(known)})")
-    config, gpu = SHAPES[shape], DEVICES[device]
-    dit = {k: getattr(config, k) for k in ("num_attention_heads", "num_layers", "ffn_dim")}
+    config = SHAPES[shape]
+    dims = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim")
     spec = Spec(
         name=f"wan2.1-{shape}",
-        dit=Network(family="wan", config={"attention_head_dim": 128, **dit}),
+        dit=Network(family="wan", config={name: getattr(config, name) for name in dims}),
         vae=Network(family="wan"),
         text=Network(family="umt5"),
         defaults=Defaults(num_inference_steps=3, guidance_scale=1.0),
     )
+    version = fastvideo.__version__
     return Profile(
         source="predicted",
         model=f"Wan-AI/Wan2.1-T2V-{shape}-Diffusers",
         fingerprint="predicted",
         spec=spec,
-        device=Device(
-            name=device, kind="cuda", threads=1, torch="", fastvideo=fastvideo.__version__
-        ),
+        device=Device(name=device, kind="cuda", threads=1, torch="", fastvideo=version),
         gib={part: size / 2**30 for part, size in part_bytes(config).items()},
-        cells=tuple(_cells(gpu, config, spec)),
+        cells=tuple(_cells(DEVICES[device], config, spec)),
     )
 
 
 def part_bytes(config: WanConfig) -> dict[str, float]:
-    """Return the bf16 bytes of each part."""
-    d, layers = config.dim, config.num_layers
-    dit = layers * (8 * d * d + 2 * d * config.ffn_dim) + 7 * d * d + config.text_dim * d
-    text = _text_params() + 256384 * 4096  # the embedding too
-    return {"text": _BF16 * text, "dit": float(_BF16 * dit), "vae": _VAE_BYTES}
-
-
-def text_flop() -> float:
-    """Return the FLOP of UMT5-XXL for one prompt, padded to 512 tokens."""
-    return 2 * _text_params() * _TEXT_TOKENS + 24 * 4 * _TEXT_TOKENS**2 * 4096
+    """Return the bf16 bytes of each part; those of UMT5-XXL's embedding too."""
+    d = config.dim
+    dit = config.num_layers * (8 * d * d + 2 * d * config.ffn_dim) + 7 * d * d + config.text_dim * d
+    return {
+        "text": _BF16 * (_TEXT_PARAMS + 256384.0 * 4096),
+        "dit": float(_BF16 * dit),
+        "vae": _VAE_BYTES,
+    }
 
 
 def dit_flop(config: WanConfig, grid: TokenGrid, pattern: Pattern) -> tuple[float, float]:
@@ -124,14 +114,13 @@ def dit_flop(config: WanConfig, grid: TokenGrid, pattern: Pattern) -> tuple[floa
 
     Keys and values of the text are made once a clip and do not count.
     """
-    d, length, is_sparse = config.dim, grid.num_tokens, isinstance(pattern, Vsa)
-    gate = 2 * d * d if is_sparse else 0
-    linear = length * (12 * d * d + 4 * d * config.ffn_dim + gate)
-    pairs = float(length**2)
+    d, length = config.dim, grid.num_tokens
+    gate, pairs = 0, float(length**2)
     if isinstance(pattern, Vsa):
         t, h, w = pattern.tile
         tiles = -(-grid.frames // t) * -(-grid.height // h) * -(-grid.width // w)
-        pairs = (t * h * w) ** 2 * tiles * pattern.num_selected(tiles)
+        gate, pairs = 2 * d * d, (t * h * w) ** 2 * tiles * pattern.num_selected(tiles)
+    linear = length * (12 * d * d + 4 * d * config.ffn_dim + gate)
     attention = 4 * d * (pairs + length * _TEXT_TOKENS)
     return config.num_layers * linear, config.num_layers * attention
 
@@ -148,9 +137,14 @@ def forward_s(
     alone_s = sum(dit_flop(config, grid, pattern)) / gpu.flop_s + pointwise_s
     if ulysses == 1:
         return alone_s
-    calls = 5 if isinstance(pattern, Vsa) else 4
+    calls = config.num_layers * (5 if isinstance(pattern, Vsa) else 4)
     sent_s = tensor * (ulysses - 1) / ulysses**2 / (_LINK_SHARE * gpu.link_s)
-    return alone_s / ulysses + config.num_layers * calls * (sent_s + _CALL_S)
+    return alone_s / ulysses + calls * (sent_s + _CALL_S)
+
+
+def text_flop() -> float:
+    """Return the FLOP of UMT5-XXL for one prompt, padded to 512 tokens."""
+    return 2.0 * _TEXT_PARAMS * _TEXT_TOKENS + 24 * 4 * _TEXT_TOKENS**2 * 4096
 
 
 def vae_work(t: int, h: int, w: int) -> tuple[float, float]:
@@ -179,62 +173,39 @@ def tiny_flop(t: int, h: int, w: int) -> float:
     return flop + 2.0 * t * h * w * 9 * 64 * 3
 
 
-def decode_s(gpu: Gpu, t: int, h: int, w: int, *, decoder: str = "") -> float:
-    """Return the floor of decoding latents t, h, w in seconds."""
-    if decoder:
-        return tiny_flop(t, h, w) / gpu.flop_s
-    flop, moved = vae_work(t, h, w)
+def decode_s(gpu: Gpu, latents: tuple[int, int, int], *, decoder: str = "") -> float:
+    """Return the floor of decoding latents (t, h, w) in seconds."""
+    flop, moved = (tiny_flop(*latents), 0.0) if decoder else vae_work(*latents)
     return flop / gpu.flop_s + moved / gpu.memory_s
 
 
-def efficiency(gpu: Gpu, name: str) -> float:
-    """Return the share of a floor that is assumed to be reached."""
-    return min(gpu.most, gpu.efficiency * EFFICIENCY[name])
-
-
 def _cells(gpu: Gpu, config: WanConfig, spec: Spec) -> Iterator[Cell]:
+    def cell(stage: str, seconds: float, work: float = 1.0, **how: str) -> Cell:
+        return Cell(stage=stage, work=work, seconds=(seconds,), **how)
+
     for part, size in part_bytes(config).items():
-        yield Cell(stage=f"{LOAD}.{part}", work=1.0, seconds=(size / _LOAD_S,))
-    text_s = text_flop() / gpu.flop_s / efficiency(gpu, "text")
-    yield Cell(stage=ENCODE, work=1.0, seconds=(text_s,))
-    legal = [n for n in (1, 2, 4, 8) if config.num_attention_heads % n == 0]
-    for (width, height, frames), guidance in itertools.product(_SIZES, (1.0, 5.0)):
+        yield cell(f"{profiles.LOAD}.{part}", size / _LOAD_S)
+    yield cell(profiles.ENCODE, text_flop() / gpu.flop_s / gpu.efficiency("text"))
+    degrees = [n for n in (1, 2, 4, 8) if config.num_attention_heads % n == 0]
+    for width, height, frames in _SIZES:
         clip = SamplingParams.model_construct(
-            width=width, height=height, num_frames=frames, guidance_scale=guidance
+            width=width, height=height, num_frames=frames, guidance_scale=1.0
         )
         latent = spec.latent_shape(frames=frames, height=height, width=width)
-        grid, latents = latent.tokens(config.patch_size), astuple(latent)
-        for degree, text in itertools.product(legal, PATTERNS):
-            pattern = patterns.read(text)
-            floor = forward_s(gpu, config, grid, pattern, ulysses=degree)
-            floor *= 1 if guidance == 1 else 2
-            yield Cell(
-                stage=DENOISE,
-                work=work_of(DENOISE, clip, spec),
-                attention=patterns.write(pattern),
-                parallel=_degrees(degree),
-                seconds=(floor / efficiency(gpu, text.partition("(")[0]),),
-            )
-        if guidance > 1:
-            continue
-        work = work_of(DECODE, clip, spec)
-        yield Cell(stage="prepare_latents", work=work, seconds=(_PREPARE_S,))
-        yield Cell(stage=SAVE, work=work, seconds=(work / _SAVE_PX_S,))
-        for degree, decoder in itertools.product(legal, ("", TINY)):
-            seconds = decode_s(gpu, *latents, decoder=decoder) / efficiency(gpu, decoder or "vae")
-            seconds *= _DECODE_SERIAL + (1 - _DECODE_SERIAL) / degree
-            yield Cell(
-                stage=DECODE,
-                work=work,
-                decoder=decoder,
-                parallel=_degrees(degree),
-                seconds=(seconds,),
-            )
-
-
-def _text_params() -> int:
-    return 24 * (4 * 4096**2 + 3 * 4096 * 10240)
-
-
-def _degrees(ulysses: int) -> str:
-    return f"ulysses={ulysses}" if ulysses > 1 else ""
+        grid, flop = latent.tokens(config.patch_size), work_of(profiles.DENOISE, clip, spec)
+        pixels = work_of(profiles.DECODE, clip, spec)
+        yield cell("prepare_latents", _PREPARE_S, pixels)
+        yield cell(profiles.SAVE, pixels / _SAVE_PX_S, pixels)
+        for n in degrees:
+            parallel = f"ulysses={n}" if n > 1 else ""
+            for text, guided in itertools.product(PATTERNS, (1, 2)):
+                pattern = patterns.read(text)
+                floor_s = guided * forward_s(gpu, config, grid, pattern, ulysses=n)
+                seconds = floor_s / gpu.efficiency(text.partition("(")[0])
+                how = {"attention": patterns.write(pattern), "parallel": parallel}
+                yield cell(profiles.DENOISE, seconds, guided * flop, **how)
+            shared = _DECODE_SERIAL + (1 - _DECODE_SERIAL) / n
+            for name in ("", "taehv"):
+                floor_s = decode_s(gpu, astuple(latent), decoder=name)
+                seconds = shared * floor_s / gpu.efficiency(name or "vae")
+                yield cell(profiles.DECODE, seconds, pixels, decoder=name, parallel=parallel)

@@ -73,8 +73,8 @@ def test_floors_of_decoders_and_of_text_are_those_of_the_table(
 ):
     assert predict.vae_work(*latents)[0] == pytest.approx(flop, rel=0.03)
     assert tiny_flop is None or predict.tiny_flop(*latents) == pytest.approx(tiny_flop, rel=0.02)
-    assert predict.decode_s(DEVICES["H200"], *latents) == pytest.approx(h200_s, rel=0.03)
-    assert predict.decode_s(DEVICES["B200"], *latents) == pytest.approx(b200_s, rel=0.03)
+    assert predict.decode_s(DEVICES["H200"], latents) == pytest.approx(h200_s, rel=0.03)
+    assert predict.decode_s(DEVICES["B200"], latents) == pytest.approx(b200_s, rel=0.03)
     assert predict.text_flop() == pytest.approx(4.84e12, rel=0.01)
 
 
@@ -103,8 +103,8 @@ def test_degrees_divide_the_heads_and_datasheets_are_believed_by_half():
     assert degrees["1.3B"] == {"", "ulysses=2", "ulysses=4"}
     assert degrees["14B"] - degrees["1.3B"] == {"ulysses=8"}
     for name in predict.EFFICIENCY:
-        assert predict.efficiency(DEVICES["B200"], name) <= 0.5
-        assert predict.efficiency(DEVICES["H200"], name) == predict.EFFICIENCY[name]
+        assert DEVICES["B200"].efficiency(name) <= 0.5
+        assert DEVICES["H200"].efficiency(name) == predict.EFFICIENCY[name]
 
 
 @pytest.mark.parametrize(("device", "shape"), [("H100", "14B"), ("H200", "5B")])
