@@ -14,13 +14,11 @@ import http.client
 import json
 import math
 import queue
-import socket
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
@@ -52,12 +50,13 @@ class Server:
 
     def is_gone(self) -> bool:
         """Tell whether nothing listens there any more."""
-        parts = urlsplit(self.url)
+        client = _Client(self)
         try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname, port), timeout=5).close()
+            client.connection.connect()
         except OSError:
             return True
+        finally:
+            client.connection.close()
         return False
 
 
@@ -129,31 +128,28 @@ def _follow(
     server: Server, values: dict[str, str], path: Path, *, poll_s: float, stop: threading.Event
 ) -> dict[str, Any]:
     """Make one clip; return the fields of a sample that tell how it ended."""
-    give_up = time.perf_counter() + TIMEOUT_S
+    give_up, client = time.perf_counter() + TIMEOUT_S, _Client(server)
     try:
-        with closing(_Client(server)) as client:
-            status, headers, body = client.ask("POST", "/v1/videos", values)
-            if status in _REJECTED:
-                after = headers.get("retry-after", "")
-                after_s = float(after) if after.isdigit() else None
-                return {"status": "rejected", "error": _message(body), "retry_after_s": after_s}
-            job = _json(status, body)
-            while job["status"] in ("queued", "in_progress"):
-                if stop.wait(poll_s) or time.perf_counter() > give_up:
-                    return {"status": "failed", "error": f"not done in {TIMEOUT_S:g} s"}
-                status, _, body = client.ask("GET", f"/v1/videos/{job['id']}")
-                job = _json(status, body)
-            if job["status"] != "completed":
-                raise ValueError((job.get("error") or {}).get("message", job["status"]))
-            status, _, body = client.ask("GET", f"/v1/videos/{job['id']}/content")
-            if status != 200:
-                raise ValueError(_message(body))
-            path.write_bytes(body)
-            return {"status": "completed", "server": _server_s(job)}
+        answer, body = client.ask("POST", "/v1/videos", values)
+        if answer.status in _REJECTED:
+            after = answer.headers.get("retry-after", "")
+            after_s = float(after) if after.isdigit() else None
+            return {"status": "rejected", "error": _message(body), "retry_after_s": after_s}
+        while (job := _checked(answer, body))["status"] in ("queued", "in_progress"):
+            if stop.wait(poll_s) or time.perf_counter() > give_up:
+                return {"status": "failed", "error": f"not done in {TIMEOUT_S:g} s"}
+            answer, body = client.ask("GET", f"/v1/videos/{job['id']}")
+        if job["status"] != "completed":
+            raise ValueError((job.get("error") or {}).get("message", job["status"]))
+        answer, body = client.ask("GET", f"/v1/videos/{job['id']}/content")
+        path.write_bytes(_checked(answer, body, is_json=False))
+        return {"status": "completed", "server": _server_s(job)}
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         is_lost = isinstance(error, OSError | http.client.HTTPException) and server.is_gone()
         text = f"{type(error).__name__}: {error}"
         return {"status": "failed", "error": f"{_GONE}: {text}" if is_lost else text}
+    finally:
+        client.connection.close()
 
 
 class _Client:
@@ -164,37 +160,31 @@ class _Client:
         is_secure = parts.scheme == "https"
         kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
         assert parts.hostname, "checked above"
-        self._connection = kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
+        self.connection = kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
         self._base = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
 
     def ask(
-        self, method: str, path: str, values: dict[str, str] | None = None
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Return the status, the headers and the body of an answer."""
-        headers, body = dict(self._headers), b""
-        if values is not None:
-            mark = token_hex(16)
+        self, method: str, path: str, values: Mapping[str, str] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Send a request, values as a form; return the answer and its body."""
+        mark, headers = token_hex(16), dict(self._headers)
+        fields = [
+            f'--{mark}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+            for name, value in (values or {}).items()
+        ]
+        if fields:
             headers["content-type"] = f"multipart/form-data; boundary={mark}"
-            form = "".join(
-                f'--{mark}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
-                for name, value in values.items()
-            )
-            body = f"{form}--{mark}--\r\n".encode()
-        self._connection.request(method, self._base + path, body or None, headers)
-        answer = self._connection.getresponse()
-        return answer.status, answer.headers, answer.read()
-
-    def close(self) -> None:
-        """End the connection."""
-        self._connection.close()
+            fields.append(f"--{mark}--\r\n")
+        self.connection.request(method, self._base + path, "".join(fields).encode(), headers)
+        answer = self.connection.getresponse()
+        return answer, answer.read()
 
 
-def _json(status: int, body: bytes) -> dict[str, Any]:
-    if status >= 400:
+def _checked(answer: http.client.HTTPResponse, body: bytes, *, is_json: bool = True) -> Any:
+    if answer.status >= 400:
         raise ValueError(_message(body))
-    found: dict[str, Any] = json.loads(body)
-    return found
+    return json.loads(body) if is_json else body
 
 
 def _message(body: bytes) -> str:
