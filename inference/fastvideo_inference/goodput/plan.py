@@ -14,7 +14,9 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from fastvideo import registry
 from fastvideo.parallel.degrees import parse
@@ -59,7 +61,7 @@ class Group:
     @property
     def devices(self) -> int:
         """All devices of its workers."""
-        return self.count * parse(self.parallel).world_size
+        return self.count * _world_size(self.parallel)
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,7 @@ class Placement:
         return len(self.groups) == 1
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    groups: tuple[Group, ...]
-    pools: tuple[Pool, ...]
-    clip_s: float
-
-    @property
-    def devices(self) -> int:
-        return sum(group.devices for group in self.groups)
+_Candidate: TypeAlias = tuple[Placement, list[Pool]]
 
 
 def plan(
@@ -115,46 +109,43 @@ def plan(
     if devices < 1:
         raise ValueError(f"devices {devices} must be at least 1")
     _check_memory(profile, memory_gib)
-    found = []
+    found: list[_Candidate] = []
     for groups in placements(profile, devices=devices, memory_gib=memory_gib):
         try:
-            pools = tuple(pool_of(group, profile, params, decoder=decoder) for group in groups)
+            pools = [pool_of(group, profile, params, decoder=decoder) for group in groups]
         except ValueError as error:
             reason = error  # a degree that the profile lacks for one of the stages
             continue
-        found.append(_Candidate(groups, pools, sum(map(seconds_of, pools)) + slo.delivery_s))
+        clip_s = sum(map(seconds_of, pools)) + slo.delivery_s
+        found.append((Placement(groups, 0.0, 0.0, clip_s), pools))
     if not found:
         raise reason
-    fastest = min(one.clip_s for one in found)
+    fastest = min(one.clip_s for one, _ in found)
     if fastest > slo.deadline_s:
         raise ValueError(
             f"slo {slo.deadline_s:g} s: no placement on {devices} devices makes a clip in it; the"
             f" fastest takes {fastest:.3g} s"
         )
-    ranked = _rank([one for one in found if one.clip_s <= slo.deadline_s], slo, keep=KEEP)
+    ranked = _rank([pair for pair in found if pair[0].clip_s <= slo.deadline_s], slo, keep=KEEP)
     if not any(one.is_monolith for one in ranked):
-        ranked += _rank([one for one in found if len(one.groups) == 1], slo, keep=1)
+        ranked += _rank([pair for pair in found if pair[0].is_monolith], slo, keep=1)
     return ranked
 
 
 def _rank(found: Sequence[_Candidate], slo: Slo, *, keep: int) -> list[Placement]:
     """Simulate candidates in the order of their capacity, until none can be better."""
-    ranked: list[tuple[Placement, _Candidate]] = []
-    for one in sorted(found, key=lambda one: (-_most(one, slo), one.devices)):
+    bounds = {id(one): capacity(pools) / slo.target / one.devices for one, pools in found}
+    ranked: list[_Candidate] = []
+    for one, pools in sorted(found, key=lambda pair: (-bounds[id(pair[0])], pair[0].devices)):
         bar = ranked[keep - 1][0].goodput if len(ranked) >= keep else 0.0
-        if _most(one, slo) < bar:
+        if bounds[id(one)] < bar:
             break
         low = bar * one.devices
-        if low and attainment(one.pools, slo, low) < slo.target:
+        if low and attainment(pools, slo, low) < slo.target:
             continue
-        made = Placement(one.groups, goodput(one.pools, slo, low=low), 0.0, one.clip_s)
-        ranked = sorted([*ranked, (made, one)], key=lambda pair: _order(pair[0]))[:keep]
-    return [replace(made, bursty_rate=goodput(one.pools, slo, burst=BURST)) for made, one in ranked]
-
-
-def _most(one: _Candidate, slo: Slo) -> float:
-    """Return the bound of goodput per device: workers always busy, and the rest refused."""
-    return capacity(one.pools) / slo.target / one.devices
+        made = replace(one, rate=goodput(pools, slo, low=low))
+        ranked = sorted([*ranked, (made, pools)], key=lambda pair: _order(pair[0]))[:keep]
+    return [replace(one, bursty_rate=goodput(pools, slo, burst=BURST)) for one, pools in ranked]
 
 
 def _order(one: Placement) -> tuple[float, int, float]:
@@ -169,13 +160,17 @@ def placements(
     """Yield every way to give at most `devices` to groups of neighbouring stages."""
     degrees = sorted({cell.parallel for cell in profile.cells} | {""})
     for split in _splits(profile.spec.stages):
-        for shapes in itertools.product(*(_shapes(stages, degrees) for stages in split)):
-            sizes = [parse(parallel).world_size for parallel in shapes]
-            for counts in _counts(sizes, devices):
-                yield tuple(
-                    Group(stages, count, parallel, memory_gib)
-                    for stages, count, parallel in zip(split, counts, shapes, strict=True)
-                )
+        options = (
+            [
+                Group(stages, count, parallel, memory_gib)
+                for parallel in (degrees if {*stages} & {*SHARED} else [""])
+                for count in range(1, devices // _world_size(parallel) + 1)
+            ]
+            for stages in split
+        )
+        yield from (
+            one for one in itertools.product(*options) if sum(g.devices for g in one) <= devices
+        )
 
 
 def pool_of(group: Group, profile: Profile, params: SamplingParams, *, decoder: str = "") -> Pool:
@@ -245,8 +240,9 @@ def serve_toml(
     ]
     for group in best.groups:
         for _ in range(group.count):
-            size = parse(group.parallel).world_size
-            own = [f"{profile.device.kind}:{next(numbers)}" for _ in range(size)]
+            own = [
+                f"{profile.device.kind}:{next(numbers)}" for _ in range(_world_size(group.parallel))
+            ]
             lines += ["", "[[worker]]", f"stages = {json.dumps(group.stages)}"]
             lines += [f"model = {json.dumps(profile.model)}", f"devices = {json.dumps(own)}"]
             lines += [f'parallel = "{group.parallel}"'] if group.parallel else []
@@ -266,17 +262,13 @@ def _check_memory(profile: Profile, memory_gib: float | None) -> None:
 def _splits(row: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
     """Yield the ways to cut the row into neighbouring groups.
 
-    None ends in a stage without weights, which goes with the stage after it.
+    A stage without weights goes with the stage after it.
     """
-    for cuts in itertools.product((False, True), repeat=len(row) - 1):
-        groups, start = [], 0
-        for index, is_cut in enumerate(cuts, start=1):
-            if is_cut:
-                groups.append(tuple(row[start:index]))
-                start = index
-        groups.append(tuple(row[start:]))
-        if all(_parts(group[-1]) for group in groups):
-            yield tuple(groups)
+    ends = [i for i, stage in enumerate(row[:-1], start=1) if _parts(stage)]
+    for count in range(len(ends) + 1):
+        for cuts in itertools.combinations(ends, count):
+            bounds = itertools.pairwise((0, *cuts, len(row)))
+            yield tuple(tuple(row[start:end]) for start, end in bounds)
 
 
 def _parts(stage: str) -> tuple[str, ...]:
@@ -284,15 +276,6 @@ def _parts(stage: str) -> tuple[str, ...]:
     return parts
 
 
-def _shapes(stages: Sequence[str], degrees: Sequence[str]) -> Sequence[str]:
-    return degrees if set(stages) & set(SHARED) else ("",)
-
-
-def _counts(sizes: Sequence[int], devices: int) -> Iterator[tuple[int, ...]]:
-    """Yield numbers of workers of such sizes that need at most so many devices."""
-    if not sizes:
-        yield ()
-        return
-    for count in range(1, devices // sizes[0] + 1):
-        for rest in _counts(sizes[1:], devices - count * sizes[0]):
-            yield count, *rest
+@cache
+def _world_size(parallel: str) -> int:
+    return parse(parallel).world_size
