@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from fastvideo_inference.goodput import plan as planning
-from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.goodput.plan import Placement, Slo
 
 from fastvideo import cli
@@ -83,16 +82,16 @@ def test_goodput_is_the_highest_rate_that_attains_the_target(
     assert planning.goodput(pools, tight) < best.rate < planning.goodput(pools, wide)
 
 
-def test_the_command_writes_a_table_json_plot_and_a_config_that_serve_accepts(
-    make_profile: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_turns_a_measured_profile_into_a_config_that_serve_accepts(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     pytest.importorskip("fastapi")
-    profiles.write(make_profile(), tmp_path / "p.json")
-    folder = tmp_path / "plan"
-    words = ["plan", str(tmp_path / "p.json"), "--devices", "2", "--slo", "3", "-o", str(folder)]
+    profile, folder = str(tmp_path / "p.json"), tmp_path / "plan"
+    assert cli.main(["profile", str(tiny_folder), "--repeats", "2", "-o", profile]) == 0
+    words = ["plan", profile, "--devices", "2", "--slo", "20", "-o", str(folder)]
     assert cli.main(words) == 0
     table = capsys.readouterr().out
-    assert "measured (cpu)" in table and "monolith" in table
+    assert "seconds are measured" in table and "monolith" in table
     found = json.loads((folder / "plan.json").read_text())
     assert found["profile"]["source"] == "measured"
     assert found["placements"][0]["goodput"] > 0
