@@ -87,14 +87,14 @@ def serve(
         runs.append(run)
         print(line(run), flush=True)
         _write(runs, own, is_complete=False)
-    is_complete = all(run.is_complete for run in runs)
+    is_complete = len(runs) > 1 and all(run.is_complete for run in runs)
     found = _write(runs, own, is_complete=is_complete)
     print(
         f"goodput: {60 * found:.3g} requests/min at {target:.0%} within {slo:g} s (polled every"
         f" {poll:g} s)"
     )
     if not is_complete:
-        print("incomplete: the server is gone; these are the requests until then")
+        print(f"incomplete: {next((s.error for s in runs[-1].samples if s.error), '')}")
     return OK if is_complete else FAILED
 
 

@@ -102,12 +102,15 @@ def test_the_command_bisects_and_writes_what_it_found_also_of_a_server_that_died
     assert all(run["attainment_3x"] is not None for run in table["runs"][1:])
     assert {"p50", "p95", "p99"} <= table["runs"][1]["server_s"]["queue"].keys()
     assert "<polyline" in (folder / "attainment.svg").read_text()
+    other = [*words[:5], "--frames", "6", "-o", str(tmp_path / "other")]
+    assert cli.main(other) == 1
+    assert "incomplete: ValueError: num_frames 6 must be" in capsys.readouterr().out
     server.stop()
     assert cli.main([*words, "--rate", "120", "--rate", "240"]) == 1
     table = json.loads((folder / "table.json").read_text())
     assert [run["is_complete"] for run in table["runs"]] == [True, True, False]
     assert not table["is_complete"] and table["goodput_per_s"] == 2.0
-    assert "incomplete" in capsys.readouterr().out
+    assert "incomplete: server is gone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
