@@ -19,7 +19,7 @@ from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.goodput.plan import Placement, Slo
 from fastvideo_inference.goodput.profile import Profile
 
-_SHARES = (0.25, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25)  # of the goodput, for the plot
+_SHARES = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the goodput, for the plot
 _SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 _DRAWN = 4  # and the monolith
 FILES = ("plan.json", "plan.svg", "serve.toml")
