@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("fastapi")
 
 from fastvideo_inference.goodput import bench as benches
 from fastvideo_inference.goodput import load
-from fastvideo_inference.goodput.bench import Bench
+from fastvideo_inference.goodput.bench import Bench, Run
 from fastvideo_inference.goodput.load import Sample, Server, score
 from fastvideo_inference.goodput.plan import Slo
 
@@ -89,7 +90,7 @@ def test_a_server_that_is_gone_ends_a_bench_with_what_was_measured(server: Runni
     assert benches.goodput([single, run], SLO) == 0.0
 
 
-def test_the_command_bisects_and_writes_what_it_found_also_of_a_server_that_died(
+def test_the_command_writes_what_it_found_also_of_a_server_that_died(
     server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = tmp_path / "bench"
@@ -129,6 +130,25 @@ def test_nonsense_is_refused_in_one_line(
     assert cli.main([*given, "-o", str(tmp_path / "bench")]) == 2
     error = capsys.readouterr().err
     assert why in error and error.count("\n") == 1
+
+
+class Limited(Bench):
+    """A bench of a server that is good up to a rate, without the server."""
+
+    def run(self, mode: Any, *, rate: float = 0.0, alone_s: float | None = None) -> Run:
+        samples = [made(float(i), 0.5 if rate <= 3.3 else 99.0) for i in range(10)]
+        return Run(mode, rate, tuple(samples), score(samples, SLO, num_frames=5), True)
+
+
+def test_bisection_begins_at_one_clip_after_another_and_ends_at_the_highest_rate_that_passes(
+    tmp_path: Path,
+):
+    given: Any = (Server("http://127.0.0.1:9"), {}, ["a ball"], SLO)
+    single, *runs = Limited(*given, num_frames=5, folder=tmp_path).runs()
+    assert (single.mode, runs[0].rate, runs[1].rate) == ("single", 2.0, 4.0)
+    found = benches.goodput(runs, SLO)
+    assert found <= 3.3 < found / (1 - 0.05)
+    assert len(runs) < 10
 
 
 def test_another_number_of_frames_is_no_good_clip(server: Running):
