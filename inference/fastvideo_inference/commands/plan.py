@@ -129,5 +129,6 @@ def _plot(
             for s in _SCALES
             if one.rate
         ]
-    panels = {"requests a minute": by_rate, "SLO scale": by_scale}
+    source = profile.source
+    panels = {f"requests/min ({source})": by_rate, f"SLO scale ({source})": by_scale}
     return plot.svg(panels, target=slo.target)

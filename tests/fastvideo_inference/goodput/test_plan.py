@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastvideo_inference.commands.plan import FILES
 from fastvideo_inference.goodput import plan as planning
 from fastvideo_inference.goodput.plan import Placement, Slo
 
@@ -102,14 +103,13 @@ def test_the_command_turns_a_measured_profile_into_a_config_that_serve_accepts(
     assert cli.main(words) == 2, "nothing is overwritten"
 
 
-def test_what_is_predicted_is_called_so_in_table_json_and_config(
+def test_what_is_predicted_is_called_so_in_table_json_config_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["--shape", "1.3B", "--devices", "1", "--slo", "10", "--decoder", "taehv"]
     assert cli.main(["plan", "H200", *words, "-o", str(tmp_path)]) == 0
-    config = (tmp_path / "serve.toml").read_text()
-    for text in (capsys.readouterr().out, (tmp_path / "plan.json").read_text(), config):
-        assert "predicted" in text
+    written = [(tmp_path / name).read_text() for name in FILES]
+    assert all("predicted" in text for text in (capsys.readouterr().out, *written))
     assert cli.main(["serve", "--check", "--config", str(tmp_path / "serve.toml")]) == 0
 
 
