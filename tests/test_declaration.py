@@ -83,7 +83,7 @@ def test_short_names_are_names_of_nothing_else():
 def test_keywords_of_a_call_are_the_fields_and_what_a_caller_alone_can_bring():
     signature = inspect.signature(VideoPipeline.__call__)
     keywords = [name for name in signature.parameters if name != "self"]
-    others = ["count", "latents", "output", "callback_on_step_end", "foreign"]
+    others = ["count", "latents", "output", "budget", "callback_on_step_end", "foreign"]
     assert keywords == [*settings(sampling.PYTHON), *others]
     *_, typed = get_overloads(VideoPipeline.__call__)
     own = {name: signature.parameters[name].annotation for name in keywords[1:-1]}
