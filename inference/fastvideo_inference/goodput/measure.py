@@ -9,6 +9,7 @@ take from each other (memory, cache, clock) is then in the seconds, as it is on 
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import multiprocessing as mp
 import os
@@ -182,6 +183,7 @@ def _measure(
         gib[part] = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**30
         found.append(((f"{LOAD}.{part}", 1.0, "", ""), seconds))
     pipe = VideoPipeline.load(model, device=str(place))
+    gc.freeze()  # as workers and `generate` do: imageio collects garbage twice a clip
     for setting in settings:
         found += _clips(pipe.with_decoder(setting.decoder), setting, repeats, together)
     return found, _device(place), gib
