@@ -33,6 +33,7 @@ class Admission:
         self._config, self._book, self._policy = config, book, policy
         self._classes = {slo.name: slo for slo in config.class_}
         self._deadlines_s = {s.name: s.deadline_s for s in config.class_ if s.deadline_s}
+        self._rows: dict[tuple[object, ...], dict[str, float] | None] = {}
         found = map(profiles.read, config.profile)
         self._profiles: dict[str, Profile] = {one.model: one for one in found}
 
@@ -98,21 +99,37 @@ class Admission:
                 f"class {name} promises {self._deadlines_s[name]:g} s; this clip takes"
                 f" {alone_s:.1f} s on idle workers"
             )
-        before = self._ends(waiting, at, new, order)
         after = self._ends([*waiting, new], at, new, order)
         now = time.time()
         late_s = after[new.id] + self._margin_s(new) - self._left_s(new, now)
-        for other in [*waiting, *filter(None, at.values())]:
-            left_s = self._left_s(other, now)
-            if before.get(other.id, math.inf) <= left_s < after.get(other.id, 0.0):
-                late_s = max(late_s, after[other.id] - left_s)
+        if late_s <= 0:
+            late_s = self._harm_s(after, waiting, at, new, order)
         if late_s > 0:
             text = f"class {name} promises {self._deadlines_s[name]:g} s, which would be missed"
             raise LateError(f"{text} by {late_s:.1f} s", retry_after_s=late_s)
 
+    def _harm_s(
+        self,
+        after: Mapping[str, float],
+        waiting: Sequence[Record],
+        at: Mapping[Slot, Record | None],
+        new: Record,
+        order: Order,
+    ) -> float:
+        """Return by how many seconds a new job makes one late that was in time; else 0."""
+        now, before, late_s = time.time(), dict[str, float](), 0.0
+        for other in [*waiting, *filter(None, at.values())]:
+            left_s = self._left_s(other, now)
+            if after.get(other.id, 0.0) > left_s:
+                before = before or self._ends(waiting, at, new, order)
+                if before.get(other.id, math.inf) <= left_s:
+                    late_s = max(late_s, after[other.id] - left_s)
+        return late_s
+
     def note(self, record: Record, took_s: Mapping[str, float]) -> None:
         """Correct the model's profile by what a clip took."""
         known, asked = self._profiles.get(record.model), record.job.submission
+        self._rows.clear()
         if known and self._seconds(record):
             self._profiles[record.model] = known.corrected(
                 asked.params, took_s, decoder=asked.decoder
@@ -158,9 +175,14 @@ class Admission:
         since = record.since or (record.next, time.monotonic())
         done_s = record.job.stage_seconds.get(record.next, 0.0)
         done_s += time.monotonic() - since[1] if since[0] == record.next else 0.0
-        found = {}
+        found, asked = {}, record.job.submission
+        p = asked.params
+        clip = (p.width, p.height, p.num_frames, p.num_inference_steps, p.guidance_scale)
         for index, pool in enumerate(self._config.worker):
-            known = self._row_s(record, pool)
+            key = (asked.model, *clip, p.attention, asked.decoder, index)
+            if key not in self._rows:  # a crowd of equal requests is refused in no time
+                self._rows[key] = self._row_s(record, pool)
+            known = self._rows[key]
             if known is None:
                 return None
             left = {**known, record.next: max(0.0, known[record.next] - done_s)}

@@ -9,6 +9,7 @@ pixels of decoding and of writing the file, prompts of text encoding. Torch-free
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import math
@@ -149,14 +150,14 @@ class Profile(Strict):
         """Return a stage's seconds for one clip; `ValueError` if nothing alike was measured."""
         attention = params.attention if stage == DENOISE else ""
         key = (stage, attention, decoder if stage == DECODE else "", parallel)
-        cells = self._by_key.get(key, [])
-        if not cells:
-            known = sorted({" ".join(filter(None, one)) for one in self._by_key})
+        line = self._lines.get(key)
+        if line is None:
+            known = sorted({" ".join(filter(None, one)) for one in self._lines})
             asked = " ".join(filter(None, key))
             raise ValueError(f"the profile has no {asked} (it has: {', '.join(known)})")
         times = params.num_inference_steps if stage == DENOISE else 1
-        median = _affine(cells, work_of(stage, params, self.spec)) * self.factors.get(stage, 1.0)
-        return Estimate(median, median * _spread(cells)) * times
+        median = line.at(work_of(stage, params, self.spec)) * self.factors.get(stage, 1.0)
+        return Estimate(median, median * line.spread) * times
 
     def row_s(
         self,
@@ -199,8 +200,8 @@ class Profile(Strict):
 
     def load_s(self, parts: Iterable[str]) -> float:
         """Return the median seconds of loading parts of the model; those not measured take none."""
-        keys = [(f"{LOAD}.{part}", "", "", "") for part in parts]
-        return sum(_median(c) for key in keys for c in self._by_key.get(key, []))
+        lines = (self._lines.get((f"{LOAD}.{part}", "", "", "")) for part in parts)
+        return sum(line.at(1.0) for line in lines if line)
 
     def reload_s(self, stages: Sequence[str], memory_gib: float | None) -> dict[str, float]:
         """Return the seconds of loading each stage's parts for a clip: none if memory holds all."""
@@ -210,11 +211,11 @@ class Profile(Strict):
         return {s: 0.0 if fits else self.load_s(own) for s, own in parts.items()}
 
     @cached_property
-    def _by_key(self) -> dict[tuple[str, ...], list[Cell]]:
+    def _lines(self) -> dict[tuple[str, ...], _Line]:
         found: dict[tuple[str, ...], list[Cell]] = {}
         for cell in sorted(self.cells, key=lambda one: one.work):
             found.setdefault(cell.key, []).append(cell)
-        return found
+        return {key: _Line.through(cells) for key, cells in found.items()}
 
 
 def work_of(stage: str, params: SamplingParams, spec: Spec) -> float:
@@ -244,27 +245,33 @@ def write(profile: Profile, path: Path) -> None:
         new.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _affine(cells: Sequence[Cell], work: float) -> float:
-    """Return the median seconds at `work`, on the line through the two sizes around it.
+@dataclass(frozen=True)
+class _Line:
+    """Medians of one thing at its sizes, and how many times its median nine of ten stay below."""
 
-    Beyond the largest or smallest that line goes on, never below a proportional share; one size
-    alone is scaled.
-    """
-    last = cells[-1]
-    if len(cells) == 1:
-        return _median(last) * work / last.work
-    above = next((i for i, cell in enumerate(cells) if cell.work >= work), len(cells) - 1)
-    low, high = cells[max(above, 1) - 1], cells[max(above, 1)]
-    slope = (_median(high) - _median(low)) / (high.work - low.work)
-    line = _median(low) + slope * (work - low.work)
-    return max(line, _median(low) * min(1.0, work / low.work))
+    points: tuple[tuple[float, float], ...]  # (work, seconds)
+    spread: float
 
+    @classmethod
+    def through(cls, cells: Sequence[Cell]) -> _Line:
+        medians = [statistics.median(cell.seconds) for cell in cells]
+        pairs = zip(cells, medians, strict=True)
+        ratios = sorted(s / median for cell, median in pairs for s in cell.seconds)
+        high = ratios[min(len(ratios) - 1, math.ceil(HIGH * len(ratios)) - 1)]
+        works = (cell.work for cell in cells)
+        return cls(tuple(zip(works, medians, strict=True)), max(1.0, high))
 
-def _spread(cells: Sequence[Cell]) -> float:
-    """Return how many times its median the high quantile of a stage is, over all its sizes."""
-    ratios = sorted(s / _median(cell) for cell in cells for s in cell.seconds)
-    return max(1.0, ratios[min(len(ratios) - 1, math.ceil(HIGH * len(ratios)) - 1)])
+    def at(self, work: float) -> float:
+        """Return the seconds at a size, on the line through the two sizes around it.
 
-
-def _median(cell: Cell) -> float:
-    return statistics.median(cell.seconds)
+        Beyond the largest or smallest that line goes on, never below a proportional share; one size
+        alone is scaled.
+        """
+        (last_work, last_s) = self.points[-1]
+        if len(self.points) == 1:
+            return last_s * work / last_work
+        sizes = [size for size, _ in self.points]
+        above = min(max(1, bisect.bisect_left(sizes, work)), len(sizes) - 1)
+        (low, low_s), (high, high_s) = self.points[above - 1 : above + 1]
+        line = low_s + (high_s - low_s) / (high - low) * (work - low)
+        return max(line, low_s * min(1.0, work / low))
