@@ -1,13 +1,14 @@
 """Who is let in: a queue of bounded length, and of promised jobs those that will be done in time.
 
-A promise is kept nine times of ten if a job's forecast end, with the spread of its own seconds, is
-before its deadline; and it must make no job late that was let in before.
+A promised job is let in if its forecast end is before its deadline, with the margin that nine of
+ten forecasts kept to lately, and if it makes no job late that was let in before.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,9 @@ from fastvideo_inference.engine.forecast import Demand, Lane, ends
 from fastvideo_inference.engine.job import LateError, QueueFullError
 from fastvideo_inference.engine.record import Record
 from fastvideo_inference.goodput import profile as profiles
-from fastvideo_inference.goodput.profile import DENOISE, Estimate, Profile, Setting
+from fastvideo_inference.goodput.profile import DENOISE, HIGH, Estimate, Profile, Setting
 
+_FEW, _KEPT = 8, 64  # errors of forecasts from which a margin is known, and that count
 _GUESS_S = 10.0  # of a clip, before any was made
 Order = Callable[[list[Record]], list[Record]]
 
@@ -33,6 +35,7 @@ class Admission:
         self._config, self._book, self._policy = config, book, policy
         self._classes = {slo.name: slo for slo in config.class_}
         self._deadlines_s = {s.name: s.deadline_s for s in config.class_ if s.deadline_s}
+        self._errors_s = deque[float](maxlen=_KEPT)
         self._rows: dict[tuple[object, ...], dict[str, float] | None] = {}
         found = map(profiles.read, config.profile)
         self._profiles: dict[str, Profile] = {one.model: one for one in found}
@@ -101,7 +104,8 @@ class Admission:
             )
         after = self._ends([*waiting, new], at, new, order)
         now = time.time()
-        late_s = after[new.id] + self._margin_s(new) - self._left_s(new, now)
+        new.forecast_s = after[new.id]
+        late_s = new.forecast_s + self._margin_s(new) - self._left_s(new, now)
         if late_s <= 0:
             late_s = self._harm_s(after, waiting, at, new, order)
         if late_s > 0:
@@ -127,7 +131,9 @@ class Admission:
         return late_s
 
     def note(self, record: Record, took_s: Mapping[str, float]) -> None:
-        """Correct the model's profile by what a clip took."""
+        """Learn from a clip that is done: its stages' seconds, and how far off its forecast was."""
+        if record.forecast_s is not None:
+            self._errors_s.append(time.time() - record.job.accepted_at_s - record.forecast_s)
         known, asked = self._profiles.get(record.model), record.job.submission
         self._rows.clear()
         if known and self._seconds(record):
@@ -203,7 +209,13 @@ class Admission:
         return {stage: one.median + loads.get(stage, 0.0) for stage, one in row.items()}
 
     def _margin_s(self, record: Record) -> float:
-        """Return how much longer than usual one of ten clips takes; 0 if that is not known."""
+        """Return how much later than forecast one of ten jobs ends, by the last ones' ends.
+
+        Before there were any, it is the spread of a clip's seconds in the profile.
+        """
+        errors = sorted(self._errors_s)
+        if len(errors) >= _FEW:
+            return max(0.0, errors[math.ceil(HIGH * len(errors)) - 1])
         profile, asked = self._profiles.get(record.model), record.job.submission
         if profile is None:
             return 0.0

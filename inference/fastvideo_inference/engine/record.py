@@ -24,6 +24,7 @@ _Key = tuple[object, ...]
 class Record:
     """A job, the index of its next stage, and the last checkpoint, from which it resumes.
 
+    `forecast_s`: in how many seconds its end was expected when it came.
     `since`: the stage that an attempt is at, and the time of its start. `is_handed`: it waits
     between two stages. `is_over`: its end is decided; `ended` is set, and readers hear it, once the
     journal has committed it.
@@ -35,6 +36,7 @@ class Record:
     state: Any = None
     slot: Slot | None = None
     since: tuple[str, float] | None = None
+    forecast_s: float | None = None
     is_handed: bool = False
     is_over: bool = False
     is_warmup: bool = False
