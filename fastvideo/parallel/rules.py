@@ -33,6 +33,15 @@ def check(degrees: ParallelConfig, pattern: Pattern, *, num_heads: int | None = 
         )
 
 
+def check_tokens(num_tokens: int, size: int) -> None:
+    """Raise `ValueError` for more processes (ulysses x ring) than tokens, of which each has one."""
+    if num_tokens < size:
+        raise ValueError(
+            f"parallel: a clip of {num_tokens} tokens cannot be spread over {size} processes"
+            f" (ulysses x ring); nearest: {num_tokens}"
+        )
+
+
 def check_rows(rows: int, size: int) -> None:
     """Raise `ValueError` for more processes than latent rows, of which each decodes some."""
     if size > rows:

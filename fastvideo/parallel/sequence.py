@@ -274,11 +274,7 @@ def _for_heads(layout: Layout, first: int, last: int) -> Layout:
 
 
 def _sizes(num_tokens: int, axis: Axis) -> tuple[int, ...]:
-    if num_tokens < axis.size:
-        raise ValueError(
-            f"a clip of {num_tokens} tokens cannot be spread over {axis.size} processes"
-            f" (ulysses x ring); nearest: {num_tokens}"
-        )
+    rules.check_tokens(num_tokens, axis.size)
     return shares(num_tokens, axis.size)
 
 

@@ -112,7 +112,7 @@ def measured(
     count: int,
     rank: int,
 ) -> dict[str, Any]:
-    """Return what was simulated of a placement and what a server of it did; most of the best one."""
+    """Return what was simulated of a placement and what its server did; all of the best one."""
     bench = Bench(
         Server(url),
         {"num_frames": params.num_frames},

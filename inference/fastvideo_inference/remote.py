@@ -27,6 +27,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from fastvideo import files, media, sampling
 from fastvideo.errors import one_line
+from fastvideo.log import logger
 from fastvideo.sampling import GenerateRequest, read_layers
 from fastvideo.stages import Notice, Progress
 from fastvideo_inference import diffusers_names
@@ -36,16 +37,20 @@ if TYPE_CHECKING:
     from fastvideo_inference.video import Frames
 
 _TIMEOUT_S = 60.0  # a stream of events is never silent for so long
+_CANCEL_S = 5.0  # for a job to be cancelled, while somebody waits for us to end
 _RECONNECT_S = 60.0  # in which a server that was restarted may come back
 _RETRY_S = 0.5
 
 
 class BusyError(RuntimeError):
-    """The server takes no more jobs for now; ask again after `retry_after_s`."""
+    """The server takes no more jobs for now; ask again after `retry_after_s`.
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
+    It `is_full`, or else starting, ending or broken.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float, is_full: bool) -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.is_full = retry_after_s, is_full
 
 
 @dataclass(frozen=True)
@@ -99,16 +104,28 @@ class Connection:
         self._opener = build_opener(ProxyHandler({}))
 
     def json(
-        self, method: str, path: str, values: dict[str, Any] | None = None, *, key: str = ""
+        self,
+        method: str,
+        path: str,
+        values: dict[str, Any] | None = None,
+        *,
+        key: str = "",
+        timeout_s: float = _TIMEOUT_S,
     ) -> dict[str, Any]:
         """Send values and return the answer's; twice with one `key` is once."""
-        with self.open(method, path, values, key=key) as answer:
+        with self.open(method, path, values, key=key, timeout_s=timeout_s) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found
 
     @contextmanager
     def open(
-        self, method: str, path: str, values: dict[str, Any] | None = None, *, key: str = ""
+        self,
+        method: str,
+        path: str,
+        values: dict[str, Any] | None = None,
+        *,
+        key: str = "",
+        timeout_s: float = _TIMEOUT_S,
     ) -> Iterator[http.client.HTTPResponse]:
         """Send a request, and give the answer to read from."""
         data = None if values is None else json.dumps(values).encode()
@@ -117,7 +134,7 @@ class Connection:
         if self._key:  # for this server alone, wherever it redirects to
             request.add_unredirected_header("authorization", self._key)
         try:
-            with self._opener.open(request, timeout=_TIMEOUT_S) as answer:
+            with self._opener.open(request, timeout=timeout_s) as answer:
                 yield answer
         except HTTPError as error:
             raise _refusal(error) from None
@@ -134,10 +151,26 @@ def _refusal(answer: HTTPError) -> Exception:
         message = f"the server answers {answer.code} {answer.reason}"
     if answer.code in (429, 503):
         wait = answer.headers.get("retry-after", "1")
-        return BusyError(message, retry_after_s=float(wait) if wait.isdigit() else 1.0)
+        wait_s = float(wait) if wait.isdigit() else 1.0
+        return BusyError(message, retry_after_s=wait_s, is_full=answer.code == 429)
     if answer.code in (401, 403):
         return PermissionError(message)
     return ValueError(message) if answer.code < 500 else RuntimeError(message)
+
+
+class _Patience:
+    """How long a server that does not answer, or that says 503, may come back."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+
+    def check(self, error: Exception) -> None:
+        """Raise the error if the time is over; say it the first time."""
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+            logger.warning("%s; asked again for %d s", one_line(error), _RECONNECT_S)
+        if time.monotonic() - self._since_s > _RECONNECT_S:
+            raise error
 
 
 class Job:
@@ -166,18 +199,16 @@ class Job:
 
     def events(self) -> Generator[RemoteEvent, None, None]:
         """Yield what happens until the job has ended; a lost connection is made again."""
-        lost_s = 0.0
-        while self._is_open():
+        patience = _Patience()
+        while self.is_open:
             try:
                 for event in self._events():
-                    lost_s = 0.0
+                    patience = _Patience()
                     if event is not None:
                         yield event
-            except (ConnectionError, BusyError):
-                lost_s = lost_s or time.monotonic()
-                if time.monotonic() - lost_s > _RECONNECT_S:
-                    raise
-            if self._is_open():
+            except (ConnectionError, BusyError) as error:
+                patience.check(error)
+            if self.is_open:
                 time.sleep(_RETRY_S)
 
     def result(self, *, decode: bool = True) -> RemoteVideo:
@@ -189,8 +220,7 @@ class Job:
         if self.status != "completed":
             failure = self.values["error"] or {}
             raise RuntimeError(failure.get("message") or f"the job ended as {self.status}")
-        with self._connection.open("GET", f"{self._path}/content") as answer:
-            data = answer.read()
+        data = self._content()
         return RemoteVideo(
             fps=self.values["fps"],
             recipe=self.values["recipe"],
@@ -204,14 +234,26 @@ class Job:
     def cancel(self) -> None:
         """Have the server stop at the next step, and forget the job and its file."""
         with suppress(ValueError):  # it is not there any more
-            self._connection.json("DELETE", self._path)
+            self._connection.json("DELETE", self._path, timeout_s=_CANCEL_S)
 
     @property
     def _path(self) -> str:
         return f"/v1/videos/{self.id}"
 
-    def _is_open(self) -> bool:
+    @property
+    def is_open(self) -> bool:
+        """Whether it had not ended when last heard of."""
         return self.status in ("queued", "in_progress")
+
+    def _content(self) -> bytes:
+        patience = _Patience()
+        while True:
+            try:
+                with self._connection.open("GET", f"{self._path}/content") as answer:
+                    return answer.read()
+            except (ConnectionError, BusyError) as error:
+                patience.check(error)
+                time.sleep(_RETRY_S)
 
     def _events(self) -> Iterator[RemoteEvent | None]:
         """Yield None once the server answers, then what happens."""
@@ -273,13 +315,18 @@ class RemotePipeline:
         Refused are `latents`, `output="latents"`, callbacks, and what the server's operator
         decides: attention, backend, drop_gates. `lora` names those of the server's config.
         """
+        own = {} if count is None else {"count": count}
+        fields = diffusers_names.merged(own, fields, None)
+        count, seed = fields.pop("count", None), fields.pop("seed", None)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        asked = [self._request(one, fields) for one in prompts]
+        seeds = seed if isinstance(seed, list | tuple | range) else [seed]
+        asked = [self._request(one, {**fields, "seed": s}) for one in prompts for s in seeds]
         each = 1 if count is None else count
         requests = [clip for one in asked for clip in sampling.clips(one, each)]
         with closing(self.jobs(requests)) as jobs:
             made: list[Video] = [job.result() for job in jobs]
-        return made[0] if isinstance(prompt, str) and count is None else made
+        is_one = isinstance(prompt, str) and count is None and seeds is not seed
+        return made[0] if is_one else made
 
     def submit(self, prompt: str, *, previews: bool = False, **fields: Any) -> Job:
         """Have the server queue a clip; `BusyError` if its queue is full."""
@@ -294,13 +341,17 @@ class RemotePipeline:
         except ConnectionError:  # if the answer alone was lost, the same key finds its job
             time.sleep(_RETRY_S)
             return Job(self._connection, create())
+        except KeyboardInterrupt:  # the server may have accepted it
+            with suppress(Exception):
+                Job(self._connection, create(timeout_s=_CANCEL_S)).cancel()
+            raise
 
     def jobs(self, requests: Sequence[GenerateRequest]) -> Generator[Job, None, None]:
         """Yield a job for each request, in order, queued as far ahead as the server takes them.
 
-        Jobs whose turn has not ended when the iterator is closed are cancelled.
+        Jobs that have not ended when the iterator is closed are cancelled.
         """
-        todo, queued = deque(requests), deque[Job]()
+        todo, queued, patience = deque(requests), deque[Job](), _Patience()
         try:
             while todo or queued:
                 try:
@@ -309,12 +360,14 @@ class RemotePipeline:
                         todo.popleft()
                 except BusyError as busy:
                     if not queued:
+                        if not busy.is_full:
+                            patience.check(busy)
                         time.sleep(busy.retry_after_s)
                         continue
                 yield queued[0]
                 queued.popleft()
         finally:
-            for job in queued:
+            for job in (job for job in queued if job.is_open):
                 with suppress(OSError, RuntimeError):  # the server is gone, and knows what is next
                     job.cancel()
 

@@ -106,6 +106,7 @@ class RemoteBatch:
     jobs: tuple[RemoteJob, ...]
     numbered: bool
     overwrite: bool
+    notices: tuple[str, ...] = ()
 
 
 AnyBatch = TypeVar("AnyBatch", Batch, RemoteBatch)
@@ -155,11 +156,12 @@ def read_remote(args: CliArgs) -> RemoteBatch:
     http = sampling.settings(sampling.HTTP)
     requests = []
     rows, seeds = _rows(args), _one_seed_each(layers)
-    _given_twice(args)
+    notices = (*args.notices, *_given_twice(args))
     idle = {name: None for name in GenerateRequest.model_fields if name not in http}
     for row in rows:
         for own in seeds:
-            request, _ = _merged(row, own)
+            request, origin = _merged(row, own)
+            _check_remote(origin, repeated=args.repeat)
             requests += sampling.clips(request.model_copy(update=idle), args.count)
     template = _template(args, num_clips=len(requests), count=args.count * len(seeds))
     return RemoteBatch(
@@ -172,7 +174,16 @@ def read_remote(args: CliArgs) -> RemoteBatch:
         ),
         numbered=template.endswith(naming.DEFAULT_NAME),
         overwrite=args.overwrite,
+        notices=notices,
     )
+
+
+def _check_remote(origin: Mapping[str, str], *, repeated: Path | None) -> None:
+    """Raise `ValueError` for what a server decides, unless a clip of `--from` had it."""
+    for name in ("attention", "backend", "drop_gates"):
+        place = origin.get(name)
+        if place is not None and place != str(repeated):
+            raise ValueError(f"{name} (from {place}) is for the server to decide")
 
 
 def _repeated(path: Path | None) -> Recipe | None:

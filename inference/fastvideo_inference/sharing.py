@@ -59,10 +59,10 @@ def check(
             f" 1; nearest: ulysses={degrees.guidance * degrees.ulysses} without guidance"
         )
     rules.check(degrees, patterns.read(params.attention))
+    shape = spec.latent_shape(frames=params.num_frames, height=params.height, width=params.width)
+    num_tokens = shape.tokens(spec.compression.patch).num_tokens
+    rules.check_tokens(num_tokens, degrees.ulysses * degrees.ring)
     if not has_small_decoder:  # it decodes on every process
-        shape = spec.latent_shape(
-            frames=params.num_frames, height=params.height, width=params.width
-        )
         rules.check_rows(shape.height, degrees.of("sample"))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.errors import FAILED, OK, RefusedError, one_line, refusing
+from fastvideo.log import warned
+from fastvideo.stages import Notice
 from fastvideo_inference.commands.generate import write_sidecar
 from fastvideo_inference.commands.report import Report, reporting
 from fastvideo_inference.recipe import Recipe
@@ -53,22 +55,31 @@ def _jobs(pipe: RemotePipeline, batch: RemoteBatch) -> Generator[Job, None, None
 
 
 def _make(job: Job, one: RemoteJob, batch: RemoteBatch, report: Report) -> dict[str, float]:
+    for text in warned(job.values["notices"]):
+        report.event(Notice("request", text))
     for event in job.events():
+        if isinstance(event, Notice):
+            warned([event.text])
         if not isinstance(event, PreviewImage):
             report.event(event)
     started = time.perf_counter()
     video = job.result(decode=False)
     if batch.repeated:
-        _check_same_weights(video.recipe, batch.repeated)
+        _check_same(video.recipe, batch.repeated)
     video.save(one.path, overwrite=batch.overwrite)
     timings = {**video.timings, "download": time.perf_counter() - started}
     timings = {name: round(seconds, 4) for name, seconds in timings.items()}
-    notices = video.notices
+    notices = (*batch.notices, *video.notices)
     write_sidecar(one.path, video, timings=timings, notices=notices, overwrite=batch.overwrite)
     return timings
 
 
-def _check_same_weights(made: dict[str, Any], repeated: Recipe) -> None:
+def _check_same(made: dict[str, Any], repeated: Recipe) -> None:
+    for name in ("attention", "drop_gates"):
+        mine, its = getattr(repeated.request, name), made["request"][name]
+        if mine != its:
+            text = f"the server made the clip with {name} {its}, that of --from had {mine}"
+            raise ValueError(text)
     found = made["model"]["fingerprint"]
     if found != repeated.model.fingerprint:
         raise ValueError(

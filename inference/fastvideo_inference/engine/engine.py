@@ -14,7 +14,6 @@ dropped. Only the engine publishes clips, and it announces an end once the journ
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -43,6 +42,7 @@ from fastvideo_inference.engine.record import ENCODE, Counts, PromptCache, Recor
 MOST_DEATHS, _MOST_STARTS = 2, 3  # worker deaths of a job; failed starts of a worker in a row
 _PACKAGE = "fastvideo_inference.engine"
 _DRAIN_PAUSE_S = 0.05
+_PATIENCE_S = 10.0  # of a warm-up while other jobs come
 
 
 class Engine:
@@ -235,6 +235,9 @@ class Engine:
         except ValueError as error:
             self._fail(record, "invalid_request", str(error))
             return
+        if job.deaths >= MOST_DEATHS:
+            self._fail(record, "worker_died", f"{job.deaths} workers died of it")
+            return
         if job.status == "in_progress" and self.config.interrupted == "fail":
             self._fail(record, "interrupted", "the server ended while the clip was made")
             return
@@ -249,7 +252,7 @@ class Engine:
         for number in range(max(pool.count for pool in workers)):
             params = pools.tiny(model, spec, workers, seed=number)
             pools.check(workers, submission := Submission(model, params), spec)
-            job = Job(f"warmup_{number}", submission, accepted_at_s=math.inf)
+            job = Job(f"warmup_{number}", submission, accepted_at_s=time.time() + _PATIENCE_S)
             made.append(Record(job, spec, is_warmup=True))
             self._records[made[-1].id] = made[-1]
         self._waiting += made
@@ -288,7 +291,7 @@ class Engine:
         running = [record.job for slot in self._fleet.slots if (record := self._at(slot))]
         by_id = {record.id: record for record in records}
         jobs = self._policy.order([r.job for r in records], running, self._deadlines_s)
-        return sorted((by_id[job.id] for job in jobs), key=lambda record: record.is_warmup)
+        return sorted((by_id[job.id] for job in jobs), key=lambda record: record.turn)
 
     def _room(self, record: Record, slot: Slot) -> bool:
         """Tell whether another state may wait for the stage that follows those of a worker.
@@ -296,7 +299,7 @@ class Engine:
         At most `in_flight` rivals wait, or as many as the pool has workers, which could not all
         run with fewer. Under a preemptive policy one place more is kept for the most urgent job.
         """
-        end = record.index + len(pools.run_on(slot.config, record.row, record.index))
+        end = record.index + len(record.run_on(slot.config))
         if end == len(record.row):
             return True
         rivals = self._rivals(record, slot, record.row[end])
@@ -318,7 +321,7 @@ class Engine:
 
     def _dispatch(self, record: Record, slot: Slot) -> None:
         job, now = record.job, time.time()
-        stages = pools.run_on(slot.config, record.row, record.index)
+        stages = record.run_on(slot.config)
         attempt, was_queued = job.attempt + 1, record.is_queued
         record.job = replace(job, status="in_progress", attempt=attempt, stage=stages[0])
         record.slot, record.is_handed = slot, False
@@ -342,7 +345,7 @@ class Engine:
             record.tell()
         if was_queued and not record.is_warmup:
             add(self._counts.queue_s, now - job.accepted_at_s)
-            self._ledger.later(self._ledger.commit(record.job))  # a restart knows of it
+            self._ledger.note(record)  # a restart knows of it
 
     def _preempt(self) -> None:
         """Stop a running job, at its next step boundary, for a waiting one that is more urgent."""
@@ -432,11 +435,12 @@ class Engine:
         deaths = record.job.deaths + slot.has_begun  # else it was dead before it had the task
         record.job = replace(record.job, deaths=deaths)
         if not record.is_warmup:  # so that a job that kills the engine too is given up
-            self._ledger.later(self._ledger.commit(record.job))
+            self._ledger.note(record)
         if deaths >= MOST_DEATHS:
             text = f"{deaths} workers died of it, the last one in {stage}: {reason}"
             self._fail(record, "worker_died", text)
             return
+        self._ledger.discard(record.id, record.job.attempt)
         record.slot = None
         self._waiting.append(record)
         self._pump()
@@ -453,6 +457,7 @@ class Engine:
         try:
             path = await self._ledger.publish(record)
         except OSError as error:
+            self._ledger.discard(record.id, record.job.attempt)
             failure = Failure("io_error", f"the clip cannot be published: {error.strerror}")
             await self._commit_end(record, status="failed", failure=failure)
             return

@@ -113,7 +113,7 @@ class Fleet:
         slot.crashes += 1
         at = task.job_id if task else "no job"
         logger.warning("worker %s, at %s, is replaced: %s", slot.name, at, reason)
-        delay = min(_MOST_RESTART_DELAY_S, 2.0 ** (slot.crashes - 2)) if slot.crashes > 1 else 0
+        delay = min(_MOST_RESTART_DELAY_S, 2.0 ** min(slot.crashes - 2, 9)) * (slot.crashes > 1)
         asyncio.get_running_loop().call_later(delay, self._restart, slot, slot.epoch)
         self._lost(slot, task, reason)
 
@@ -122,7 +122,7 @@ class Fleet:
             return
         try:
             self._start(slot)
-        except OSError as error:  # no memory or no process to be had
+        except (OSError, RuntimeError) as error:  # no memory, process or thread to be had
             logger.error("worker %s cannot be started: %s", slot.name, error)
             loop = asyncio.get_running_loop()
             loop.call_later(_MOST_RESTART_DELAY_S, self._restart, slot, slot.epoch)

@@ -104,6 +104,15 @@ class Ledger:
         assert self._journal is not None, "open() comes first"
         await self._on_disk(self._journal.put, job)
 
+    def note(self, record: Record) -> None:
+        """Commit a job soon, unless its end, which has a commit of its own, comes first."""
+
+        async def commit() -> None:
+            if not record.is_over:
+                await self.commit(record.job)
+
+        self.later(commit())
+
     async def commit_end(self, job: Job) -> bool:
         """Write how a job ended, again and again while the disk refuses; False if that was vain."""
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from fastvideo.parallel.degrees import parse
@@ -39,12 +40,10 @@ def check(pools: Sequence[WorkerConfig], submission: Submission, spec: Spec) -> 
             raise ValueError(own or f"no worker has stage {stage} of model {submission.model}")
 
 
-def run_on(pool: WorkerConfig, row: Sequence[str], index: int) -> tuple[str, ...]:
+def run_on(pool: WorkerConfig, submission: Submission, spec: Spec, index: int) -> tuple[str, ...]:
     """Return the stages from `index` on that a worker can run without another between them."""
-    end = index
-    while end < len(row) and row[end] in pool.stages:
-        end += 1
-    return tuple(row[index:end])
+    left = spec.stages[index:]
+    return tuple(itertools.takewhile(lambda s: unfit(pool, s, submission, spec) is None, left))
 
 
 def tiny(model: str, spec: Spec, pools: Sequence[WorkerConfig], *, seed: int) -> SamplingParams:

@@ -73,10 +73,21 @@ class Record:
         """Tell whether a pool's workers can run a stage of it, "" for the next one."""
         return pools.unfit(pool, stage or self.next, self.job.submission, self.spec) is None
 
+    def run_on(self, pool: WorkerConfig) -> tuple[str, ...]:
+        """Return the next stages that a pool's worker can run without another between them."""
+        return pools.run_on(pool, self.job.submission, self.spec, self.index)
+
     @property
     def is_queued(self) -> bool:
         """Whether no worker has had it."""
         return self.job.status == "queued"
+
+    @property
+    def turn(self) -> int:
+        """0; a warm-up comes behind all others, but not for ever: after its time, first."""
+        if not self.is_warmup:
+            return 0
+        return 1 if time.time() < self.job.accepted_at_s else -1
 
     @property
     def is_begun(self) -> bool:

@@ -10,6 +10,7 @@ A group of ranks runs the same tasks together; the first of them speaks.
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -64,7 +65,8 @@ class Worker:
         """
         self._task = task
         self._say("started")
-        logger.disabled = task.is_quiet
+        is_own = threading.current_thread() is threading.main_thread()  # not the server's process
+        logger.disabled = task.is_quiet and is_own
         params = (task.submission.params,)
         state = task.state or State(params)
         if self._meshes.device.type != "cpu":
@@ -93,6 +95,8 @@ class Worker:
             needs = registry.module("fastvideo.stages", name).PARTS
             model = None  # else its parts stay in memory while others are loaded
             model = self._parts.model(task.submission.model, needs, decoder=task.submission.decoder)
+            if task.submission.params.lora:
+                self._say("loading")  # merging may take as long
             state = self._stage(task, model, name, state)
             seconds = state.timings[name]
             if later:

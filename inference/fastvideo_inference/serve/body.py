@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from fractions import Fraction
 from typing import Any
@@ -143,7 +143,7 @@ def submission(
             allow_smaller=beside.allow_smaller,
         )
     except (ValueError, RecursionError) as error:
-        raise invalid(error) from None
+        raise invalid(error, catalogue.public) from None
 
 
 def _smaller(
@@ -169,7 +169,7 @@ def _smaller(
     return tuple(kept)
 
 
-def invalid(error: Exception) -> ApiError:
+def invalid(error: Exception, public: Callable[[str], str] = public) -> ApiError:
     """Return the answer to a wrong value; our errors begin with the field at fault."""
     word = re.split(r"\W", str(error), maxsplit=1)[0]
     param = word if word in {*sampling.settings(), *Beside.model_fields, "size"} else None
@@ -206,7 +206,7 @@ def _number(value: Any) -> Any:
 def _check_lengths(fields: Mapping[str, Any], limits: Limits) -> None:
     for name, value in fields.items():
         if len(name) > _MAX_NAME_CHARS:
-            raise ValueError(f"{name[:_MAX_NAME_CHARS]}... is no name of a field")
+            raise ValueError(f"{name[:_MAX_NAME_CHARS]}... is not a field")
         if isinstance(value, list) and len(value) > _MAX_LORAS:
             raise ValueError(f"{name} has {len(value)} entries; at most {_MAX_LORAS} are allowed")
         if isinstance(value, str) and len(value) > limits.prompt_chars:

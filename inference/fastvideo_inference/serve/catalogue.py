@@ -12,7 +12,7 @@ from fastvideo.registry import did_you_mean
 from fastvideo.sampling import LoraUse
 from fastvideo_inference import recipe
 from fastvideo_inference.engine.config import ServeConfig
-from fastvideo_inference.serve.errors import ApiError
+from fastvideo_inference.serve.errors import ApiError, public
 
 
 class Catalogue:
@@ -46,7 +46,16 @@ class Catalogue:
 
     def id_of(self, name: str) -> str:
         """Return the id of a model by its name for the hub."""
-        return next((key for key, value in self.models.items() if value == name), name)
+        return next((key for key, value in self.models.items() if value == name), Path(name).name)
+
+    def public(self, text: str) -> str:
+        """Return a message with the names that clients use in place of this machine's paths."""
+        config = self._config
+        known = {path: key for key, path in (*config.lora.items(), *config.decoder.items())}
+        known |= {name: Path(name).name for name in self.models.values() if "/" in name}
+        for path in sorted(known, key=len, reverse=True):
+            text = text.replace(path, known[path])
+        return public(text)
 
     def decoder(self, name: str, model: OpenModel) -> str:
         """Return the path of a small decoder; 400 for an unknown name, "" for the VAE's own."""

@@ -14,7 +14,9 @@ from fastvideo.config import parse, read_toml, toml_line
 from fastvideo.parallel import degrees
 from fastvideo.registry import did_you_mean, names
 from fastvideo_inference import recipe
+from fastvideo_inference.engine import pools
 from fastvideo_inference.engine.config import ServeConfig, WorkerConfig
+from fastvideo_inference.engine.job import Submission
 from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.request import DEVICE
 from fastvideo_inference.serve.catalogue import Catalogue
@@ -56,6 +58,11 @@ def check(config: ServeConfig) -> None:
     for model in set(Catalogue(config).models.values()):
         if not hub.is_remote(model):
             _check_row(model, config.worker)
+    default = config.worker[0].model or hub.DEFAULT_MODEL
+    if not hub.is_remote(default):  # its warm-up is to be possible
+        spec, workers = hub.open_spec(default)[0], config.worker
+        params = pools.tiny(default, spec, workers, seed=0)
+        pools.check(workers, Submission(default, params), spec)
     for lora in config.lora.values():
         hub.find_lora(lora)
     for path in config.profile:

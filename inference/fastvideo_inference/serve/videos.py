@@ -34,7 +34,7 @@ from fastvideo_inference.engine.job import (
 )
 from fastvideo_inference.serve import body
 from fastvideo_inference.serve.catalogue import Catalogue
-from fastvideo_inference.serve.errors import ApiError, json_response, public
+from fastvideo_inference.serve.errors import ApiError, json_response
 from fastvideo_inference.serve.keys import Keys
 
 _ID = re.compile(r"video_[0-9a-f]{32}")
@@ -124,7 +124,9 @@ class Videos:
         if after:
             ids = [job.id for job in jobs]
             if after not in ids:
-                raise ApiError(404, "after is no id of a video", code="not_found", param="after")
+                raise ApiError(
+                    404, "after must be the id of a video", code="not_found", param="after"
+                )
             jobs = jobs[ids.index(after) + 1 :]
         data = [self._shape(job) for job in jobs[:limit]]
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
@@ -146,6 +148,9 @@ class Videos:
             facts = job.path.stat()
         except FileNotFoundError:  # it is being deleted
             raise _no_video() from None
+        except (ValueError, OSError):
+            text = "the file cannot be read any more"
+            raise ApiError(409, text, code="video_damaged") from None
         name = f"{job.id}.mp4"
         return _File(job.path, media_type="video/mp4", filename=name, stat_result=facts)
 
@@ -185,7 +190,7 @@ class Videos:
                 png = base64.b64encode(event.values["png"]).decode()
                 return {**event.values, "png": png}
             case "notice":
-                return {**event.values, "text": public(event.values["text"])}
+                return {**event.values, "text": self._catalogue.public(event.values["text"])}
         return event.values
 
     async def delete(self, request: Request, video_id: str) -> Response:
@@ -233,7 +238,8 @@ class Videos:
             "model": self._catalogue.id_of(job.submission.model),
             "seconds": f"{params.num_frames / params.fps:.4f}".rstrip("0").rstrip("."),
             "size": f"{params.width}x{params.height}",
-            "error": failure and {"code": failure.code, "message": public(failure.message)},
+            "error": failure
+            and {"code": failure.code, "message": self._catalogue.public(failure.message)},
             "remixed_from_video_id": None,
             **params.model_dump(exclude={"prompt", "lora", "backend", "drop_gates"}),
             "slo_class": job.slo_class,
@@ -245,7 +251,7 @@ class Videos:
             "stage_seconds": job.stage_seconds,
             "inference_time_s": sum(job.stage_seconds.values()) if is_complete else None,
             "frames_sha256": job.frames_sha256 or None,
-            "notices": [public(text) for text in job.notices],
+            "notices": [self._catalogue.public(text) for text in job.notices],
             "recipe": job.recipe,
         }
 

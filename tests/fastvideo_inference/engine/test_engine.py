@@ -277,6 +277,64 @@ def test_an_urgent_job_stops_another_at_a_step_which_goes_on_to_the_same_frames(
     assert long.frames_sha256 == expected(num_inference_steps=60)
 
 
+def test_a_job_that_is_cancelled_while_it_is_dispatched_stays_cancelled(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def main():
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            first = await engine.submit(submission(tiny_folder, num_inference_steps=5))
+            other = await engine.submit(submission(tiny_folder, prompt="a blue ball"))
+            hear, loop = engine._fleet._hear, asyncio.get_running_loop()
+            cancelled: list[asyncio.Future[Job]] = []
+
+            def heard(slot, report):  # in the turn of the loop in which the first one ends
+                if report.kind == "finished" and report.job_id == first.id:
+                    cancelled.append(asyncio.ensure_future(engine.cancel(other.id)))
+                    loop.call_soon(hear, slot, report)
+                else:
+                    hear(slot, report)
+
+            engine._fleet._hear = heard
+            await ended(engine, first)
+            assert (await cancelled[0]).status == "cancelled"
+            return other
+
+    other = asyncio.run(main())
+    journal = Journal(tmp_path)
+    found = {job.id: job.status for job, _ in journal.jobs()}
+    journal.close()
+    assert found[other.id] == "cancelled"
+
+
+def test_deaths_are_written_down_and_a_restart_gives_up_what_has_two(
+    tiny_folder: Path, tmp_path: Path
+):
+    async def die() -> Job:
+        async with running(tiny_folder, tmp_path) as engine:
+            await engine.ready()
+            job = await engine.submit(submission(tiny_folder, num_inference_steps=60))
+            await until(engine, job, step=1)
+            engine._fleet.lose(engine._fleet.slots[0], "test")
+            found = engine.job(job.id)
+            assert found is not None and found.deaths == 1
+            return found
+
+    job = asyncio.run(die())
+    journal = Journal(tmp_path)
+    (kept,) = (one for one, _ in journal.jobs() if one.id == job.id)
+    assert kept.deaths == 1
+    journal.put(replace(kept, deaths=2))
+    journal.close()
+
+    async def again() -> Job:
+        async with running(tiny_folder, tmp_path) as engine:
+            return await ended(engine, job)
+
+    found = asyncio.run(again())
+    assert found.failure is not None and found.failure.code == "worker_died"
+
+
 def test_an_urgent_job_waits_for_a_decode_which_could_not_go_on_from_its_middle(
     tiny_folder: Path, tmp_path: Path, monkeypatch
 ):

@@ -15,6 +15,13 @@ from fastvideo_inference.engine.record import Record
 from tests.fastvideo_inference.engine.conftest import submission
 
 
+def test_a_commit_is_on_the_disk(tmp_path: Path):
+    journal = Journal(tmp_path)
+    full = journal._rows.execute("PRAGMA synchronous").fetchone()
+    journal.close()
+    assert full == (2,)
+
+
 def test_jobs_are_kept_until_they_are_deleted_and_then_for_a_day(tiny_folder: Path, tmp_path: Path):
     asked, now = submission(tiny_folder), time.time()
 

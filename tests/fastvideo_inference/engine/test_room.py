@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastvideo_inference.engine import pools
 from fastvideo_inference.engine.config import ServeConfig
 from fastvideo_inference.engine.engine import Engine
-from fastvideo_inference.engine.job import Job
+from fastvideo_inference.engine.job import Job, Submission
 from fastvideo_inference.engine.record import Record
 
 from fastvideo import hub
@@ -80,6 +82,37 @@ def test_a_warm_up_takes_any_place(engine, record):
     warmup.is_warmup = True
     held._waiting = [record("first", index=record("row").row.index("denoise"))]
     assert held._room(warmup, held._fleet.slots[0])
+
+
+def test_a_warm_up_does_not_wait_for_ever(engine, record):
+    late = record("warm-up", accepted_at_s=time.time() - 1)
+    late.is_warmup = True
+    assert engine([{}])._order([record("first", accepted_at_s=0.0), late])[0] is late
+
+
+GROUP = {"devices": ["cpu"] * 3, "parallel": "ulysses=3"}
+
+
+def test_a_group_gets_no_clip_that_it_could_not_share(record, tiny_folder: Path):
+    """A clip of 6 tokens and 2 latent rows: three ranks denoise it, and cannot decode it."""
+    own = [{"stages": ["encode_text", "prepare_latents"]}]
+    both = {"stages": ["denoise", "decode"], **GROUP}
+    config = parse(ServeConfig, {"worker": [*own, both, {"stages": ["decode"]}]}, source="test")
+    small = submission(tiny_folder, num_frames=1, height=16, width=48)
+    spec = hub.open_model(tiny_folder).spec
+    config = config.model_copy(
+        update={"worker": [w.model_copy(update={"model": small.model}) for w in config.worker]}
+    )
+    group = config.worker[1]
+    shape = spec.latent_shape(frames=1, height=16, width=48)
+    assert shape.tokens(spec.compression.patch).num_tokens >= 3 > shape.height
+    pools.check(config.worker, small, spec)
+    assert pools.run_on(group, small, spec, spec.stages.index("denoise")) == ("denoise",)
+    tiny = submission(tiny_folder, num_frames=1, height=16, width=16)
+    with pytest.raises(ValueError, match="cannot be spread over 3 processes"):
+        pools.check(config.worker, tiny, spec)
+    made = pools.tiny(small.model, spec, config.worker, seed=0)
+    pools.check(config.worker, Submission(small.model, made), spec)
 
 
 def test_warm_ups_come_behind_all_others_though_owners_take_turns(engine, record):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from fastvideo_inference.remote import BusyError, PreviewImage, RemotePipeline
 
 from fastvideo import media
 from fastvideo.cli import main
+from fastvideo.sampling import GenerateRequest
 from fastvideo.stages import Progress
 from tests.serving import BALL, LONG, Running, Start
 
@@ -57,6 +59,10 @@ def test_lists_counts_and_short_names_are_taken_as_here(pipe: RemotePipeline):
     clips = pipe(["a red ball", "a blue square"], steps=1, num_frames=5, seed=7, count=2)
     asked = [(one.recipe["request"]["prompt"], one.recipe["request"]["seed"]) for one in clips]
     assert asked == [(p, s) for p in ("a red ball", "a blue square") for s in (7, 8)]
+    small = {"steps": 1, "num_frames": 5}
+    several = pipe("a red ball", seed=[1, 5], num_videos_per_prompt=2, **small)
+    assert [one.recipe["request"]["seed"] for one in several] == [1, 2, 5, 6]
+    assert isinstance(pipe("a red ball", seed=range(3, 4), **small), list)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,48 @@ def test_a_cancelled_job_has_no_clip_and_a_failed_one_says_why(
     assert server.ask("GET", f"/v1/videos/{job.id}")[0] == 404
     with pytest.raises((RuntimeError, ValueError)):
         job.result()
+
+
+def test_a_clip_that_could_not_be_fetched_or_saved_stays_on_the_server(
+    pipe: RemotePipeline, server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote, "_RETRY_S", 0.01)
+    open_, lost = remote.Connection.open, []
+
+    @contextmanager
+    def once(connection: remote.Connection, method: str, path: str, *rest: Any, **how: Any):
+        if path.endswith("/content") and not lost:
+            lost.append(path)
+            raise BusyError("restarting", retry_after_s=1.0, is_full=False)
+        with open_(connection, method, path, *rest, **how) as answer:
+            yield answer
+
+    monkeypatch.setattr(remote.Connection, "open", once)
+    assert pipe("a red ball", **SMALL).frames.shape[0] == 5
+    assert lost
+    jobs = pipe.jobs([GenerateRequest(prompt="a red ball", **SMALL)])
+    job = next(jobs)
+    job.result(decode=False)
+    jobs.close()  # as after a full disk
+    assert server.ask("GET", f"/v1/videos/{job.id}")[2]["status"] == "completed"
+
+
+def test_an_interrupt_amid_a_request_cancels_the_job_that_it_made(
+    pipe: RemotePipeline, server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    read, begun = http.client.HTTPConnection.getresponse, []
+
+    def once(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+        answer = read(connection)
+        if not begun:
+            begun.append(json.loads(answer.read())["id"])
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(http.client.HTTPConnection, "getresponse", once)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.submit(**LONG)
+    assert server.ask("GET", f"/v1/videos/{begun[0]}")[0] == 404
 
 
 def test_a_job_whose_answer_is_lost_is_asked_for_once(
@@ -200,10 +248,12 @@ def test_generate_writes_clip_sidecar_and_lines_as_without_a_server(
     unused = ["--guidance=1", "--negative=a blue square"]  # which a notice tells
     words = ["--steps=1", "--frames=5", "--seed=4", "--count=2", "--json", *unused]
     asked = ["generate", "a red ball", *words]
-    told, beside = [], []
+    told, said, beside = [], [], []
     for name, where in (("here", f"--model={tiny_folder}"), ("there", f"--server={server.url}")):
         assert main([*asked, where, "-o", f"{tmp_path}/{name}-{{seed}}.mp4"]) == 0
-        told.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+        written = capsys.readouterr()
+        told.append([json.loads(line) for line in written.out.splitlines()])
+        said.append({line for line in written.err.splitlines() if "negative_prompt" in line})
         beside.append(json.loads((tmp_path / f"{name}-5.json").read_text()))
     here, there = beside
     assert here.keys() == there.keys()
@@ -213,6 +263,8 @@ def test_generate_writes_clip_sidecar_and_lines_as_without_a_server(
         kinds = [line["event"] for line in one if line["event"] not in ("progress", "notice")]
         assert kinds == ["start", "saved"] * 2
     assert here["notices"] == there["notices"] != []
+    assert said[0] == said[1] != set()
+    assert [line["text"] for line in told[1] if line["event"] == "notice"] == there["notices"] * 2
     again = [f"--from={tmp_path}/there-5.mp4", f"--server={server.url}"]
     assert main(["generate", *again, "-o", f"{tmp_path}/again.mp4"]) == 0
     repeated = json.loads((tmp_path / "again.json").read_text())
@@ -221,7 +273,10 @@ def test_generate_writes_clip_sidecar_and_lines_as_without_a_server(
 
 @pytest.mark.parametrize(
     "words",
-    [["--steps=1001"], ["--frames=6"], ["--device=cpu"], ["--backend=sdpa"], ["--model=sora-2"]],
+    [
+        *(["--steps=1001"], ["--frames=6"], ["--device=cpu"], ["--backend=sdpa"]),
+        *(["--model=sora-2"], ["--set", "attention=dense"], ["--set", "drop_gates=true"]),
+    ],
 )
 def test_generate_ends_with_2_for_what_is_refused_here_or_there(
     server: Running, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]

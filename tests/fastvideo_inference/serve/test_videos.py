@@ -298,6 +298,27 @@ def test_files_that_are_too_old_or_too_much_are_removed_with_their_jobs(
     assert b"completed_total 1" in server.ask("GET", "/metrics")[2]
 
 
+def test_the_oldest_files_go_first(start: Start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(app, "_CLEANING_S", 0.1)
+    first = start()
+    jobs = [first.finished({**BALL, "seed": seed})["id"] for seed in range(3)]
+    sizes = [(first.folder / f"{job}.mp4").stat().st_size for job in jobs]
+    first.stop()
+    again = start(limits={"output_bytes": sum(sizes[1:])})
+    deadline = time.monotonic() + 30
+    while len(kept := [job["id"] for job in again.ask("GET", "/v1/videos")[2]["data"]]) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert kept == jobs[:0:-1]
+
+
+def test_the_thumbnail_of_a_damaged_file_is_a_conflict(server: Running):
+    job = server.finished(BALL)
+    (server.folder / f"{job['id']}.mp4").write_bytes(b"x" * 100)
+    error = server.refused("GET", f"/v1/videos/{job['id']}/content?variant=thumbnail")
+    assert (error["status"], error["code"]) == (409, "video_damaged")
+
+
 def test_a_job_ends_also_if_its_client_has_gone(server: Running):
     job = server.create(BALL)
     following = server.events(job["id"])
