@@ -48,7 +48,7 @@ PROMPTS = [  # more than the engine's cache holds
     for way in ("left", "right", "up", "down")
     for when in ("by day", "at night")
 ]
-MEASURED = 3  # placements of a case
+MEASURED = 2  # placements of a case
 STEP = 1.15  # from one rate to the next
 POLL_S = 0.05
 

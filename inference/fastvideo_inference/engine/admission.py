@@ -23,7 +23,7 @@ from fastvideo_inference.engine.record import Record
 from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.goodput.profile import DENOISE, HIGH, Estimate, Profile, Setting
 
-_FEW, _KEPT = 8, 64  # errors of forecasts from which a margin is known, and that count
+_KEPT = 64  # errors of forecasts, of which a margin is made
 _GUESS_S = 10.0  # of a clip, before any was made
 Order = Callable[[list[Record]], list[Record]]
 
@@ -81,9 +81,9 @@ class Admission:
         if sum(other.job.slo_class == name for other in queued) < limit:
             return
         clip_s = self._book.clip_s(new.model, new.total) or _GUESS_S
-        lines = min(pool.count for pool in self._config.worker)
+        at_once = min(pools.num_workers(self._config.worker, new.model, new.row))
         text = f"the queue of class {name} is full: {limit} jobs wait"
-        raise QueueFullError(text, retry_after_s=max(1.0, clip_s / lines))
+        raise QueueFullError(text, retry_after_s=max(1.0, clip_s / at_once))
 
     def _check(
         self,
@@ -96,16 +96,17 @@ class Admission:
         if name not in self._deadlines_s or self._seconds(new) is None:
             return
         idle = dict.fromkeys(at)
-        alone_s = self._ends([new], idle, new, order)[new.id] + self._margin_s(new)
-        if alone_s > self._deadlines_s[name]:
+        alone_s, own_s = self._ends([new], idle, new, order)[new.id], self._spread_s(new)
+        if alone_s + own_s > self._deadlines_s[name]:
             raise ValueError(
                 f"class {name} promises {self._deadlines_s[name]:g} s; this clip takes"
-                f" {alone_s:.1f} s on idle workers"
+                f" {alone_s + own_s:.1f} s on idle workers"
             )
         after = self._ends([*waiting, new], at, new, order)
         now = time.time()
         new.forecast_s = after[new.id]
-        late_s = new.forecast_s + self._margin_s(new) - self._left_s(new, now)
+        wait_s = new.forecast_s - alone_s
+        late_s = new.forecast_s + own_s + self._error_s(wait_s) - self._left_s(new, now)
         if late_s <= 0:
             late_s = self._harm_s(after, waiting, at, new, order)
         if late_s > 0:
@@ -208,14 +209,16 @@ class Admission:
         loads = profile.reload_s(pool.stages, pool.memory)
         return {stage: one.median + loads.get(stage, 0.0) for stage, one in row.items()}
 
-    def _margin_s(self, record: Record) -> float:
-        """Return how much later than forecast one of ten jobs ends, by the last ones' ends.
+    def _error_s(self, wait_s: float) -> float:
+        """Return how much later than forecast nine of ten of the last jobs ended, at most.
 
-        Before there were any, it is the spread of a clip's seconds in the profile.
+        It is bounded by the wait, so that idle workers take every clip that they can do in time.
         """
         errors = sorted(self._errors_s)
-        if len(errors) >= _FEW:
-            return max(0.0, errors[math.ceil(HIGH * len(errors)) - 1])
+        return max(0.0, min(wait_s, errors[math.ceil(HIGH * len(errors)) - 1])) if errors else 0.0
+
+    def _spread_s(self, record: Record) -> float:
+        """Return how much longer than usual one of ten clips takes; 0 if that is not known."""
         profile, asked = self._profiles.get(record.model), record.job.submission
         if profile is None:
             return 0.0

@@ -60,7 +60,6 @@ class Engine:
         self._ledger = Ledger(config.folder)
         self._records = self._ledger.records
         self._cache, self._counts = PromptCache(), Counts()
-        self._num_lines = min(pool.count for pool in config.worker)  # clips that are made at once
         self._waiting: list[Record] = []  # for a worker, in the order in which they began to
         self._positions: dict[str, int] | None = None  # in the queue, until it changes
         self._specs: dict[str, Spec] = {}
@@ -140,8 +139,11 @@ class Engine:
         """Return about how many seconds until the end; None if nothing is known of its shape."""
         record = self._records[job_id]
         clip_s = None if record.is_over else self._book.clip_s(record.model, record.total)
-        ahead = (self.queue_position(job_id) or 0) / self._num_lines
-        return None if clip_s is None else clip_s * (ahead + 1 - record.job.progress)
+        if clip_s is None:
+            return None
+        at_once = min(pools.num_workers(self.config.worker, record.model, record.row))
+        ahead = (self.queue_position(job_id) or 0) / at_once
+        return clip_s * (ahead + 1 - record.job.progress)
 
     async def cancel(self, job_id: str) -> Job:
         """End a job as cancelled, and its work at the next step boundary of its worker."""
@@ -245,11 +247,11 @@ class Engine:
         self._waiting.append(record)
 
     async def _warm_up(self) -> None:
-        """Make tiny clips, as many at once as the largest pool has workers, behind all others."""
+        """Make tiny clips, as many at once as a stage has workers, behind all others."""
         model = self.config.worker[0].model or hub.DEFAULT_MODEL
         spec, made = await self._spec(model), []
         workers = self.config.worker
-        for number in range(max(pool.count for pool in workers)):
+        for number in range(max(pools.num_workers(workers, model, spec.stages))):
             params = pools.tiny(model, spec, workers, seed=number)
             pools.check(workers, submission := Submission(model, params), spec)
             job = Job(f"warmup_{number}", submission, accepted_at_s=time.time() + _PATIENCE_S)

@@ -31,6 +31,12 @@ def unfit(pool: WorkerConfig, stage: str, submission: Submission, spec: Spec) ->
     return None
 
 
+def num_workers(pools: Sequence[WorkerConfig], model: str, stages: Sequence[str]) -> list[int]:
+    """Return how many workers run each stage of a model."""
+    own = [pool for pool in pools if pool.model in ("", model)]
+    return [sum(pool.count for pool in own if stage in pool.stages) for stage in stages]
+
+
 def check(pools: Sequence[WorkerConfig], submission: Submission, spec: Spec) -> None:
     """Raise `ValueError` if a stage has no worker that could run it."""
     for stage in spec.stages:
