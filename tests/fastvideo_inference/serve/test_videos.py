@@ -119,7 +119,7 @@ def test_nothing_that_a_client_gets_names_a_folder_of_the_server(
     *_, (_, failed) = server.events(server.create({**BALL, "lora": "none"})["id"])
     assert failed["error"]["message"].startswith("none: ")
     refused = server.refused("POST", "/v1/videos", {**BALL, "lora": "gone"})
-    assert "'gone.safetensors'" in refused["message"]
+    assert "LoRA 'gone'" in refused["message"]
     content = server.ask("GET", f"/v1/videos/{made['id']}/content")[2]
     for got in map(str, (made, failed, refused["message"], content)):
         assert str(tmp_path) not in got
