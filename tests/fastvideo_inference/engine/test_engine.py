@@ -240,7 +240,9 @@ def test_few_states_wait_between_two_stages(
             return len(begun), made
 
     num_begun, made = asyncio.run(main())
-    assert num_begun == 1 + 2 + 2  # in decode, and before it and before denoise
+    # in decode, before it and before denoise; there both workers run, and the most urgent job has
+    # a place more
+    assert num_begun == 1 + 2 + max(2, count + (policy == "deadline"))
     assert {job.status for job in made} == {"completed"}
 
 
