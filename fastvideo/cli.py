@@ -134,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with termination.raising():
             log.configure()
+            env.bound_spinning()  # before torch starts its threads
             result = _group().main(args or ["--help"], prog_name="fastvideo", standalone_mode=False)
         return result if isinstance(result, int) else OK
     except typer.Exit as error:

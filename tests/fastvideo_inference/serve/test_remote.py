@@ -194,7 +194,13 @@ def test_a_server_that_dies_amid_a_clip_is_told_in_one_line(
 ):
     monkeypatch.setattr(remote, "_RECONNECT_S", 0.0)
     server = start()
-    words = ["--steps=100", "--count=2", f"--server={server.url}", "-o", f"{tmp_path}/{{seed}}.mp4"]
+    words = [
+        "--steps=100",
+        "--count=50",
+        f"--server={server.url}",
+        "-o",
+        f"{tmp_path}/{{seed}}.mp4",
+    ]
     timer = threading.Timer(1.0, server.stop)
     timer.start()
     assert main(["generate", "a red ball", *words]) == 1
