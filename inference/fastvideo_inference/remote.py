@@ -104,16 +104,10 @@ class Connection:
         self._opener = build_opener(ProxyHandler({}))
 
     def json(
-        self,
-        method: str,
-        path: str,
-        values: dict[str, Any] | None = None,
-        *,
-        key: str = "",
-        timeout_s: float = _TIMEOUT_S,
+        self, method: str, path: str, values: dict[str, Any] | None = None, **how: Any
     ) -> dict[str, Any]:
-        """Send values and return the answer's; twice with one `key` is once."""
-        with self.open(method, path, values, key=key, timeout_s=timeout_s) as answer:
+        """Send values and return the answer's; `how` as in `open`."""
+        with self.open(method, path, values, **how) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found
 
@@ -127,7 +121,7 @@ class Connection:
         key: str = "",
         timeout_s: float = _TIMEOUT_S,
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request, and give the answer to read from."""
+        """Send a request, and give the answer to read from; twice with one `key` is once."""
         data = None if values is None else json.dumps(values).encode()
         headers = {**self._headers, **({"idempotency-key": key} if key else {})}
         request = Request(self.url + path, data, headers, method=method)

@@ -25,7 +25,7 @@ from fastvideo_inference.goodput.profile import SAVE, SHARED, Profile
 from fastvideo_inference.goodput.simulate import BURST, Costs, Pool, arrivals, simulate
 
 REQUESTS, WARM_UP = 300, 0.1  # of a simulated run; the share of it that is dropped
-KEEP = 8  # placements that are told of
+KEEP = 8  # placements that are reported
 _PRECISION = 0.02  # of the rate that bisection ends at
 
 
