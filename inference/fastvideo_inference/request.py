@@ -142,7 +142,7 @@ def read(args: CliArgs) -> Batch:
     batch = replace(batch, budget_s=budget_s)
     if repeated:
         _check_repeatable(args.repeat, repeated, batch.model)
-        _check_same_decoder(args.repeat, repeated, batch.decoder)
+        check_same_decoder(str(args.repeat), repeated, batch.decoder)
     return batch
 
 
@@ -409,11 +409,12 @@ def _check_repeatable(path: Path | None, recipe: Recipe, model: OpenModel) -> No
         )
 
 
-def _check_same_decoder(path: Path | None, recipe: Recipe, used: DecoderId | None) -> None:
+def check_same_decoder(clip: str, recipe: Recipe, used: DecoderId | None) -> None:
+    """Raise `ValueError` if the decoder of a clip's recipe now has other weights."""
     old = recipe.decoder
     if old and used and used.name_or_path == old.name_or_path and used != old:
         raise ValueError(
-            f"{path} was made by another decoder {old.name_or_path} than the one that is there now:"
+            f"{clip} was made by another decoder {old.name_or_path} than the one that is there now:"
             f" its recipe says {old.fingerprint[:12]}, it is {used.fingerprint[:12]}"
         )
 

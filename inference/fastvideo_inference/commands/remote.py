@@ -15,7 +15,14 @@ from fastvideo_inference.commands.generate import write_sidecar
 from fastvideo_inference.commands.report import Report, reporting
 from fastvideo_inference.recipe import Recipe
 from fastvideo_inference.remote import Job, PreviewImage, RemotePipeline
-from fastvideo_inference.request import CliArgs, RemoteBatch, RemoteJob, claimed, read_remote
+from fastvideo_inference.request import (
+    CliArgs,
+    RemoteBatch,
+    RemoteJob,
+    check_same_decoder,
+    claimed,
+    read_remote,
+)
 
 
 def generate(args: CliArgs, *, server: str, api_key: str | None, as_json: bool) -> int:
@@ -80,6 +87,7 @@ def _check_same(made: dict[str, Any], repeated: Recipe) -> None:
         if mine != its:
             text = f"the server made the clip with {name} {its}, that of --from had {mine}"
             raise ValueError(text)
+    check_same_decoder("the clip of --from", repeated, Recipe.model_validate(made).decoder)
     found = made["model"]["fingerprint"]
     if found != repeated.model.fingerprint:
         raise ValueError(

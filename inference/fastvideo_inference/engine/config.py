@@ -59,6 +59,7 @@ class Limits(Strict):
     num_frames: int = Field(default=257, ge=1)
     pixels: int = Field(default=1 << 28, ge=1, description="width x height x num_frames")
     num_inference_steps: int = Field(default=100, ge=1)
+    count: int = Field(default=16, ge=1, description="clips of one request")
     prompt_chars: int = Field(default=8000, ge=1, le=20_000, description="a task fits a socket")
     body_bytes: int = Field(default=1 << 20, ge=1)
     streams: int = Field(default=256, ge=1, description="of events, open at once, of each key")

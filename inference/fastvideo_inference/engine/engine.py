@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from fastvideo import hub, registry
@@ -88,15 +89,16 @@ class Engine:
 
     def is_ready(self) -> bool:
         """Tell whether `ready` would return now."""
-        done = self._ready
-        return done is not None and done.done() and not done.cancelled() and not done.exception()
+        ready = self._ready
+        return bool(ready and ready.done() and not ready.cancelled() and not ready.exception())
 
     async def submit(self, submission: Submission) -> Job:
-        """Commit a job and return it; the first one, if its idempotency key was used before.
+        """Commit a job for each clip, all or none; return the first, which names the others.
 
-        Raises `QueueFullError`, `LateError`, `EngineStoppingError`, `ConflictError`, and
-        `ValueError` for what no worker can make in time. Like `cancel` and `delete`, it is done
-        even if its caller is cancelled.
+        Where an idempotency key was used before, those are the jobs of then. Raises
+        `QueueFullError`, `LateError`, `EngineStoppingError`, `ConflictError`, and `ValueError` for
+        what no worker can make in time. Like `cancel` and `delete`, it is done even if its caller
+        is cancelled.
         """
         return await asyncio.shield(asyncio.ensure_future(self._accept(submission)))
 
@@ -108,15 +110,16 @@ class Engine:
         async with self._accepting:
             if known := self.known(submission):
                 return known
-            record = await self._new(submission)
+            asked, records = await self._new(submission), list[Record]()
             waiting = [one for one in self._waiting if not one.is_warmup]
             at = {slot: self._at(slot) for slot in self._fleet.slots}
-            record = self._admission.admit(record, waiting, at, self._order)
-            await self._ledger.add(record)
-        self._counts.admitted += 1
-        self._waiting.append(record)
+            for one in asked:
+                records.append(self._admission.admit(one, waiting + records, at, self._order))
+            await self._ledger.add(records)
+        self._counts.admitted += len(records)
+        self._waiting += records
         self._pump()
-        return record.job
+        return records[0].job
 
     def job(self, job_id: str) -> Job | None:
         """Return a job from memory; None if there is none (or it was deleted)."""
@@ -163,8 +166,8 @@ class Engine:
         """Yield what happens to a job, its status first, until it has ended or the engine stops."""
         record = self._records[job_id]
         queue = record.read()
-        if self._ledger.is_closing:  # nothing will happen any more
-            record.close()
+        if self._ledger.is_closing:
+            record.close()  # nothing will happen any more
         try:
             while event := await queue.get():
                 yield event
@@ -179,8 +182,8 @@ class Engine:
         for record in self._queued():
             queued[record.job.slo_class] += 1
         running = sum(r.job.status == "in_progress" for r in self._records.values())
-        workers = self._fleet.stats()
-        return {"queued": queued, "running": running, "workers": workers, **asdict(self._counts)}
+        found = {"queued": queued, "running": running, "workers": self._fleet.stats()}
+        return {**found, **asdict(self._counts)}
 
     async def drain(self) -> None:
         """Accept nothing more, finish what was begun; what waits is for the next start."""
@@ -200,20 +203,19 @@ class Engine:
 
     # Jobs come in
 
-    async def _new(self, submission: Submission) -> Record:
-        own = {key.name: key.slo_class for key in self.config.key}
-        default = own.get(submission.owner) or self.config.class_[0].name
-        name = submission.slo_class or default
+    async def _new(self, submission: Submission) -> list[Record]:
+        own = {key.name: key.slo_class for key in self.config.key}.get(submission.owner)
+        name = submission.slo_class or own or self.config.class_[0].name
         if name not in self._classes:
             hint, known = registry.did_you_mean(name, self._classes), ", ".join(self._classes)
             raise ValueError(f"slo_class {name!r} is unknown{hint} (known: {known})")
-        spec = await self._spec(submission.model)
-        pools.check(self.config.worker, submission, spec)
+        pools.check(self.config.worker, submission, spec := await self._spec(submission.model))
         if self._is_draining:  # since the model was opened, too
             raise EngineStoppingError("the server is shutting down")
-        job = Job(f"video_{secrets.token_hex(16)}", submission, slo_class=name)
-        job = replace(job, accepted_at_s=time.time(), notices=submission.notices)
-        return Record(job, spec)
+        ids = tuple(f"video_{secrets.token_hex(16)}" for _ in range(submission.count))
+        same = partial(Job, slo_class=name, accepted_at_s=time.time(), clips=ids)
+        each = zip(ids, submission.each(), strict=True)
+        return [Record(same(own, one, notices=one.notices), spec) for own, one in each]
 
     async def _spec(self, model: str) -> Spec:
         if model not in self._specs:
@@ -222,12 +224,10 @@ class Engine:
 
     async def _restore(self, job: Job) -> None:
         """Take a job from the journal; requeue it, or fail it, if it had not ended."""
-        is_over = job.status in TERMINAL
         if job.slo_class not in self._classes:  # the config has changed
             job = replace(job, slo_class=self.config.class_[0].name)
-        record = Record(job, is_over=is_over)
-        self._records[record.id] = record
-        if is_over:
+        self._records[job.id] = record = Record(job, is_over=job.status in TERMINAL)
+        if record.is_over:
             record.ended.set()
             return
         self._ledger.path(record).unlink(missing_ok=True)  # published, and not committed

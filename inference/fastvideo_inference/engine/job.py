@@ -5,10 +5,11 @@ A job is one clip. It reaches exactly one terminal status and publishes exactly 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from fastvideo import sampling
 from fastvideo.sampling import SamplingParams
 from fastvideo_inference.goodput.profile import Setting
 from fastvideo_inference.recipe import Names
@@ -20,9 +21,10 @@ TERMINAL: tuple[Status, ...] = ("completed", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class Submission:
-    """A complete request for one clip. `owner` is the API key's name, "" without keys; `decoder`
-    is the path of a small decoder, "" for the VAE's own.
+    """A complete request for `count` clips, of seeds that follow each other.
 
+    `owner` is the API key's name, "" without keys; `decoder` is the path of a small decoder, "" for
+    the VAE's own.
     `smaller` are settings in place of one that would be late, best first; None of
     `allow_smaller` leaves it to the class whether they are taken.
     `names` stand in the recipe where paths of this machine would; None: the paths.
@@ -42,6 +44,23 @@ class Submission:
     names: Names | None = None
     smaller: tuple[Setting, ...] = ()
     allow_smaller: bool | None = None
+    count: int = 1
+
+    def each(self) -> list[Submission]:
+        """Return the requests for its clips one by one."""
+        rows = [self.params, *(one.params for one in self.smaller)]
+        seeded = zip(*(sampling.clips(params, self.count) for params in rows), strict=True)
+        return [
+            replace(
+                self,
+                params=own,
+                smaller=tuple(
+                    replace(one, params=p) for one, p in zip(self.smaller, smaller, strict=True)
+                ),
+                count=1,
+            )
+            for own, *smaller in seeded
+        ]
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,8 @@ class Job:
     """A snapshot of a job; times are seconds since the epoch, None if not reached.
 
     `progress` is 0 to 1, `attempt` counts dispatches, `deaths` counts workers that died of it.
-    `path` is the published mp4, with `frames_sha256`, `recipe` and seconds by stage.
+    `path` is the published mp4, with `frames_sha256`, `recipe` and seconds by stage. `clips` are
+    the ids of the clips that were asked for with it, its own among them.
     """
 
     id: str
@@ -77,6 +97,7 @@ class Job:
     recipe: dict[str, Any] | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    clips: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

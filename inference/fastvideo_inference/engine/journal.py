@@ -58,11 +58,14 @@ class Journal:
             self._held.close()
             raise
 
-    def put(self, job: Job) -> None:
-        """Commit a job as it is; `OSError` if the disk refuses."""
-        text = self._json.dump_json(job).decode()
+    def put(self, *jobs: Job) -> None:
+        """Commit jobs as they are, all or none; `OSError` if the disk refuses."""
+        rows = [
+            (job.id, job.status, job.accepted_at_s, self._json.dump_json(job).decode())
+            for job in jobs
+        ]
         with self._committing():
-            self._rows.execute(_PUT, (job.id, job.status, job.accepted_at_s, text))
+            self._rows.executemany(_PUT, rows)
 
     def delete(self, job_id: str) -> None:
         """Mark a job as deleted; its row keeps for a day how it ended."""

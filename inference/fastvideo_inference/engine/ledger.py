@@ -78,11 +78,11 @@ class Ledger:
             raise GoneError(f"this idempotency key's clip, {first_id}, was removed")
         return self.records[first_id].job
 
-    async def add(self, record: Record) -> None:
-        """Commit a new job, and keep it and its idempotency key."""
-        await self.commit(record.job)
-        self.records[record.id] = record
-        self._note_key(record.job)
+    async def add(self, records: list[Record]) -> None:
+        """Commit the jobs of a request at once, and keep them and its idempotency key."""
+        await self.commit(*(record.job for record in records))
+        self.records |= {record.id: record for record in records}
+        self._note_key(records[0].job)
 
     def open_record(self, job_id: str) -> Record:
         """Return a job that may be changed; `EngineStoppingError` once the journal closes."""
@@ -93,16 +93,16 @@ class Ledger:
     def _note_key(self, job: Job) -> None:
         for key in [*takewhile(lambda key: self._is_old(self._keys[key][2]), self._keys)]:
             del self._keys[key]
-        if job.submission.idempotency_key:
+        if job.submission.idempotency_key and job.id == (job.clips or (job.id,))[0]:
             self._keys[_key(job.submission)] = job.id, job.submission.body_sha256, job.accepted_at_s
 
     def _is_old(self, accepted_at_s: float) -> bool:
         return self._clock() - accepted_at_s > KEPT_S
 
-    async def commit(self, job: Job) -> None:
-        """Write a job as it is; `OSError` if the disk refuses."""
+    async def commit(self, *jobs: Job) -> None:
+        """Write jobs as they are, all or none; `OSError` if the disk refuses."""
         assert self._journal is not None, "open() comes first"
-        await self._on_disk(self._journal.put, job)
+        await self._on_disk(self._journal.put, *jobs)
 
     def note(self, record: Record) -> None:
         """Commit a job soon, unless its end, which has a commit of its own, comes first."""

@@ -51,6 +51,7 @@ class Beside(Strict):
     slo_class: str = ""
     decoder: str = ""
     previews: bool = False
+    count: int = 1  # clips, of seeds that follow each other
     allow_smaller: bool | None = None
 
 
@@ -123,7 +124,7 @@ def submission(
         names = Names(model_id, beside.decoder, tuple(use.path for use in uses))
         request = request.model_copy(update={"lora": tuple(map(catalogue.lora, uses))})
         params = resolve(request, model.spec)
-        _check_limits(params, limits)
+        _check_limits(params, limits, count=beside.count)
         smaller: tuple[Setting, ...] = ()
         if beside.allow_smaller or (beside.allow_smaller is None and is_adaptive):
             fixed = catalogue.decoder(beside.decoder, model) if beside.decoder else None
@@ -141,6 +142,7 @@ def submission(
             names=names,
             smaller=smaller,
             allow_smaller=beside.allow_smaller,
+            count=beside.count,
         )
     except (ValueError, RecursionError) as error:
         raise invalid(error, catalogue.public) from None
@@ -214,10 +216,10 @@ def _check_lengths(fields: Mapping[str, Any], limits: Limits) -> None:
             raise ApiError(400, text, code="over_limit", param=name)
 
 
-def _check_limits(params: SamplingParams, limits: Limits) -> None:
-    asked = params.model_dump()
+def _check_limits(params: SamplingParams, limits: Limits, *, count: int = 1) -> None:
+    asked = {**params.model_dump(), "count": count}
     asked["pixels"] = params.width * params.height * params.num_frames
-    for name in ("width", "height", "num_frames", "num_inference_steps", "pixels"):
+    for name in ("width", "height", "num_frames", "num_inference_steps", "pixels", "count"):
         limit: int = limits.model_dump()[name]
         if asked[name] > limit:
             text = f"{name} {asked[name]} exceeds the limit of this server, {limit}"

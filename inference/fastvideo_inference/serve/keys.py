@@ -42,24 +42,25 @@ class Keys:
             raise ApiError(401, text, code="invalid_api_key")
         return found[0]
 
-    def check(self, owner: str, *, running: int) -> None:
-        """Raise 429 if a key that has `running` jobs may not create another one now."""
+    def check(self, owner: str, *, running: int, clips: int = 1) -> None:
+        """Raise 429 if a key that has `running` jobs may not ask for `clips` more now."""
         key = self._keys.get(owner)
-        if key and key.running is not None and running >= key.running:
+        if key and key.running is not None and running + clips > key.running:
             text = f"key {owner!r} has {running} unfinished jobs; its limit is {key.running}"
             raise ApiError(429, text, code="running_limit", retry_after_s=1)
         if key and key.rate is not None:
-            burst_s = max(0.0, 60 - 60 / key.rate)  # a minute's jobs may come at once
+            # a minute's jobs may come at once, and a request that asks for more of an idle key
+            burst_s = max(0.0, 60 - clips * 60 / key.rate)
             wait_s = self._due_s[owner] - burst_s - time.monotonic()
             if wait_s > 0:
                 text = f"key {owner!r} may ask for {key.rate:g} clips a minute"
                 raise ApiError(429, text, code="rate_limit_exceeded", retry_after_s=wait_s)
 
-    def count(self, owner: str) -> None:
-        """Count an accepted job against the rate of its key."""
+    def count(self, owner: str, *, clips: int = 1) -> None:
+        """Count accepted clips against the rate of its key."""
         key = self._keys.get(owner)
         if key and key.rate is not None:
-            self._due_s[owner] = max(self._due_s[owner], time.monotonic()) + 60 / key.rate
+            self._due_s[owner] = max(self._due_s[owner], time.monotonic()) + clips * 60 / key.rate
 
     @contextmanager
     def stream(self, owner: str, *, limit: int) -> Iterator[None]:

@@ -67,7 +67,7 @@ class Videos:
         app.add_api_route("/v1/videos/{video_id}/events", self.events, methods=["GET"])
 
     async def create(self, request: Request) -> Response:
-        """Accept a job; once this is answered it survives a restart."""
+        """Accept a job for each clip; once this is answered they survive a restart."""
         try:
             job = await self._create(request)
         except ApiError as error:
@@ -94,17 +94,18 @@ class Videos:
             try:
                 is_new = self._engine.known(asked) is None  # a repeated request makes no clip
                 if is_new:
-                    self._check_limits(owner)
+                    self._check_limits(owner, clips=asked.count)
                 job = await self._engine.submit(asked)
             except (ValueError, OSError) as error:
                 raise _refusal(error) from None
             if is_new:
-                self.keys.count(owner)
+                self.keys.count(owner, clips=asked.count)
             return job
 
-    def _check_limits(self, owner: str) -> None:
+    def _check_limits(self, owner: str, *, clips: int) -> None:
         jobs = self._engine.jobs(owner=owner) if owner else []
-        self.keys.check(owner, running=sum(job.status not in TERMINAL for job in jobs))
+        running = sum(job.status not in TERMINAL for job in jobs)
+        self.keys.check(owner, running=running, clips=clips)
 
     async def retrieve(self, request: Request, video_id: str) -> Response:
         """Return a job; no worker is asked."""
@@ -242,6 +243,7 @@ class Videos:
             and {"code": failure.code, "message": self._catalogue.public(failure.message)},
             "remixed_from_video_id": None,
             **params.model_dump(exclude={"prompt", "lora", "backend", "drop_gates"}),
+            "clips": job.clips or (job.id,),
             "slo_class": job.slo_class,
             "queue_position": None if is_over else self._engine.queue_position(job.id),
             "eta_s": None if is_over else self._engine.eta_s(job.id),

@@ -487,6 +487,62 @@ def test_a_drain_ends_what_was_begun_and_leaves_the_rest_to_the_next_start(
     asyncio.run(main())
 
 
+def test_a_drain_takes_no_worker_from_what_was_begun(tiny_folder: Path, tmp_path: Path):
+    classes = [{"name": "batch"}, {"name": "clip", "deadline_s": 5}]
+
+    async def main():
+        config = {"class": classes, "policy": "deadline"}
+        async with running(tiny_folder, tmp_path, **config) as engine:
+            await engine.ready()
+            begun = await engine.submit(submission(tiny_folder, num_inference_steps=40))
+            await until(engine, begun, step=1)
+            own = {"beside": {"slo_class": "clip"}, "prompt": "a blue ball"}
+            await engine.submit(submission(tiny_folder, **own))  # which asks the worker back
+            await asyncio.wait_for(engine.drain(), 60)
+            return engine.job(begun.id)
+
+    assert asyncio.run(main()).attempt <= 2
+
+
+def test_a_job_whose_class_is_gone_is_made_in_the_first_one(tiny_folder: Path, tmp_path: Path):
+    async def main():
+        both = [{"name": "batch"}, {"name": "clip"}]
+        async with running(tiny_folder, tmp_path, **{"class": both}) as engine:
+            long = submission(tiny_folder, num_inference_steps=300)
+            await engine.submit(long)
+            beside = {"slo_class": "clip"}
+            job = await engine.submit(submission(tiny_folder, beside=beside))
+            await engine.cancel(engine.jobs()[-1].id)
+        async with running(tiny_folder, tmp_path, **{"class": both[:1]}) as engine:
+            assert engine.stats()["queued"].keys() == {"batch"}
+            return await ended(engine, job)
+
+    job = asyncio.run(main())
+    assert (job.status, job.slo_class) == ("completed", "batch")
+
+
+def test_the_clips_of_one_request_are_let_in_and_remembered_together(
+    tiny_folder: Path, tmp_path: Path, expected
+):
+    async def main():
+        queue = {"class": [{"name": "only", "queue": 3}]}
+        async with running(tiny_folder, tmp_path, **queue) as engine:
+            engine._pump = lambda: None  # nothing begins
+            beside = {"count": 4, "idempotency_key": "k"}
+            with pytest.raises(QueueFullError):
+                await engine.submit(submission(tiny_folder, seed=7, beside=beside))
+            assert not engine.jobs()
+            asked = submission(tiny_folder, seed=7, beside={**beside, "count": 3})
+            first = await engine.submit(asked)
+        async with running(tiny_folder, tmp_path, **queue) as engine:
+            assert (await engine.submit(asked)).id == first.id
+            assert first.clips == tuple(job.id for job in engine.jobs()[::-1])
+            return [await ended(engine, engine.job(one)) for one in first.clips]
+
+    jobs = asyncio.run(main())
+    assert [job.frames_sha256 for job in jobs] == [expected(seed) for seed in (7, 8, 9)]
+
+
 def test_a_drain_does_not_wait_for_the_warm_up(tiny_folder: Path, tmp_path: Path, monkeypatch):
     run, begun, held = denoise.run, threading.Event(), threading.Event()
 

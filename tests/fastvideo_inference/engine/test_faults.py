@@ -92,6 +92,9 @@ def test_a_worker_that_is_killed_or_stopped_is_replaced_and_its_job_goes_on(
         async with running(tiny_folder, tmp_path, PAIR, **config) as engine:
             await engine.ready()
             idle = pids(engine, "denoise")
+            assert os.getsid(idle[0]) != os.getsid(0), (
+                "a terminal's Ctrl-C reaches the engine alone"
+            )
             os.kill(idle[0], signal.SIGSTOP)
             job = await engine.submit(submission(tiny_folder, seed=2, **BIG))
             await replaced(engine, "denoise", idle)

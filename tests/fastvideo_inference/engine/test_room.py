@@ -14,6 +14,7 @@ from fastvideo_inference.engine import pools
 from fastvideo_inference.engine.config import ServeConfig
 from fastvideo_inference.engine.engine import Engine
 from fastvideo_inference.engine.job import Job, Submission
+from fastvideo_inference.engine.messages import Task
 from fastvideo_inference.engine.record import Record
 
 from fastvideo import hub
@@ -74,6 +75,24 @@ def test_all_workers_of_a_pool_run_and_a_place_more_is_kept_for_the_most_urgent_
     assert rooms(count - 1) == [True, True]
     assert rooms(count) == [False, True]
     assert rooms(count + 1) == [False, False]
+
+
+@pytest.mark.parametrize("stuck", [1, 2])
+def test_an_urgent_job_asks_no_worker_back_that_could_not_hand_on_its_state(
+    engine, record, monkeypatch: pytest.MonkeyPatch, stuck: int
+):
+    held, asked_back = engine(SPLIT, policy="deadline"), []
+    monkeypatch.setattr(held._fleet, "stop_task", asked_back.append)
+    slot, row = held._fleet.slots[1], record("row").row
+    denoise, decode = row.index("denoise"), row.index("decode")
+    runs = record("runs", index=denoise, stage="denoise")
+    runs.slot, held._records["runs"] = slot, runs
+    rest = {"notices": (), "later": ("decode",), "output": Path(), "checkpoint_every": 1}
+    slot.task = Task("runs", 1, runs.job.submission, stages=("denoise",), **rest)
+    urgent = record("urgent", index=denoise, slo_class="clip")
+    held._waiting = [urgent, *(record(f"stuck {n}", index=decode) for n in range(stuck))]
+    held._preempt()
+    assert asked_back == ([slot] if stuck < held.config.in_flight else [])
 
 
 def test_a_warm_up_takes_any_place(engine, record):

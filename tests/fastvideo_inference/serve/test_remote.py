@@ -109,6 +109,11 @@ def test_a_cancelled_job_has_no_clip_and_a_failed_one_says_why(
     assert server.ask("GET", f"/v1/videos/{job.id}")[0] == 404
     with pytest.raises((RuntimeError, ValueError)):
         job.result()
+    job = pipe.submit(**{**LONG, "num_inference_steps": 20})
+    Path(server.folder, f"{job.id}.mp4", "in the way").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="cannot be published: "):
+        job.result()
+    assert job.values["error"]["code"] == "io_error"
 
 
 def test_a_clip_that_could_not_be_fetched_or_saved_stays_on_the_server(

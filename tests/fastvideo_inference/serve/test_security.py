@@ -227,6 +227,10 @@ def test_limits_of_a_key_are_429_with_the_seconds_to_wait_and_others_are_served(
         assert error["code"] == "running_limit", "a day later it asks for another clip"
     for job in server.ask("GET", "/v1/videos", key="sk-ann")[2]["data"]:
         server.ask("DELETE", f"/v1/videos/{job['id']}", key="sk-ann")
+    error = server.refused("POST", "/v1/videos", {**BALL, "count": 3}, key="sk-ann")
+    assert (error["status"], error["code"]) == (429, "running_limit")
+    error = server.refused("POST", "/v1/videos", {**BALL, "count": 2}, key="sk-ann")
+    assert (error["status"], error["code"]) == (429, "rate_limit_exceeded")
     server.create(BALL, key="sk-ann")
     error = server.refused("POST", "/v1/videos", BALL, key="sk-ann")
     assert (error["status"], error["code"]) == (429, "rate_limit_exceeded")

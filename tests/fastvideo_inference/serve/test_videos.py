@@ -8,6 +8,7 @@ import json
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fastvideo_inference.serve.guard import RequestIdFilter
 from tiny_loras import pairs, write, write_as
 
 from fastvideo import media, sampling
+from fastvideo.cli import main
 from fastvideo.model import load
 from fastvideo.sampling import GenerateRequest
 from tests.serving import BALL, LONG, Running, Start
@@ -126,7 +128,9 @@ def test_nothing_that_a_client_gets_names_a_folder_of_the_server(
         assert str(tiny_folder.parent) not in got
 
 
-def test_a_small_decoder_is_used_by_its_name_in_the_config(start: Start):
+def test_a_small_decoder_is_used_by_its_name_in_the_config_and_is_that_of_a_repeated_clip(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     worker = {"model": "fastwan-nano", "devices": ["cpu"]}
     server = start(worker=[worker], decoder={"small": "tiny"})
     asked = {"prompt": "a red ball", "seed": 1, "num_frames": 5, "width": 32, "height": 32}
@@ -135,6 +139,11 @@ def test_a_small_decoder_is_used_by_its_name_in_the_config(start: Start):
     assert made["frames_sha256"] == clip.frames_sha256
     assert made["recipe"]["decoder"] == {**clip.recipe["decoder"], "name_or_path": "small"}
     assert server.refused("POST", "/v1/videos", {**asked, "decoder": "tiny"})["param"] == "decoder"
+    old = {**made["recipe"], "decoder": {**made["recipe"]["decoder"], "fingerprint": "0" * 64}}
+    replace(clip, recipe=old).save(tmp_path / "old.mp4")
+    again = [f"--from={tmp_path}/old.mp4", f"--server={server.url}", f"-o={tmp_path}/new.mp4"]
+    assert main(["generate", *again]) == 1
+    assert "another decoder small than the one that is there" in capsys.readouterr().err
 
 
 def test_a_number_of_frames_beside_seconds_wins(server: Running):
@@ -265,6 +274,18 @@ def test_a_repeated_request_whose_clip_was_removed_is_a_conflict_and_makes_no_se
     server.ask("DELETE", f"/v1/videos/{first['id']}")
     error = server.refused("POST", "/v1/videos", BALL, headers=key)
     assert (error["status"], error["code"]) == (409, "idempotency_conflict")
+
+
+def test_several_clips_of_one_request_are_jobs_that_name_each_other(server: Running):
+    first = server.create({**BALL, "seed": 5, "count": 3}, headers={"idempotency-key": "three"})
+    again = server.create({**BALL, "seed": 5, "count": 3}, headers={"idempotency-key": "three"})
+    assert again["clips"] == first["clips"]
+    assert first["clips"][0] == first["id"]
+    jobs = [server.ask("GET", f"/v1/videos/{one}")[2] for one in first["clips"]]
+    assert [job["seed"] for job in jobs] == [5, 6, 7]
+    assert all(job["clips"] == first["clips"] for job in jobs)
+    for wrong in (0, 17, "many"):
+        assert server.refused("POST", "/v1/videos", {**BALL, "count": wrong})["param"] == "count"
 
 
 def test_a_full_queue_is_429_with_the_seconds_to_wait(start: Start):
