@@ -417,7 +417,7 @@ class Engine:
     def _take_stage(self, record: Record, values: Mapping[str, Any]) -> None:
         stage, seconds = values["stage"], values["seconds"]
         add(self._counts.stage_s.setdefault(stage, [0, 0.0]), seconds)
-        record.add_seconds(stage, seconds)
+        record.add_seconds(stage, seconds, values["load_s"])
         record.index = min(record.index + 1, len(record.row) - 1)  # a lost file is decoded again
         if stage == ENCODE and record.index == 1:
             notices = record.job.notices[len(record.job.submission.notices) :]

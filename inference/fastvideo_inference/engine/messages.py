@@ -20,7 +20,9 @@ Kind: TypeAlias = Literal[
     "progress",  # `stage`, `index`, `total`; with a state at checkpoints
     "notice",  # `stage`, `text`
     "preview",  # `stage`, `index`, `png`
-    "stage",  # `stage`, `seconds`, `num_bytes`; with the state, unless the row ends here
+    # `stage`, `seconds`, `load_s` ("load.PART": seconds), `num_bytes`; with the state, unless the
+    # row ends here
+    "stage",
     # the last of a task: the worker is idle again
     "handed",  # the stages are done and others follow elsewhere
     "stopped",  # at a step boundary, as asked; with the state

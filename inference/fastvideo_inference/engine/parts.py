@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +24,10 @@ _Key = tuple[str, str, str]  # model, part, path of a small decoder in place of 
 
 
 class Parts:
-    """Loaded parts of any number of models, the least recently used freed first."""
+    """Loaded parts of any number of models, the least recently used freed first.
+
+    `load_s` holds the seconds of loading those parts that the last call of `model` lacked.
+    """
 
     def __init__(
         self, meshes: Meshes, *, memory: float | None, loading: Callable[[], None]
@@ -35,6 +38,8 @@ class Parts:
         self._bases: dict[str, tuple[OpenModel, Model]] = {}  # without weights
         self._parts: OrderedDict[_Key, Model] = OrderedDict()
         self._ids: dict[str, ModelId] = {}
+        self._sizes: dict[_Key, int] = {}
+        self.load_s: dict[str, float] = {}
 
     def model(self, name: str, parts: Sequence[str], *, decoder: str = "") -> Model:
         """Return a model whose `parts` are loaded; with a `decoder`, it is in the VAE's place."""
@@ -42,12 +47,15 @@ class Parts:
         device = self._meshes.device
         keys: list[_Key] = [(name, part, decoder if part == "vae" else "") for part in parts]
         missing = [key for key in keys if key not in self._parts]
+        self.load_s = {}
         if missing:
             self._loading()
         for key in missing:
-            self._make_room(_size(base, key), keep=keys)
+            started = time.perf_counter()
+            self._make_room(self._size(base, key), keep=keys)
             own = () if key[2] else (key[1],)
             self._parts[key] = load(found, device=device, parts=own, decoder=key[2] or None)
+            self.load_s[key[1]] = time.perf_counter() - started
         fields: dict[str, Any] = {}
         for key in keys:
             self._parts.move_to_end(key)
@@ -73,21 +81,19 @@ class Parts:
     def _make_room(self, size: int, *, keep: Sequence[_Key]) -> None:
         if self._limit is None:
             return
-        held = {key: _size(model, key) for key, model in self._parts.items()}
+        held = {key: self._sizes[key] for key in self._parts}
         for key in [key for key in self._parts if key not in keep]:
             if sum(held.values()) + size <= self._limit:
                 return
             logger.info("%s of %s is freed", key[1], key[0])
-            del self._parts[key], held[key]
-            gc.unfreeze()
-            gc.collect()
+            del self._parts[key], held[key]  # at once: networks are in no cycles of references
             if self._meshes.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-
-def _size(model: Model, key: _Key) -> int:
-    """Return the bytes of a part's weights, as its type is when it is loaded."""
-    if key[2]:
-        return 0  # a small decoder
-    network = build_part(model.spec, key[1])
-    return sum(p.numel() for p in network.parameters()) * model.dtype.itemsize
+    def _size(self, model: Model, key: _Key) -> int:
+        """Return the bytes of a part's weights, as its type is when it is loaded."""
+        if key not in self._sizes:
+            # a small decoder counts for nothing
+            own = () if key[2] else build_part(model.spec, key[1]).parameters()
+            self._sizes[key] = sum(p.numel() for p in own) * model.dtype.itemsize
+        return self._sizes[key]

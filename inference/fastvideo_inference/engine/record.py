@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,10 +123,13 @@ class Record:
             stage, since = self.since
             self.add_seconds(stage, time.monotonic() - since)
 
-    def add_seconds(self, stage: str, seconds: float) -> None:
-        """Add to a stage's seconds those of an attempt, which leaves it."""
-        known = self.job.stage_seconds
-        total = {**known, stage: known.get(stage, 0.0) + seconds}
+    def add_seconds(
+        self, stage: str, seconds: float, load_s: Mapping[str, float] | None = None
+    ) -> None:
+        """Add to a stage's seconds those of an attempt, which leaves it, and those of parts."""
+        total = dict(self.job.stage_seconds)
+        for name, more_s in {stage: seconds, **(load_s or {})}.items():
+            total[name] = total.get(name, 0.0) + more_s
         self.job, self.since = replace(self.job, stage_seconds=total), None
 
     def add_notices(self, *texts: str) -> None:

@@ -95,15 +95,16 @@ class Worker:
             needs = registry.module("fastvideo.stages", name).PARTS
             model = None  # else its parts stay in memory while others are loaded
             model = self._parts.model(task.submission.model, needs, decoder=task.submission.decoder)
+            load_s = {f"load.{part}": s for part, s in self._parts.load_s.items()}
             if task.submission.params.lora:
                 self._say("loading")  # merging may take as long
             state = self._stage(task, model, name, state)
             seconds = state.timings[name]
             if later:
                 state = _slim(state, later)
-                self._say("stage", state, stage=name, seconds=seconds)
+                self._say("stage", state, stage=name, seconds=seconds, load_s=load_s)
             else:
-                self._say("stage", stage=name, seconds=seconds)
+                self._say("stage", stage=name, seconds=seconds, load_s=load_s)
                 self._finish(task, model, state)
                 return
         self._say("handed")
