@@ -10,15 +10,9 @@ and live goodput, attainment at 50 % and 80 % of the simulated one, and good cli
 from __future__ import annotations
 
 import argparse
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +22,7 @@ from fastvideo_inference.goodput import plan as planning
 from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.goodput.bench import Bench
 from fastvideo_inference.goodput.load import Score, Server
+from fastvideo_inference.goodput.measure import served
 from fastvideo_inference.goodput.plan import Placement, Slo
 
 from fastvideo import timing
@@ -165,31 +160,6 @@ def best_rate(bench: Bench, rate: float) -> float:
             failed, rate = rate, rate / STEP
     middle = (passed * failed) ** 0.5
     return middle if bench.run("server", rate=middle).passes(bench.slo) else passed
-
-
-@contextmanager
-def served(config: Path) -> Iterator[str]:
-    """Start a server in the config's folder, wait until it is ready, and end it."""
-    command = [sys.executable, "-m", "fastvideo", "serve", "--config", str(config), "--port", "0"]
-    with subprocess.Popen(command, cwd=config.parent, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().strip()
-            while not is_ready(url):
-                time.sleep(0.1)
-            yield url
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.send_signal(signal.SIGTERM)
-
-
-def is_ready(url: str) -> bool:
-    """Tell whether a server has made its first clip."""
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:
-            return bool(answer.status == 200)
-    except urllib.error.HTTPError:
-        return False
 
 
 def cli(*words: str) -> None:

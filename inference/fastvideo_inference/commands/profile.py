@@ -12,6 +12,7 @@ from fastvideo import hub, sampling
 from fastvideo.errors import OK, refusing
 from fastvideo.hub import OpenModel
 from fastvideo.models import decoder as decoders
+from fastvideo.parallel.degrees import parse
 from fastvideo.resolve import resolve
 from fastvideo.spec import Spec
 from fastvideo_inference.goodput import profile as profiles
@@ -32,8 +33,11 @@ def profile(
         list[str] | None, Option(help="A pattern; repeatable. [the model's]")
     ] = None,
     processes: Annotated[
-        int, Option(min=1, max=1024, help="Processes at once, of one core each on a CPU.")
+        int, Option(min=1, max=1024, help="Workers of a loaded server, of one core each on a CPU.")
     ] = 1,
+    parallel: Annotated[
+        list[str] | None, Option(help="Degrees of a group of them: ulysses=2; repeatable.")
+    ] = None,
     repeats: Annotated[int, Option(min=2, max=1000, help="Clips of each setting.")] = 5,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1.")] = "auto",
     output: Annotated[
@@ -42,6 +46,7 @@ def profile(
 ) -> int:
     """Measure each stage of a model on this machine: its own decoder and the small ones."""
     with refusing():
+        _check_served(processes, parallel or [], attention)
         found = hub.open_model(model)
         settings = _settings(found, size or [], frames or [], attention or [])
         path = output or Path(f"{found.spec.name}.profile.json")
@@ -57,6 +62,7 @@ def profile(
         device=device,
         repeats=repeats,
         processes=processes,
+        parallel=parallel or [],
     )
     profiles.write(made, path)
     params = settings[0].params
@@ -65,6 +71,15 @@ def profile(
         print(f"{stage:<16}{estimate.median:9.3f} s   nine of ten below {estimate.high:.3f} s")
     print(path)
     return OK
+
+
+def _check_served(processes: int, parallel: list[str], attention: list[str] | None) -> None:
+    if attention and processes > 1:
+        raise ValueError("attention: a server makes the clips of several processes the model's way")
+    for degrees in parallel:
+        size = parse(degrees).world_size
+        if not 1 < size <= processes:
+            raise ValueError(f"parallel {degrees} takes {size} processes; choose 2 to {processes}")
 
 
 def _settings(

@@ -207,6 +207,7 @@ class Admission:
         except ValueError:  # a setting that was not measured
             return None
         loads = profile.reload_s(pool.stages, pool.memory)
+        loads[pool.stages[0]] += profile.dispatch_s
         return {stage: one.median + loads.get(stage, 0.0) for stage, one in row.items()}
 
     def _error_s(self, wait_s: float) -> float:

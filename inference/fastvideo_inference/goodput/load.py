@@ -94,7 +94,7 @@ def send(
         def one(index: int, due_s: float) -> None:
             sent = time.perf_counter()
             values = {k: str(v) for k, v in fields[index % len(fields)].items()}
-            found = _follow(server, values, Path(folder, str(index)), poll_s=poll_s, stop=stop)
+            found = follow(server, values, Path(folder, str(index)), poll_s=poll_s, stop=stop)
             latency_s = time.perf_counter() - sent
             ended.put((index, Sample(due_s, sent - started, latency_s=latency_s, **found)))
 
@@ -124,10 +124,15 @@ def is_complete(samples: Iterable[Sample]) -> bool:
     return not any(one.error.startswith(_GONE) for one in samples)
 
 
-def _follow(
-    server: Server, values: dict[str, str], path: Path, *, poll_s: float, stop: threading.Event
+def follow(
+    server: Server,
+    values: Mapping[str, str],
+    path: Path | None,
+    *,
+    poll_s: float,
+    stop: threading.Event,
 ) -> dict[str, Any]:
-    """Make one clip; return the fields of a sample that tell how it ended."""
+    """Make one clip, its file at `path`; return the fields of a sample that tell how it ended."""
     give_up, client = time.perf_counter() + TIMEOUT_S, _Client(server)
     try:
         answer, body = client.ask("POST", "/v1/videos", values)
@@ -142,7 +147,9 @@ def _follow(
         if job["status"] != "completed":
             raise ValueError((job.get("error") or {}).get("message", job["status"]))
         answer, body = client.ask("GET", f"/v1/videos/{job['id']}/content")
-        path.write_bytes(_checked(answer, body, is_json=False))
+        content = _checked(answer, body, is_json=False)
+        if path:
+            path.write_bytes(content)
         return {"status": "completed", "server": _server_s(job)}
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         is_lost = isinstance(error, OSError | http.client.HTTPException) and server.is_gone()

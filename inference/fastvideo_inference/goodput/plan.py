@@ -181,7 +181,7 @@ def pool_of(group: Group, profile: Profile, params: SamplingParams, *, decoder: 
         seconds[stage] = one + profile.stage_s(SAVE, params) * (stage == profile.spec.stages[-1])
     parts = {stage: _parts(stage) for stage in seconds}
     load_s = {part: profile.load_s([part]) for own in parts.values() for part in own}
-    costs = Costs(seconds, parts=parts, load_s=load_s, gib=profile.gib)
+    costs = Costs(seconds, parts, load_s, profile.gib, profile.dispatch_s)
     return Pool(group.stages, group.count, costs, group.memory_gib)
 
 
@@ -243,11 +243,22 @@ def serve_toml(
             own = [
                 f"{profile.device.kind}:{next(numbers)}" for _ in range(_world_size(group.parallel))
             ]
-            lines += ["", "[[worker]]", f"stages = {json.dumps(group.stages)}"]
-            lines += [f"model = {json.dumps(profile.model)}", f"devices = {json.dumps(own)}"]
-            lines += [f'parallel = "{group.parallel}"'] if group.parallel else []
-            lines += [f"memory = {group.memory_gib:g}"] if group.memory_gib else []
+            lines += worker_toml(group.stages, profile.model, own, group.parallel, group.memory_gib)
     return "\n".join(lines) + "\n"
+
+
+def worker_toml(
+    stages: Sequence[str],
+    model: str,
+    devices: Sequence[str],
+    parallel: str,
+    memory_gib: float | None,
+) -> list[str]:
+    """Return the lines of a worker in a config of `fastvideo serve`."""
+    lines = ["", "[[worker]]", f"stages = {json.dumps(stages)}"]
+    lines += [f"model = {json.dumps(model)}", f"devices = {json.dumps(devices)}"]
+    lines += [f'parallel = "{parallel}"'] if parallel else []
+    return lines + ([f"memory = {memory_gib:g}"] if memory_gib else [])
 
 
 def _check_memory(profile: Profile, memory_gib: float | None) -> None:

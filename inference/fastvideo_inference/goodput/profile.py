@@ -30,6 +30,7 @@ from fastvideo_inference.engine import book
 
 ENCODE, DENOISE, DECODE, SAVE = "encode_text", "denoise", "decode", "save"
 LOAD = "load"  # of a part, as load.text
+DISPATCH = "dispatch"  # what a worker waits for its next clip while others wait for it
 SHARED = (DENOISE, DECODE)  # stages that ranks share; the others run on each of them
 HIGH = 0.9  # the quantile of a late one
 _NEW, _MOST = (
@@ -197,6 +198,12 @@ class Profile(Strict):
             old = factors.get(name, value if first is None else first)
             factors[name] = round((1 - _NEW) * old + _NEW * value, 4)
         return self.model_copy(update={"factors": factors})
+
+    @property
+    def dispatch_s(self) -> float:
+        """Median seconds from a worker's end of a clip to its next; 0 where it was not measured."""
+        line = self._lines.get((DISPATCH, "", "", ""))
+        return line.at(1.0) if line else 0.0
 
     def load_s(self, parts: Iterable[str]) -> float:
         """Return the median seconds of loading parts of the model; those not measured take none."""

@@ -31,13 +31,14 @@ class Costs:
     """What one clip costs a worker: seconds by stage, and of loading its parts.
 
     `parts` of a stage are loaded, `load_s` each, if the worker does not hold them; `gib` is their
-    size, against its memory.
+    size, against its memory. `dispatch_s` pass before a worker begins.
     """
 
     seconds: Mapping[str, Estimate]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     load_s: Mapping[str, float] = field(default_factory=dict)
     gib: Mapping[str, float] = field(default_factory=dict)
+    dispatch_s: float = 0.0
 
     @property
     def row(self) -> tuple[str, ...]:
@@ -56,13 +57,17 @@ class Pool:
 
     @cached_property
     def expected(self) -> dict[str, float]:
-        """Median seconds of its stages, with the parts that it must load for each clip."""
+        """Median seconds of its stages, with the parts that it must load for each clip.
+
+        Those of its dispatch are its first stage's.
+        """
         costs, limit = self.costs, math.inf if self.memory_gib is None else self.memory_gib
         parts = {part for stage in self.stages for part in costs.parts.get(stage, ())}
         fits = sum(costs.gib.get(part, 0.0) for part in parts) <= limit
         return {
             stage: costs.seconds[stage].median
             + (0.0 if fits else sum(costs.load_s.get(p, 0.0) for p in costs.parts.get(stage, ())))
+            + costs.dispatch_s * (stage == self.stages[0])
             for stage in self.stages
         }
 
@@ -216,6 +221,7 @@ class _Floor:
         worker.clip, worker.follows = clip, self._follows(clip, worker)
         end = len(self._row) if worker.follows is None else self._row.index(worker.follows)
         seconds = sum(self._seconds(worker, stage) for stage in self._row[clip.index : end])
+        seconds += worker.pool.costs.dispatch_s
         worker.until_s = self._env.now + seconds
         self._env.process(self._run(clip, worker, seconds=seconds, end=end))
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from fastvideo_inference.goodput import profile as profiles
+from fastvideo_inference.goodput.measure import served
 from fastvideo_inference.goodput.profile import Cell, Estimate
 
-from fastvideo.sampling import SamplingParams
+from fastvideo import cli
+from fastvideo.resolve import resolve
+from fastvideo.sampling import GenerateRequest, SamplingParams
 from tests.fastvideo_inference.goodput.conftest import Make
 
 
@@ -93,3 +96,46 @@ def test_a_file_comes_back_equal_and_what_is_none_is_refused_by_name(
             profiles.read(path)
     with pytest.raises(ValueError, match=r"absent\.json"):
         profiles.read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("parallel", ["", pytest.param("ulysses=2", marks=pytest.mark.full)])
+def test_several_processes_are_the_workers_of_a_loaded_server(
+    tiny_folder: Path, tmp_path: Path, parallel: str, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("fastapi")
+    path = tmp_path / "p.json"
+    words = ["--processes", "2", "--repeats", "2", "--device", "cpu", "--frames", "5"]
+    words += ["--parallel", parallel] if parallel else []
+    assert cli.main(["profile", str(tiny_folder), *words, "-o", str(path)]) == 0
+    made = profiles.read(path)
+    clip = resolve(GenerateRequest(prompt="a ball", seed=1, num_frames=5), made.spec)
+    alone = made.row_s(clip)
+    assert [*alone] == [*made.spec.stages]
+    assert made.dispatch_s > 0
+    assert (made.processes, made.device.threads) == (2, 1)
+    reloads = made.reload_s(made.spec.stages, max(made.gib.values()))
+    assert {stage for stage, s in reloads.items() if s > 0} == {"encode_text", "denoise", "decode"}
+    assert made.reload_s(made.spec.stages, None)["denoise"] == 0
+    if parallel:
+        assert made.row_s(clip, parallel=parallel) != alone
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--parallel", "ulysses=2"], "parallel ulysses=2 takes 2 processes"),
+        (["--parallel", "data=1", "--processes", "2"], "parallel data=1 takes 1 processes"),
+        (["--attention", "dense", "--processes", "2"], "attention: a server makes"),
+    ],
+)
+def test_what_a_loaded_server_cannot_do_is_refused(
+    tiny_folder: Path, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["profile", str(tiny_folder), *words]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_is_told_in_its_own_words(tmp_path: Path):
+    (tmp_path / "serve.toml").write_text('[[worker]]\nstages = ["dance"]\n')
+    with pytest.raises(RuntimeError, match="dance"), served(tmp_path / "serve.toml"):
+        pass
