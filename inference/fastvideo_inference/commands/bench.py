@@ -108,7 +108,7 @@ def line(run: Run) -> str:
         f"{run.mode:>8} {60 * run.rate:7.2f}/min: {found.attainment:6.1%} good{at_3x};"
         f" p50/p90/p95/p99 {_s(found.latency_s)} s, {60 * found.throughput_per_s:.3g} clips/min;"
         f" {ends}; late accepts {found.late_accepts}, wrong rejects {found.wrong_rejects}, invalid"
-        f" {found.invalid}\n{'server':>8} {server}"
+        f" {found.invalid}, sent late {found.late_sends}\n{'server':>8} {server}"
     )
 
 

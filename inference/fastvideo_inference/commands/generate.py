@@ -215,10 +215,12 @@ def _make_in_time(
     """Make a clip of the best setting that is in time; a first one counts from the command on."""
     started_s = 0.0 if is_first else process_age_s()
     loaded_s = process_age_s()
-    started_s += budget.prepare(pipe, job.settings)
+    measured_s = budget.prepare(pipe, job.settings)
+    started_s += measured_s
+    is_cold = is_first and not measured_s  # measuring warms a model up
     with refusing():
         spent_s = process_age_s() - started_s
-        choice = budget.choose(job.settings, spent_s=spent_s, first=is_first)
+        choice = budget.choose(job.settings, spent_s=spent_s, first=is_cold)
     report.event(Notice("budget", *warned([choice.reason])))
     own = dataclasses.replace(
         job, params=choice.setting.params, notices=(*job.notices, choice.reason)
@@ -228,7 +230,7 @@ def _make_in_time(
         return choice.facts(budget.seconds, process_age_s() - started_s)
 
     timings = make(pipe.with_decoder(choice.setting.decoder), own, beside=facts)
-    budget.note(choice.setting, timings, start_s=loaded_s if is_first else None)
+    budget.note(choice.setting, timings, start_s=loaded_s if is_cold else None)
     return timings
 
 

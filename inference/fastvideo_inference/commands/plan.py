@@ -16,11 +16,11 @@ from fastvideo.sampling import SamplingParams
 from fastvideo_inference.goodput import plan as planning
 from fastvideo_inference.goodput import plot, predict
 from fastvideo_inference.goodput import profile as profiles
+from fastvideo_inference.goodput.bench import SCALES
 from fastvideo_inference.goodput.plan import Placement, Slo
 from fastvideo_inference.goodput.profile import Profile
 
 _SHARES = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the goodput, for the plot
-_SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 _DRAWN = 4  # and the monolith
 FILES = ("plan.json", "plan.svg", "serve.toml")
 
@@ -87,7 +87,8 @@ def _profile(given: str, shape: str | None) -> Profile:
             raise ValueError(f"--shape: {given} needs one of {', '.join(predict.SHAPES)}")
         return predict.predicted(given, shape)
     if shape is not None:
-        raise ValueError(f"--shape is of a predicted profile, {given} has its own model")
+        known = ", ".join(predict.DEVICES)
+        raise ValueError(f"--shape is of a predicted profile ({known}); {given} has its own model")
     return profiles.read(given)
 
 
@@ -126,8 +127,8 @@ def _plot(
         by_rate[name(one)] = [(60 * rate, planning.attainment(pools, slo, rate)) for rate in rates]
         by_scale[name(one)] = [
             (s, planning.attainment(pools, replace(slo, deadline_s=s * slo.deadline_s), one.rate))
-            for s in _SCALES
-            if one.rate
+            for s in SCALES
+            if one.rate and s * slo.deadline_s > slo.delivery_s
         ]
     source = profile.source
     panels = {f"requests/min ({source})": by_rate, f"SLO scale ({source})": by_scale}

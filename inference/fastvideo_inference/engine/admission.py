@@ -53,7 +53,7 @@ class Admission:
         promise that idle workers could not keep either.
         """
         self._check_room(new, [one for one in waiting if one.is_queued])
-        asked, refusal = new.job.submission, ""
+        asked, refusals = new.job.submission, list[ValueError]()
         slo, given = self._classes[new.job.slo_class], asked.allow_smaller
         adapts = slo.allow_smaller if given is None else given
         settings = [Setting(asked.params, asked.decoder), *(asked.smaller if adapts else ())]
@@ -66,14 +66,13 @@ class Admission:
                 pools.check(self._config.worker, own, new.spec)
                 self._check(one, waiting, at, order)
             except ValueError as error:
-                if setting is settings[-1]:
-                    raise
-                refusal = refusal or str(error)
+                refusals.append(error)
                 continue
-            if refusal:
-                one.add_notices(f"{setting}, to be in time: {refusal}")
+            if refusals:
+                one.add_notices(f"{setting}, to be in time: {refusals[0]}")
             return one
-        raise AssertionError("the last setting is taken or refused")
+        late = [error for error in refusals if isinstance(error, LateError)]
+        raise min(late, key=lambda error: error.retry_after_s) if late else refusals[0]
 
     def _check_room(self, new: Record, queued: Sequence[Record]) -> None:
         name = new.job.slo_class
@@ -93,7 +92,12 @@ class Admission:
         order: Order,
     ) -> None:
         name = new.job.slo_class
-        if name not in self._deadlines_s or self._seconds(new) is None:
+        if name not in self._deadlines_s:
+            return
+        if self._seconds(new) is None:
+            if new.model in self._profiles:
+                own = Setting(new.job.submission.params, new.job.submission.decoder)
+                raise ValueError(f"class {name} promises nothing of {own}: it was not measured")
             return
         idle = dict.fromkeys(at)
         alone_s, own_s = self._ends([new], idle, new, order)[new.id], self._spread_s(new)
@@ -137,7 +141,8 @@ class Admission:
             self._errors_s.append(time.time() - record.job.accepted_at_s - record.forecast_s)
         known, asked = self._profiles.get(record.model), record.job.submission
         self._rows.clear()
-        if known and self._seconds(record):
+        is_shared = any(pool.parallel for pool in self._config.worker)
+        if known and self._estimates(record, self._config.worker[0]) and not is_shared:
             self._profiles[record.model] = known.corrected(
                 asked.params, took_s, decoder=asked.decoder
             )
@@ -155,7 +160,10 @@ class Admission:
         for slot, record in at.items():
             lanes.append(lane := Lane(slot.pool, slot.config.stages))
             seconds = self._seconds(record) if record else None
-            if record is None or slot.task is None or seconds is None:
+            if record is None or slot.task is None or record.is_warmup:
+                continue
+            if seconds is None:
+                lane.free_s = 0.0 if self._gives_way(record, new) else _GUESS_S
                 continue
             own, later = seconds[slot.pool], slot.task.later
             if self._gives_way(record, new):
@@ -197,18 +205,22 @@ class Admission:
         return found
 
     def _row_s(self, record: Record, pool: WorkerConfig) -> dict[str, float] | None:
-        asked, profile = record.job.submission, self._profiles.get(record.model)
-        if profile is None:
-            known = self._book.stages_s(record.model, record.total)
-            saved = {record.row[-1]: known["save"]} if known else {}
-            return known and {s: known.get(s, 0.0) + saved.get(s, 0.0) for s in record.row}
+        """Return a profile's seconds, else those of past clips of about this size."""
+        profile = self._profiles.get(record.model)
+        if profile and (row := self._estimates(record, pool)):
+            loads = profile.reload_s(pool.stages, pool.memory)
+            loads[pool.stages[0]] += profile.dispatch_s
+            return {stage: one.median + loads.get(stage, 0.0) for stage, one in row.items()}
+        known = self._book.stages_s(record.model, record.total)
+        saved = {record.row[-1]: known["save"]} if known else {}
+        return known and {s: known.get(s, 0.0) + saved.get(s, 0.0) for s in record.row}
+
+    def _estimates(self, record: Record, pool: WorkerConfig) -> dict[str, Estimate]:
+        profile, asked = self._profiles[record.model], record.job.submission
         try:
-            row = profile.row_s(asked.params, decoder=asked.decoder, parallel=pool.parallel)
+            return profile.row_s(asked.params, decoder=asked.decoder, parallel=pool.parallel)
         except ValueError:  # a setting that was not measured
-            return None
-        loads = profile.reload_s(pool.stages, pool.memory)
-        loads[pool.stages[0]] += profile.dispatch_s
-        return {stage: one.median + loads.get(stage, 0.0) for stage, one in row.items()}
+            return {}
 
     def _error_s(self, wait_s: float) -> float:
         """Return how much later than forecast nine of ten of the last jobs ended, at most.
@@ -220,11 +232,10 @@ class Admission:
 
     def _spread_s(self, record: Record) -> float:
         """Return how much longer than usual one of ten clips takes; 0 if that is not known."""
-        profile, asked = self._profiles.get(record.model), record.job.submission
-        if profile is None:
-            return 0.0
-        row = profile.row_s(asked.params, decoder=asked.decoder)
-        whole = sum(row.values(), Estimate(0.0, 0.0))
+        whole = Estimate(0.0, 0.0)
+        for stage in record.row if record.model in self._profiles else ():
+            pool = next(one for one in self._config.worker if record.fits(one, stage))
+            whole += self._estimates(record, pool).get(stage, Estimate(0.0, 0.0))
         return whole.high - whole.median
 
     def _left_s(self, record: Record, now_s: float) -> float:

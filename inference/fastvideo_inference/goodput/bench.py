@@ -19,7 +19,7 @@ from typing import Any, Literal
 from fastvideo import files
 from fastvideo_inference.goodput import load
 from fastvideo_inference.goodput.load import Sample, Score, Server, is_complete, score
-from fastvideo_inference.goodput.plan import Slo
+from fastvideo_inference.goodput.plan import WARM_UP, Slo
 from fastvideo_inference.goodput.simulate import arrivals
 
 Mode = Literal["single", "offline", "server"]
@@ -103,7 +103,13 @@ class Bench:
             samples = self._send(mode, rate)
             if is_complete(samples):
                 files.write_text(path, json.dumps([asdict(one) for one in samples]) + "\n")
-        found = score(samples, self.slo, num_frames=self.num_frames, alone_s=alone_s)
+        found = score(
+            samples,
+            self.slo,
+            num_frames=self.num_frames,
+            alone_s=alone_s,
+            warm_up=0.0 if mode == "offline" else WARM_UP,
+        )
         return Run(mode, rate, tuple(samples), found, is_complete(samples))
 
     def _bisected(self, alone_s: float) -> Iterator[Run]:

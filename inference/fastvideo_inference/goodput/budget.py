@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 START, FIRST = "start", "first"  # factors: seconds until a model is loaded; of a first clip
 _CACHE = Path("~/.cache/fastvideo/profiles")
 _REPEATS = 3  # of each setting, for the profile of a first use
+_FIRST = 1.5  # before any first clip was timed
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ class Budget:
         self.seconds, self._found, self._saves = seconds, found, saves
         self._fingerprint = recipe.fingerprint(found.folder)
         self._path = _path(self._fingerprint, device)
-        self._is_loaded = False  # by other programs, while it was measured
         self.profile: Profile | None = None
         try:
             self.profile = profiles.read(self._path) if self._path.exists() else None
@@ -87,16 +87,28 @@ class Budget:
             self.choose(known, spent_s=spent_s + self.profile.factors.get(START, 0.0), first=True)
 
     def prepare(self, pipe: VideoPipeline, known: Sequence[Setting]) -> float:
-        """Measure what the profile lacks; return the seconds of it, which no budget counts."""
-        if self.profile and self._covers(known):
+        """Measure what the profile lacks; return the seconds of it, which no budget counts.
+
+        What was measured while other programs kept this machine busy is measured again once they
+        do not.
+        """
+        began, old = time.perf_counter(), self.profile
+        if old and self._covers(known) and not old.is_busy:
             return 0.0
         from fastvideo_inference.goodput import measure
 
-        began, self._is_loaded = time.perf_counter(), measure.is_loaded()
+        is_busy = measure.is_loaded()
+        if old and self._covers(known) and is_busy:
+            return time.perf_counter() - began
         logger.warning("budget: measuring %s on this machine, once", self._found.name)
-        if self._is_loaded:
+        if is_busy:
             logger.warning("budget: other programs keep it busy, so this is measured again later")
-        self.profile = measure.quick(pipe, known, fingerprint=self._fingerprint, repeats=_REPEATS)
+        if old is None or old.is_busy:
+            old, new = None, known
+        else:
+            new = [setting for setting in known if not self._covers([setting])]
+        made = measure.quick(pipe, new, fingerprint=self._fingerprint, repeats=_REPEATS)
+        self.profile = made.with_cells_of(old).model_copy(update={"is_busy": is_busy})
         self._keep()
         return time.perf_counter() - began
 
@@ -128,7 +140,8 @@ class Budget:
     ) -> None:
         """Correct the profile by a clip; `start_s`: it was a first one, loaded after these."""
         assert self.profile is not None, "a choice was made by it"
-        took = {stage: s for stage, s in took_s.items() if stage != SAVE or self._saves}
+        counted = (*self._found.spec.stages, *([SAVE] if self._saves else []))
+        took = {stage: took_s[stage] for stage in counted if stage in took_s}
         if start_s is None:
             self.profile = self.profile.corrected(setting.params, took, decoder=setting.decoder)
         else:
@@ -142,7 +155,7 @@ class Budget:
         assert self.profile is not None, "prepare() comes first"
         row = self.profile.row_s(setting.params, decoder=setting.decoder, saves=self._saves)
         whole = sum(row.values(), Estimate(0.0, 0.0))
-        return whole * self.profile.factors.get(FIRST, 1.0) if first else whole
+        return whole * self.profile.factors.get(FIRST, _FIRST) if first else whole
 
     def _covers(self, known: Sequence[Setting]) -> bool:
         try:
@@ -152,8 +165,6 @@ class Budget:
 
     def _keep(self) -> None:
         assert self.profile is not None, "there is one to keep"
-        if self._is_loaded:
-            return
         try:
             profiles.write(self.profile, self._path)
         except OSError as error:

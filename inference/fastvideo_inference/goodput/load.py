@@ -45,7 +45,11 @@ class Server:
     def __post_init__(self) -> None:
         """Refuse what is no URL."""
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is none
+            is_url = False
+        if not is_url:
             raise ValueError(f"server {self.url!r} must look like http://127.0.0.1:8000")
 
     def is_gone(self) -> bool:
@@ -151,7 +155,7 @@ def follow(
         if path:
             path.write_bytes(content)
         return {"status": "completed", "server": _server_s(job)}
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a server answers, a request has an end
         is_lost = isinstance(error, OSError | http.client.HTTPException) and server.is_gone()
         text = f"{type(error).__name__}: {error}"
         return {"status": "failed", "error": f"{_GONE}: {text}" if is_lost else text}
@@ -246,11 +250,19 @@ class Score:
 
 
 def score(
-    samples: Sequence[Sample], slo: Slo, *, num_frames: int, alone_s: float | None = None
+    samples: Sequence[Sample],
+    slo: Slo,
+    *,
+    num_frames: int,
+    alone_s: float | None = None,
+    warm_up: float = WARM_UP,
 ) -> Score:
-    """Return the score of a run; `alone_s` is a clip's seconds on an idle server."""
+    """Return the score of a run; `alone_s` is a clip's seconds on an idle server.
+
+    `warm_up`: the share of the requests, the first ones, that is dropped.
+    """
     ordered = sorted(samples, key=lambda one: one.due_s)
-    kept = ordered[int(len(ordered) * WARM_UP) :]
+    kept = ordered[int(len(ordered) * warm_up) :]
     done = [s for s in kept if s.status == "completed"]
     rejected = [s for s in kept if s.status == "rejected"]
     spent_s = max((s.sent_s + s.latency_s for s in kept), default=0.0) - kept[0].due_s

@@ -1,7 +1,7 @@
 """Which workers to start on so many devices: placements, simulated, ranked by goodput per device.
 
 best, *others = plan(profile, params, devices=8, memory_gib=141, slo=Slo(deadline_s=5))
-print(toml(best))    # for `fastvideo serve --config`
+print(serve_toml(best, profile, slo, profile_path=path))    # for `fastvideo serve --config`
 
 Every split of the row into neighbouring stages is tried with every number of workers and every
 degree of the profile that fits. The best monolith (each worker runs all stages) is always reported.
@@ -108,6 +108,11 @@ def plan(
     """
     if devices < 1:
         raise ValueError(f"devices {devices} must be at least 1")
+    if profile.device.kind == "cpu" and profile.device.threads > 1:
+        raise ValueError(
+            f"the profile is of one process with {profile.device.threads} threads, and a worker has"
+            " one core; make one by: fastvideo profile --processes N"
+        )
     _check_memory(profile, memory_gib)
     found: list[_Candidate] = []
     for groups in placements(profile, devices=devices, memory_gib=memory_gib):
@@ -231,7 +236,8 @@ def serve_toml(
         f"# {60 * best.rate:.3g} requests a minute, {slo.target:.0%} within {slo.deadline_s:g} s at"
         f" the client ({profile.source}, {profile.device.name})",
         *([f"profile = [{json.dumps(str(profile_path))}]"] if profile_path else []),
-        f"in_flight = {max(2, *(group.count for group in best.groups), 0)}",
+        # each worker is a pool here; policy `deadline` keeps one place for the most urgent job
+        f"in_flight = {1 + max(2, *(group.count for group in best.groups))}",
         *(["", "[decoder]", f"{decoder} = {json.dumps(decoder)}"] if decoder else []),
         "",
         "[[class]]",

@@ -33,10 +33,7 @@ LOAD = "load"  # of a part, as load.text
 DISPATCH = "dispatch"  # what a worker waits for its next clip while others wait for it
 SHARED = (DENOISE, DECODE)  # stages that ranks share; the others run on each of them
 HIGH = 0.9  # the quantile of a late one
-_NEW, _MOST = (
-    0.3,
-    4.0,
-)  # how much the newest clip counts for a factor, and the most that this may be
+_NEW, _MOST = 0.3, 4.0  # how much the newest clip counts for a factor; the most that this may be
 
 
 class Cell(Strict):
@@ -107,7 +104,8 @@ class Profile(Strict):
 
     `processes` worked at once while it was measured. `source` is "predicted" for what was computed
     from a device's data sheet and never measured. `gib` is the size of each part. `factors` are
-    what later clips took, over what was estimated, by stage.
+    what later clips took, over what was estimated, by stage. `is_busy`: other programs kept the
+    machine busy.
     """
 
     version: Literal[1] = 1
@@ -117,6 +115,7 @@ class Profile(Strict):
     spec: Spec
     device: Device
     processes: int = Field(default=1, ge=1)
+    is_busy: bool = False
     date: str = ""
     gib: dict[str, float] = Field(default_factory=dict)
     cells: tuple[Cell, ...] = Field(min_length=1)
@@ -204,6 +203,15 @@ class Profile(Strict):
         """Median seconds from a worker's end of a clip to its next; 0 where it was not measured."""
         line = self._lines.get((DISPATCH, "", "", ""))
         return line.at(1.0) if line else 0.0
+
+    def with_cells_of(self, older: Profile | None) -> Profile:
+        """Return a profile that knows what an older one knew, too."""
+        if older is None:
+            return self
+        own = {(*cell.key, cell.work) for cell in self.cells}
+        kept = (cell for cell in older.cells if (*cell.key, cell.work) not in own)
+        both = {"cells": (*self.cells, *kept), "factors": older.factors}
+        return Profile(**{**dict(self), **both})  # no copy, which would keep the lines of old cells
 
     def load_s(self, parts: Iterable[str]) -> float:
         """Return the median seconds of loading parts of the model; those not measured take none."""

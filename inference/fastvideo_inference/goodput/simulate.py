@@ -91,8 +91,9 @@ def arrivals(rate: float, count: int, *, seed: int, burst: float = 1.0) -> list[
     `burst` is the squared coefficient of variation of the gaps: 1 is Poisson, more is bursty
     (gamma-distributed gaps).
     """
-    if rate <= 0 or count < 1 or burst <= 0:
-        raise ValueError(f"rate {rate:g}, count {count} and burst {burst:g} must be above zero")
+    if not (0 < rate < math.inf and count >= 1 and 0 < burst < math.inf):
+        text = f"rate {rate:g}, count {count} and burst {burst:g} must be above zero, and finite"
+        raise ValueError(text)
     draw, now, times = random.Random(seed), 0.0, []
     for _ in range(count):
         now += draw.gammavariate(1 / burst, burst / rate)

@@ -66,19 +66,23 @@ def check(config: ServeConfig) -> None:
     for lora in config.lora.values():
         hub.find_lora(lora)
     for path in config.profile:
-        _check_profile(path, Catalogue(config))
+        _check_profile(path, config)
     for name, decoder in config.decoder.items():
         is_path = Path(decoder).name != decoder  # else a name in a model's own folder of decoders
         if is_path and not Path(decoder).expanduser().exists():
             raise ValueError(f"decoder.{name} {decoder!r} does not exist")
 
 
-def _check_profile(path: Path, catalogue: Catalogue) -> None:
+def _check_profile(path: Path, config: ServeConfig) -> None:
     made = profiles.read(path)
-    if made.model not in catalogue.models.values():
+    if made.model not in Catalogue(config).models.values():
         raise ValueError(f"profile {path} is of model {made.model!r}, which is not served")
-    place = timing.place()
-    here = {"name": place["cpu"]} if made.device.kind == "cpu" else {}
+    own = [one for one in config.worker if one.model in ("", made.model)]
+    devices = {device for one in own for device in one.devices}
+    place, on_cpu = timing.place(), any(device.startswith("cpu") for device in devices)
+    here = {"kind": "cpu", "name": place["cpu"]} if on_cpu else {}
+    if on_cpu and all(":" in device for device in devices):
+        here |= {"threads": 1}
     if made.source == "measured":
         here |= {"torch": place["torch"], "fastvideo": fastvideo.__version__}
     made.check(fingerprint=recipe.fingerprint(hub.open_model(made.model).folder), **here)

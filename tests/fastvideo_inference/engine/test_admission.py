@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastvideo_inference.goodput.simulate import Costs, Pool, simulate
 
 from fastvideo import hub
 from fastvideo.sampling import SamplingParams
-from tests.fastvideo_inference.engine.conftest import ended, running, submission
+from tests.fastvideo_inference.engine.conftest import ended, running, submission, until
 
 PROMISED = [{"name": "clip", "deadline_s": 10.0}, {"name": "batch"}]
 
@@ -129,6 +130,93 @@ def test_a_smaller_setting_is_taken_where_the_request_or_its_class_allows_it(
     assert job.submission.params.num_inference_steps == 2
     assert job.recipe["request"]["num_inference_steps"] == 2
     assert any("2 steps" in line and "to be in time" in line for line in job.notices)
+
+
+def test_a_setting_that_could_be_in_time_later_makes_a_refusal_for_now(
+    tiny_folder: Path, tmp_path: Path, asked
+):
+    small = asked().params
+    smaller = tuple(Setting(small.model_copy(update={"num_inference_steps": n})) for n in (2, 8))
+
+    async def main() -> None:
+        own = config(tiny_folder, tmp_path, denoise=3.0)
+        async with running(tiny_folder, tmp_path / "served", **own) as engine:
+            await engine.ready()
+            engine._pump = lambda: None  # nothing begins
+            await engine.submit(asked("clip", steps=2))
+            with pytest.raises(LateError):
+                await engine.submit(asked("clip", steps=9, smaller=smaller, allow_smaller=True))
+
+    asyncio.run(main())
+
+
+def test_nothing_is_promised_of_what_was_not_measured(tiny_folder: Path, tmp_path: Path, asked):
+    other = replace(asked("clip"), params=asked().params.model_copy(update={"attention": "sta"}))
+
+    async def main() -> None:
+        own = config(tiny_folder, tmp_path)
+        async with running(tiny_folder, tmp_path / "served", **own) as engine:
+            with pytest.raises(ValueError, match=r"class clip promises nothing of .*, sta"):
+                await engine.submit(other)
+
+    asyncio.run(main())
+
+
+def test_forecasts_count_their_past_errors_and_the_spread_of_seconds(
+    tiny_folder: Path, tmp_path: Path, asked
+):
+    async def main() -> None:
+        own = config(tiny_folder, tmp_path, decode=4.5)
+        async with running(tiny_folder, tmp_path / "served", **own) as engine:
+            await engine.ready()
+            engine._pump = lambda: None  # nothing begins
+            first = await engine.submit(asked("clip"))
+            admission, record = engine._admission, engine._records[first.id]
+            admission._errors_s.extend([2.0] * 10)  # the last ones ended so much later
+            with pytest.raises(LateError):
+                await engine.submit(asked("clip"))
+            admission._errors_s.clear()
+            await engine.submit(asked("clip"))
+            profile = admission._profiles[str(tiny_folder)]
+            cells = []
+            for cell in profile.cells:
+                usual, late = cell.seconds * 7, tuple(3 * s for s in cell.seconds) * 3
+                cells.append(cell.model_copy(update={"seconds": (*usual, *late)}))
+            wide = Profile(**{**dict(profile), "cells": cells})
+            admission._profiles[str(tiny_folder)] = wide
+            assert admission._spread_s(record) == pytest.approx(9.0, rel=0.01)
+
+    asyncio.run(main())
+
+
+def test_what_is_done_of_a_stage_does_not_wait_for_again(tiny_folder: Path, tmp_path: Path, asked):
+    async def main() -> None:
+        own = config(tiny_folder, tmp_path, denoise=4.0)
+        async with running(tiny_folder, tmp_path / "served", **own) as engine:
+            await engine.ready()
+            engine._pump = lambda: None  # nothing begins
+            job = await engine.submit(asked("clip"))
+            record = engine._records[job.id]
+            record.index = record.row.index("denoise")
+            record.add_seconds("denoise", 3.0)
+            (left,) = engine._admission._seconds(record).values()
+            assert left["denoise"] == pytest.approx(1.0, abs=0.1)
+
+    asyncio.run(main())
+
+
+def test_an_unpromised_job_gives_its_worker_back_in_a_forecast(
+    tiny_folder: Path, tmp_path: Path, asked
+):
+    async def main() -> None:
+        own = config(tiny_folder, tmp_path, denoise=3.0)
+        async with running(tiny_folder, tmp_path / "served", **own) as engine:
+            await engine.ready()
+            batch = await engine.submit(asked("batch", steps=900))
+            await until(engine, batch, step=1)
+            await engine.submit(asked("clip"))  # which would wait for 45 minutes
+
+    asyncio.run(main())
 
 
 def test_a_new_promise_makes_no_job_late_that_was_let_in_before(

@@ -16,6 +16,7 @@ import pytest
 from fastvideo_inference.goodput import budget as budgets
 from fastvideo_inference.goodput import measure, quality
 from fastvideo_inference.goodput.budget import Budget
+from fastvideo_inference.goodput.profile import Profile
 
 from fastvideo import VideoPipeline, cli, hub
 from fastvideo.hub import OpenModel
@@ -164,14 +165,84 @@ def test_a_call_measures_once_and_says_what_was_predicted_and_taken(
         pipe("a red ball", seed=1, budget=1e-6)
 
 
-def test_seconds_of_a_busy_machine_are_said_to_be_and_not_kept(
+def measurements(logged: pytest.LogCaptureFixture) -> int:
+    return len({id(one) for one in logged.records if "measuring" in one.getMessage()})
+
+
+def test_what_a_busy_machine_took_is_said_to_be_so_and_measured_again_when_it_is_idle(
     folder: Path, cache: Path, logged, monkeypatch
 ):
-    monkeypatch.setattr(measure, "is_loaded", lambda: True)
+    is_busy, pipe = [True], VideoPipeline.from_pretrained(folder, device="cpu")
+    monkeypatch.setattr(measure, "is_loaded", lambda: is_busy[0])
+    for times in (1, 1):  # though a new process asks, it is as busy as before
+        pipe.profile = None
+        pipe("a red ball", seed=1, budget=60)
+        assert measurements(logged) == times
+        assert "busy" in logged.text
+    is_busy[0] = False
+    pipe("a red ball", seed=1, budget=60)
+    assert measurements(logged) == 2
+    (kept,) = cache.glob("*.json")
+    assert not json.loads(kept.read_text())["is_busy"]
+
+
+def test_cores_are_busy_if_they_were_not_idle_for_a_quarter(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "_LOOK_S", 0.0)
+    for idle, expected in ((90, False), (60, True)):
+        clocks = iter([(0, 0), (idle, 100)])
+        monkeypatch.setattr(measure, "_clocks", lambda clocks=clocks: next(clocks))
+        assert measure.is_loaded() is expected
+
+
+def test_another_pattern_is_measured_beside_what_is_known(
+    folder: Path, cache: Path, logged, found: OpenModel
+):
     pipe = VideoPipeline.from_pretrained(folder, device="cpu")
     pipe("a red ball", seed=1, budget=60)
-    assert "busy" in logged.text
-    assert not cache.exists()
+    for _ in range(2):
+        for pattern in (None, "vsa(sparsity=0)"):
+            pipe("a red ball", seed=1, budget=60, attention=pattern)
+    assert measurements(logged) == 2
+
+
+def test_a_step_is_measured_by_itself(folder: Path, found: OpenModel):
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    (best, *_) = known(found)
+    made = measure.quick(pipe, [best], fingerprint="", repeats=2)
+    clip = pipe(**best.params.model_dump(include={"prompt", "seed", "num_inference_steps"}))
+    step_s = made.stage_s("denoise", best.params).median / 60
+    assert step_s == pytest.approx(clip.timings["denoise"] / 60, rel=0.9)
+
+
+def test_a_setting_is_in_time_if_nine_of_ten_of_its_clips_are(made: Budget, found: OpenModel):
+    assert made.profile
+    spread = [
+        cell.model_copy(update={"seconds": (cell.seconds[0],) * 7 + (4 * cell.seconds[0],) * 3})
+        for cell in made.profile.cells
+    ]
+    made.profile = Profile(**{**dict(made.profile), "cells": spread})
+    choice = made.choose(known(found))  # 2 s at 10 steps, and up to 8
+    assert choice.setting.params.num_inference_steps == 2
+
+
+def test_a_first_clip_teaches_how_long_a_start_and_a_first_clip_take(
+    made: Budget, found: OpenModel
+):
+    assert made.profile
+    (_, ten, _), took = known(found), {"load": 9.0, "denoise": 2.0, "decode": 2.0}
+    made.note(ten, took, start_s=1.25)
+    assert made.profile.factors[budgets.START] == 1.25
+    assert made.profile.factors[budgets.FIRST] == pytest.approx(2.0, rel=0.02)  # loads count apart
+
+
+def test_the_file_counts_where_it_is_written(made: Budget, found: OpenModel):
+    (_, ten, _) = known(found)
+    for saves in (True, False):
+        budget = Budget(5.0, found, device="cpu", saves=saves)
+        budget.profile = made.profile
+        budget.note(ten, {"denoise": 1.0, "save": 2.0})
+        assert budget.profile and ("save" in budget.profile.factors) == saves
 
 
 def test_the_command_chooses_says_why_and_writes_it_beside_the_clip(

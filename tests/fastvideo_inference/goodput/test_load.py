@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,8 @@ def test_the_command_writes_what_it_found_also_of_a_server_that_died(
         ("--slo 5 --rate -3", "rate -3"),
         ("--slo 5 --poll 0", "poll 0"),
         ("--slo 5 --burst -1", "burst -1"),
+        ("--slo 5 --burst nan", "burst nan"),
+        ("--slo 5 --burst inf", "burst inf"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(
@@ -187,7 +192,57 @@ def test_shares_are_of_attempted_requests_after_the_first_tenth():
     assert found.latency_s["p99"] == 29.0
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", ""])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *([], {"id": "a"}, {"id": "a", "status": "failed", "error": "boom"}),
+        {"id": "a", "status": "completed", "stage_seconds": {"denoise": None}},
+        {"id": "a", "status": "completed", "accepted_at_s": "x", "finished_at_s": "y"},
+    ],
+)
+def test_whatever_a_server_answers_a_request_has_an_end(answer: Any):
+    class Odd(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Odd) as odd:
+        thread = threading.Thread(target=odd.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{odd.server_port}"
+        (sample,) = load.send(Server(url), [FIELDS], [0.0], poll_s=0.02)
+        odd.shutdown()
+        thread.join()
+    assert sample.status == "failed"
+
+
+def test_a_run_that_is_incomplete_does_not_pass():
+    samples = [made(float(i), 0.5) for i in range(10)]
+    run = Run("server", 1.0, tuple(samples), score(samples, SLO, num_frames=5), False)
+    assert run.score.attainment == 1.0
+    assert not run.passes(SLO)
+
+
+def test_all_clips_of_an_offline_run_count():
+    samples = [replace(made(0.0, float(i + 1)), due_s=0.0) for i in range(20)]
+    found = score(samples, SLO, num_frames=5, warm_up=0.0)
+    assert (found.attempted, found.throughput_per_s) == (20, 1.0)
+
+
+def test_latency_runs_from_a_request_s_own_post(server: Running):
+    first, second = load.send(Server(server.url), [FIELDS], [0.0, 1.5], poll_s=0.02)
+    assert second.sent_s >= 1.5 > first.sent_s
+    assert second.latency_s < second.sent_s + second.latency_s - 1.4
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "", "http://a:99999", "http://a:b"])
 def test_what_is_no_server_is_refused(url: str):
     with pytest.raises(ValueError, match="must look like"):
         Server(url)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fastvideo_inference.commands.plan import FILES
 from fastvideo_inference.goodput import plan as planning
+from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.goodput.plan import Placement, Slo
 
 from fastvideo import cli
@@ -81,6 +82,32 @@ def test_goodput_is_the_highest_rate_that_attains_the_target(
     assert best.bursty_rate < best.rate <= planning.capacity(pools) / SLO.target
     tight, wide = (Slo(scale * CLIP_S, target=0.9) for scale in (1.05, 10.0))
     assert planning.goodput(pools, tight) < best.rate < planning.goodput(pools, wide)
+    late = replace(SLO, delivery_s=SLO.deadline_s - 1.05 * CLIP_S)
+    assert planning.attainment(pools, late, best.rate) < SLO.target
+    toml = planning.serve_toml(best, make_profile(), late, profile_path=None)
+    assert f"deadline_s = {1.05 * CLIP_S:g}" in toml
+
+
+def test_no_placement_that_was_not_simulated_is_better_than_those_that_were(
+    make_profile: Make, params: SamplingParams
+):
+    profile = make_profile(ulysses={"denoise": 0.12, "decode": 0.3})
+    found = planning.plan(profile, params, devices=4, slo=SLO)
+    best = max(
+        planning.goodput([planning.pool_of(group, profile, params) for group in groups], SLO)
+        / sum(group.devices for group in groups)
+        for groups in planning.placements(profile, devices=4, memory_gib=None)
+        if sum(planning.pool_of(group, profile, params).count for group in groups)
+    )
+    assert found[0].goodput == pytest.approx(best, rel=0.03)
+
+
+def test_a_plot_of_scales_that_leave_nothing_for_the_clip_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--shape", "1.3B", "--devices", "1", "--slo", "10", "--delivery", "4.5"]
+    assert cli.main(["plan", "H200", *words, "-o", str(tmp_path)]) == 0
+    assert (tmp_path / "plan.svg").exists()
 
 
 def test_the_command_turns_a_measured_profile_into_a_config_that_serve_accepts(
@@ -89,6 +116,11 @@ def test_the_command_turns_a_measured_profile_into_a_config_that_serve_accepts(
     pytest.importorskip("fastapi")
     profile, folder = str(tmp_path / "p.json"), tmp_path / "plan"
     assert cli.main(["profile", str(tiny_folder), "--repeats", "2", "-o", profile]) == 0
+    made, alone = profiles.read(Path(profile)), str(tmp_path / "alone.json")
+    device = made.device.model_copy(update={"threads": 2})
+    profiles.write(made.model_copy(update={"device": device}), Path(alone))
+    assert cli.main(["plan", alone, "--devices", "2", "--slo", "20", "-o", str(folder)]) == 2
+    assert "--processes" in capsys.readouterr().err, "a worker has one core"
     words = ["plan", profile, "--devices", "2", "--slo", "20", "-o", str(folder)]
     assert cli.main(words) == 0
     table = capsys.readouterr().out

@@ -56,6 +56,17 @@ def test_parts_that_do_not_fit_are_loaded_for_each_clip():
     assert latencies([pool("ab", memory=1.0, **two)], [0.0, 100.0]) == [12.0, 12.0]
 
 
+def test_what_passes_before_a_worker_begins_counts_for_each_of_its_clips():
+    costs = Costs({"a": Estimate(1.0, 1.0), "b": Estimate(1.0, 1.0)}, dispatch_s=0.25)
+    assert latencies([Pool(("a", "b"), 1, costs)], [0.0, 0.0]) == [2.25, 4.5]
+    assert latencies([Pool(("a",), 1, costs), Pool(("b",), 1, costs)], [0.0]) == [2.5]
+
+
+def test_an_end_is_late_that_is_so_in_one_of_ten():
+    wide = Pool(("a",), 1, Costs({"a": Estimate(1.0, 3.0)}))
+    assert [one.end_s for one in simulate([wide], [0.0], refuse_after_s=2.0)] == [None]
+
+
 def test_an_early_stage_pauses_while_states_wait_for_a_late_one():
     costs = Costs({"a": Estimate(1.0, 1.0), "b": Estimate(10.0, 10.0)})
     pools = [Pool(("a",), 1, costs), Pool(("b",), 1, costs)]

@@ -141,7 +141,7 @@ def test_a_small_decoder_is_used_by_its_name_in_the_config_and_is_that_of_a_repe
     assert server.refused("POST", "/v1/videos", {**asked, "decoder": "tiny"})["param"] == "decoder"
     old = {**made["recipe"], "decoder": {**made["recipe"]["decoder"], "fingerprint": "0" * 64}}
     replace(clip, recipe=old).save(tmp_path / "old.mp4")
-    again = [f"--from={tmp_path}/old.mp4", f"--server={server.url}", f"-o={tmp_path}/new.mp4"]
+    again = [f"--from={tmp_path}/old.mp4", f"--server={server.url}", f"--output={tmp_path}/new.mp4"]
     assert main(["generate", *again]) == 1
     assert "another decoder small than the one that is there" in capsys.readouterr().err
 
