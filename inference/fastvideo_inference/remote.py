@@ -138,6 +138,13 @@ class Connection:
             raise ConnectionError(f"server {self.url} does not answer: {why}") from None
 
 
+def read_key(text: str | None) -> str | None:
+    """Return an API key, or the one in the file that @FILE names."""
+    if text is None or not text.startswith("@"):
+        return text
+    return Path(text[1:]).read_text(encoding="utf-8").strip()
+
+
 def _refusal(answer: HTTPError) -> Exception:
     try:
         message = str(json.loads(answer.read())["error"]["message"])

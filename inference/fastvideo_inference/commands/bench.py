@@ -20,6 +20,7 @@ from fastvideo_inference.goodput import plot
 from fastvideo_inference.goodput.bench import Bench, Run
 from fastvideo_inference.goodput.load import Server
 from fastvideo_inference.goodput.plan import Slo
+from fastvideo_inference.remote import read_key
 
 bench = typer.Typer(
     help="Measure the goodput of a server.",
@@ -67,7 +68,7 @@ def serve(
     """
     with refusing():
         own = Bench(
-            Server(url, _key(api_key)),
+            Server(url, read_key(api_key) or ""),
             {"num_frames": frames, **assignments(settings or ())},
             PROMPTS,
             Slo(deadline_s=slo, target=target),
@@ -133,12 +134,6 @@ def _write(runs: list[Run], own: Bench, *, is_complete: bool) -> float:
     files.write_text(own.folder / "table.json", text, overwrite=True)
     files.write_text(own.folder / "attainment.svg", _plot(runs, own), overwrite=True)
     return found
-
-
-def _key(given: str | None) -> str:
-    if given is None or not given.startswith("@"):
-        return given or ""
-    return Path(given[1:]).read_text(encoding="utf-8").strip()
 
 
 def _plot(runs: list[Run], own: Bench) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from fastvideo.errors import FAILED, OK, RefusedError, one_line, refusing
@@ -14,7 +13,7 @@ from fastvideo.stages import Notice
 from fastvideo_inference.commands.generate import write_sidecar
 from fastvideo_inference.commands.report import Report, reporting
 from fastvideo_inference.recipe import Recipe
-from fastvideo_inference.remote import Job, PreviewImage, RemotePipeline
+from fastvideo_inference.remote import Job, PreviewImage, RemotePipeline, read_key
 from fastvideo_inference.request import (
     CliArgs,
     RemoteBatch,
@@ -30,7 +29,7 @@ def generate(args: CliArgs, *, server: str, api_key: str | None, as_json: bool) 
     with refusing():
         batch = read_remote(args)
         pipe = RemotePipeline(
-            server, model=batch.model, decoder=batch.decoder, api_key=_read_key(api_key)
+            server, model=batch.model, decoder=batch.decoder, api_key=read_key(api_key)
         )
     with claimed(batch) as own, reporting(as_json=as_json) as report:
         return _make_all(pipe, own, report)
@@ -94,10 +93,3 @@ def _check_same(made: dict[str, Any], repeated: Recipe) -> None:
             f"the server's {made['model']['spec']} has other weights ({found[:12]}) than made the"
             f" clip of --from ({repeated.model.fingerprint[:12]})"
         )
-
-
-def _read_key(text: str | None) -> str | None:
-    """Return a key, or the one in the file that @FILE names."""
-    if text is None or not text.startswith("@"):
-        return text
-    return Path(text[1:]).read_text(encoding="utf-8").strip()

@@ -68,6 +68,7 @@ class Admission:
             except ValueError as error:
                 refusals.append(error)
                 continue
+            one.job = replace(one.job, predicted_s=one.forecast_s)
             if refusals:
                 one.add_notices(f"{setting}, to be in time: {refusals[0]}")
             return one

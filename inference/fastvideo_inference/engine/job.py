@@ -76,8 +76,9 @@ class Job:
     """A snapshot of a job; times are seconds since the epoch, None if not reached.
 
     `progress` is 0 to 1, `attempt` counts dispatches, `deaths` counts workers that died of it.
-    `path` is the published mp4, with `frames_sha256`, `recipe` and seconds by stage. `clips` are
-    the ids of the clips that were asked for with it, its own among them.
+    `predicted_s` are the seconds to its end by which a promised job was let in. `path` is the
+    published mp4, with `frames_sha256`, `recipe` and seconds by stage. `clips` are the ids of the
+    clips that were asked for with it, its own among them.
     """
 
     id: str
@@ -91,6 +92,7 @@ class Job:
     progress: float = 0.0
     attempt: int = 0
     deaths: int = 0
+    predicted_s: float | None = None
     failure: Failure | None = None
     path: Path | None = None
     frames_sha256: str = ""

@@ -18,10 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
-from fastvideo import registry
 from fastvideo.parallel.degrees import parse
 from fastvideo.sampling import SamplingParams
-from fastvideo_inference.goodput.profile import SAVE, SHARED, Profile
+from fastvideo_inference.goodput.profile import PARTS, SAVE, SHARED, Profile
 from fastvideo_inference.goodput.simulate import BURST, Costs, Pool, arrivals, simulate
 
 REQUESTS, WARM_UP = 300, 0.1  # of a simulated run; the share of it that is dropped
@@ -184,7 +183,7 @@ def pool_of(group: Group, profile: Profile, params: SamplingParams, *, decoder: 
     for stage in {*group.stages} & {*SHARED} if group.parallel else ():
         one = profile.stage_s(stage, params, decoder=decoder, parallel=group.parallel)
         seconds[stage] = one + profile.stage_s(SAVE, params) * (stage == profile.spec.stages[-1])
-    parts = {stage: _parts(stage) for stage in seconds}
+    parts = {stage: PARTS.get(stage, ()) for stage in seconds}
     load_s = {part: profile.load_s([part]) for own in parts.values() for part in own}
     costs = Costs(seconds, parts, load_s, profile.gib, profile.dispatch_s)
     return Pool(group.stages, group.count, costs, group.memory_gib)
@@ -281,16 +280,11 @@ def _splits(row: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
 
     A stage without weights goes with the stage after it.
     """
-    ends = [i for i, stage in enumerate(row[:-1], start=1) if _parts(stage)]
+    ends = [i for i, stage in enumerate(row[:-1], start=1) if stage in PARTS]
     for count in range(len(ends) + 1):
         for cuts in itertools.combinations(ends, count):
             bounds = itertools.pairwise((0, *cuts, len(row)))
             yield tuple(tuple(row[start:end]) for start, end in bounds)
-
-
-def _parts(stage: str) -> tuple[str, ...]:
-    parts: tuple[str, ...] = registry.module("fastvideo.stages", stage).PARTS
-    return parts
 
 
 @cache

@@ -22,7 +22,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fastvideo import files, registry
+from fastvideo import files
 from fastvideo.config import Strict, parse
 from fastvideo.sampling import SamplingParams
 from fastvideo.spec import Spec
@@ -31,6 +31,8 @@ from fastvideo_inference.engine import book
 ENCODE, DENOISE, DECODE, SAVE = "encode_text", "denoise", "decode", "save"
 LOAD = "load"  # of a part, as load.text
 DISPATCH = "dispatch"  # what a worker waits for its next clip while others wait for it
+# of the model, that a stage runs; as its module says, whose import brings torch
+PARTS = {ENCODE: ("text",), DENOISE: ("dit",), DECODE: ("vae",)}
 SHARED = (DENOISE, DECODE)  # stages that ranks share; the others run on each of them
 HIGH = 0.9  # the quantile of a late one
 _NEW, _MOST = 0.3, 4.0  # how much the newest clip counts for a factor; the most that this may be
@@ -220,7 +222,7 @@ class Profile(Strict):
 
     def reload_s(self, stages: Sequence[str], memory_gib: float | None) -> dict[str, float]:
         """Return the seconds of loading each stage's parts for a clip: none if memory holds all."""
-        parts = {s: registry.module("fastvideo.stages", s).PARTS for s in stages}
+        parts = {stage: PARTS.get(stage, ()) for stage in stages}
         whole = sum(self.gib.get(part, 0.0) for part in set(itertools.chain(*parts.values())))
         fits = memory_gib is None or whole <= memory_gib
         return {s: 0.0 if fits else self.load_s(own) for s, own in parts.items()}
@@ -271,7 +273,7 @@ class _Line:
     def through(cls, cells: Sequence[Cell]) -> _Line:
         medians = [statistics.median(cell.seconds) for cell in cells]
         pairs = zip(cells, medians, strict=True)
-        ratios = sorted(s / median for cell, median in pairs for s in cell.seconds)
+        ratios = sorted(s / m if m else 1.0 for cell, m in pairs for s in cell.seconds)
         high = ratios[min(len(ratios) - 1, math.ceil(HIGH * len(ratios)) - 1)]
         works = (cell.work for cell in cells)
         return cls(tuple(zip(works, medians, strict=True)), max(1.0, high))

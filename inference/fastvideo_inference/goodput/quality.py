@@ -69,12 +69,19 @@ def candidates(
         )
     given = request.model_dump(exclude_none=True) | {"seed": request.seed or 0}
     made: dict[Any, Setting] = {}
+    reason = None
     for option in sorted(read(path).option, key=lambda one: -one.quality):
         own = option.model_dump(exclude_none=True, exclude={"quality", "decoder"})
         fields = {**spelled(own, source=FILE), **given}
-        params = resolve(GenerateRequest(**fields), found.spec)
+        try:
+            params = resolve(GenerateRequest(**fields), found.spec)
+        except ValueError as error:  # of this setting with what is given
+            reason = error
+            continue
         name = option.decoder if decoder is None else decoder
         made.setdefault((params.model_dump_json(), name), Setting(params, name, option.quality))
+    if reason and not made:
+        raise reason
     return tuple(made.values())
 
 

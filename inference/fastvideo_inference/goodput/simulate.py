@@ -106,14 +106,12 @@ def simulate(
     times: Iterable[float],
     *,
     in_flight: int = 2,
-    queue: int | None = None,
     refuse_after_s: float | None = None,
     seed: int = 0,
 ) -> list[Outcome]:
     """Return what becomes of requests that arrive at `times`, in their order.
 
-    One is refused if `queue` others wait, or if it is predicted to end later than `refuse_after_s`
-    after its arrival.
+    One is refused if it is predicted to end later than `refuse_after_s` after its arrival.
     """
     simpy = _simpy()
     env = simpy.Environment()
@@ -130,9 +128,7 @@ def simulate(
         for index, at_s in enumerate(times):
             yield env.timeout(max(0.0, at_s - env.now))
             outcomes.append(Outcome(at_s, None))
-            is_full = queue is not None and floor.num_queued >= queue
-            is_late = refuse_after_s is not None and floor.predict_s() > refuse_after_s
-            if not (is_full or is_late):
+            if refuse_after_s is None or floor.predict_s() <= refuse_after_s:
                 floor.add(end(index, at_s))
 
     env.process(arrive())
@@ -166,11 +162,6 @@ class _Floor:
         self._row = pools[0].costs.row
         self._workers = [_Worker(pool) for pool in pools for _ in range(pool.count)]
         self._waiting: list[_Clip] = []
-
-    @property
-    def num_queued(self) -> int:
-        """How many wait that no worker has had."""
-        return sum(not clip.is_handed for clip in self._waiting)
 
     def add(self, end: Callable[[], None]) -> None:
         self._waiting.append(_Clip(end))

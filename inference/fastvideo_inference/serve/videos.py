@@ -247,6 +247,7 @@ class Videos:
             "slo_class": job.slo_class,
             "queue_position": None if is_over else self._engine.queue_position(job.id),
             "eta_s": None if is_over else self._engine.eta_s(job.id),
+            "predicted_s": job.predicted_s,
             "accepted_at_s": job.accepted_at_s,
             "finished_at_s": ended_s,
             "stage": job.stage or None,

@@ -82,8 +82,8 @@ def test_a_promise_that_could_not_be_kept_is_refused_with_the_time_at_which_it_c
         async with running(tiny_folder, tmp_path / "served", **own) as engine:
             await engine.ready()
             engine._pump = lambda: None  # nothing begins
-            for _ in range(2):
-                await engine.submit(asked("clip"))
+            first, second = [await engine.submit(asked("clip")) for _ in range(2)]
+            assert (first.predicted_s, second.predicted_s) == pytest.approx((4, 8), abs=0.1)
             with pytest.raises(LateError) as late:
                 await engine.submit(asked("clip"))
             await engine.submit(asked("batch"))

@@ -70,15 +70,12 @@ def test_an_end_is_late_that_is_so_in_one_of_ten():
 def test_an_early_stage_pauses_while_states_wait_for_a_late_one():
     costs = Costs({"a": Estimate(1.0, 1.0), "b": Estimate(10.0, 10.0)})
     pools = [Pool(("a",), 1, costs), Pool(("b",), 1, costs)]
-    ends = simulate(pools, [0.0] * 6, in_flight=1, queue=3)
-    assert [one.end_s is None for one in ends] == [False] * 4 + [True] * 2
     times = simulate(pools, [0.0] * 4, in_flight=1)
     assert [one.end_s for one in times] == [11.0, 21.0, 31.0, 41.0]
 
 
-def test_a_full_queue_and_a_late_end_are_refused():
+def test_a_late_end_is_refused():
     one = Pool(("a",), 1, Costs({"a": Estimate(1.0, 1.0)}))
-    assert [x.end_s for x in simulate([one], [0.0] * 5, queue=2)] == [1.0, 2.0, 3.0, None, None]
     late = [x.end_s for x in simulate([one], [0.0] * 5, refuse_after_s=2.5)]
     assert late == [1.0, 2.0, None, None, None]
 
