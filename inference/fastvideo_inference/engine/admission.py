@@ -37,6 +37,7 @@ class Admission:
         self._deadlines_s = {s.name: s.deadline_s for s in config.class_ if s.deadline_s}
         self._errors_s = deque[float](maxlen=_KEPT)
         self._rows: dict[tuple[object, ...], dict[str, float] | None] = {}
+        self._alone: dict[tuple[object, ...], tuple[float, float]] = {}
         found = map(profiles.read, config.profile)
         self._profiles: dict[str, Profile] = {one.model: one for one in found}
 
@@ -100,8 +101,10 @@ class Admission:
                 own = Setting(new.job.submission.params, new.job.submission.decoder)
                 raise ValueError(f"class {name} promises nothing of {own}: it was not measured")
             return
-        idle = dict.fromkeys(at)
-        alone_s, own_s = self._ends([new], idle, new, order)[new.id], self._spread_s(new)
+        if (key := _key(new)) not in self._alone:  # a crowd of equal requests is refused in no time
+            ends = self._ends([new], dict.fromkeys(at), new, order)
+            self._alone[key] = ends[new.id], self._spread_s(new)
+        alone_s, own_s = self._alone[key]
         if alone_s + own_s > self._deadlines_s[name]:
             raise ValueError(
                 f"class {name} promises {self._deadlines_s[name]:g} s; this clip takes"
@@ -142,6 +145,7 @@ class Admission:
             self._errors_s.append(time.time() - record.job.accepted_at_s - record.forecast_s)
         known, asked = self._profiles.get(record.model), record.job.submission
         self._rows.clear()
+        self._alone.clear()
         is_shared = any(pool.parallel for pool in self._config.worker)
         if known and self._estimates(record, self._config.worker[0]) and not is_shared:
             self._profiles[record.model] = known.corrected(
@@ -191,12 +195,10 @@ class Admission:
         since = record.since or (record.next, time.monotonic())
         done_s = record.job.stage_seconds.get(record.next, 0.0)
         done_s += time.monotonic() - since[1] if since[0] == record.next else 0.0
-        found, asked = {}, record.job.submission
-        p = asked.params
-        clip = (p.width, p.height, p.num_frames, p.num_inference_steps, p.guidance_scale)
+        found, own = {}, _key(record)
         for index, pool in enumerate(self._config.worker):
-            key = (asked.model, *clip, p.attention, asked.decoder, index)
-            if key not in self._rows:  # a crowd of equal requests is refused in no time
+            key = (*own, index)
+            if key not in self._rows:
                 self._rows[key] = self._row_s(record, pool)
             known = self._rows[key]
             if known is None:
@@ -243,3 +245,11 @@ class Admission:
         """Return the seconds until a job's deadline; endless without a promise."""
         deadline_s = self._deadlines_s.get(record.job.slo_class, math.inf)
         return record.job.accepted_at_s + deadline_s - now_s
+
+
+def _key(record: Record) -> tuple[object, ...]:
+    """Return what a clip's seconds depend on."""
+    asked = record.job.submission
+    p = asked.params
+    clip = (p.width, p.height, p.num_frames, p.num_inference_steps, p.guidance_scale)
+    return (asked.model, *clip, p.attention, asked.decoder)
