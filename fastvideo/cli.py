@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -134,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with termination.raising():
             log.configure()
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be UTF-8
+                sys.stdout.reconfigure(errors="backslashreplace")
             env.bound_spinning()  # before torch starts its threads
             result = _group().main(args or ["--help"], prog_name="fastvideo", standalone_mode=False)
         return result if isinstance(result, int) else OK

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_t
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fastvideo import files
 from fastvideo.log import given_twice, warned
 from fastvideo.registry import did_you_mean
 
@@ -58,13 +59,13 @@ def parse(model: type[M], values: Mapping[str, Any], *, source: Source) -> M:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file; raise `ValueError` naming the file and line if it cannot be parsed."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(files.read_text(path))
     except FileNotFoundError:
         raise ValueError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config {path} cannot be read: {error}") from None
 
 
 def toml_line(path: str | Path, keys: Keys) -> str:
@@ -74,7 +75,7 @@ def toml_line(path: str | Path, keys: Keys) -> str:
     """
     around = [
         (len(found), -number)
-        for number, found in _toml_paths(Path(path).read_text(encoding="utf-8"))
+        for number, found in _toml_paths(files.read_text(path))
         if found == list(keys[: len(found)])
     ]
     return f"{path}:{-max(around)[1]}" if around else str(path)
@@ -130,7 +131,7 @@ _TOML_LINE = re.compile(r"""\s*(\[*)\s*([\w."' -]+?)\s*[]=]""")
 def _toml_paths(text: str) -> Iterator[tuple[int, list[str | int]]]:
     """Yield (line, path) of every key and header of a TOML text."""
     table, counts = list[str | int](), Counter[str]()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(files.lines(text), start=1):
         if match := _TOML_LINE.match(line):
             brackets, words = match.groups()
             names: list[str | int] = [word.strip(" \"'") for word in words.split(".")]

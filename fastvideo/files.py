@@ -7,6 +7,7 @@ process ends in any way, and the next one that writes beside it removes what was
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import os
@@ -21,6 +22,36 @@ CLAIM, ASIDE, PARTIAL, OLD = ".fastvideo", ".fastvideo-aside", ".partial", ".old
 NAME_BYTES = 255
 STEM_BYTES = NAME_BYTES - len(f".{CLAIM}")  # of a name that can be claimed
 _HELD: set[Path] = set()
+_MARKS = {  # byte order marks; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file that others wrote: UTF-8, or what its byte order mark says.
+
+    Raises `ValueError` that names the line which is no text.
+    """
+    raw = Path(path).read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line} is not {encoding.upper()[:6]} text") from None
+    if "\0" in text:
+        raise ValueError(f"{path} holds zero bytes: binary, or UTF-16 without a byte order mark")
+    return text
+
+
+def lines(text: str) -> list[str]:
+    """Split at LF and CRLF alone: `splitlines` also does at U+2028, U+0085 and form feeds."""
+    split = [line.removesuffix("\r") for line in text.split("\n")]
+    return split[:-1] if split[-1] == "" else split
 
 
 def write_text(path: str | Path, text: str, *, overwrite: bool = False) -> Path:
@@ -29,6 +60,15 @@ def write_text(path: str | Path, text: str, *, overwrite: bool = False) -> Path:
     with atomic(path, overwrite=overwrite) as new:
         new.write_text(text, encoding="utf-8")
     return path
+
+
+def stamp(path: str | Path) -> tuple[int, int, int, int]:
+    """Return what tells an unchanged file without reading it.
+
+    Besides size and time of change the inode and its own time, which no tool can set back.
+    """
+    stat = Path(path).stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 @contextmanager

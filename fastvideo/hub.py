@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastvideo import env, formats, registry
+from fastvideo import env, files, formats, registry
 from fastvideo import spec as specs
 from fastvideo.formats import diffusers
 from fastvideo.log import logger
@@ -120,11 +120,10 @@ def find_lora(name: str | Path) -> Path:
 
 def lora_hash(path: Path) -> str:
     """Return the SHA-256 of a LoRA's file, and of PEFT's config beside it if it has one."""
-    files = [path]
+    parts = [path]
     if path.name == _LORA_FILES[1] and path.with_name(_ADAPTER_CONFIG).is_file():
-        files.append(path.with_name(_ADAPTER_CONFIG))
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return _sha256(tuple(stats))
+        parts.append(path.with_name(_ADAPTER_CONFIG))
+    return _sha256(tuple((str(part), files.stamp(part)) for part in parts))
 
 
 def cache_dir() -> Path:
@@ -185,10 +184,10 @@ def _local(name: str) -> Path | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _sha256(stats: tuple[tuple[str, int, int], ...]) -> str:
-    """Digest files; size and time of change only tell a changed file from a known one."""
+def _sha256(stamps: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    """Digest files; a stamp only tells a changed file from a known one."""
     digest = hashlib.sha256()
-    for path, _, _ in stats:
+    for path, _ in stamps:
         with Path(path).open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -13,9 +13,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fastvideo import sampling
+from fastvideo import files, sampling
 from fastvideo.config import Strict, parse
-from fastvideo.files import write_text
 from fastvideo.shapes import Compression, LatentShape, PixelShape
 
 FILE_NAME = "fastvideo.json"
@@ -111,7 +110,7 @@ def read(folder: str | Path) -> Spec | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(files.read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     return parse(Spec, values, source=str(path))
@@ -123,4 +122,4 @@ def write(spec: Spec, folder: str | Path) -> Path:
     values = spec.model_dump(mode="json", exclude={k: {"config"} for k in ("dit", "vae", "text")})
     if spec.stages == TEXT_TO_VIDEO:  # older releases do not know the key
         del values["stages"]
-    return write_text(path, json.dumps(values, indent=2) + "\n", overwrite=True)
+    return files.write_text(path, json.dumps(values, indent=2) + "\n", overwrite=True)

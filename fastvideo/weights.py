@@ -325,7 +325,7 @@ def _shards(path: Path, stems: tuple[str, ...]) -> list[tuple[Path, list[str] | 
 
 def _indexed(index: Path) -> list[tuple[Path, list[str] | None]]:
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places: dict[str, str] = json.loads(files.read_text(index))["weight_map"]
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{index} is not a shard index: {error}") from None
     shards: dict[str, list[str]] = {}

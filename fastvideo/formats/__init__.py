@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastvideo import foreign, registry
+from fastvideo import files, foreign, registry
 
 PARTS = ("text", "dit", "vae")
 METADATA = "__metadata__"
@@ -45,7 +45,7 @@ def find(folder: Path) -> ModuleType:
 def read_json(path: Path) -> dict[str, Any]:
     """Read an object from a JSON file; raise a one-line `ValueError` naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(files.read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:

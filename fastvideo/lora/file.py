@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo import foreign, weights
+from fastvideo import files, foreign, weights
 from fastvideo.weights import Checkpoint
 
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -218,7 +218,7 @@ def _adapter_config(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         text = weights.read_metadata(path).get(ADAPTER_METADATA, "")
     if not text and path.name == ADAPTER_FILE and beside.is_file():
-        text, source = beside.read_text(encoding="utf-8"), str(beside)
+        text, source = files.read_text(beside), str(beside)
     try:
         values = json.loads(text or "{}")
     except ValueError:

@@ -37,6 +37,7 @@ from fastvideo.stages import encode_text
 from fastvideo.weights import Checkpoint, read_metadata
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join(str(ROOT / part) for part in (".", "inference", "train"))
 RULES = Rules(width=48, height=32, frames=(5, 9), fps=8, multiple=(16, 16), temporal=4)
 SETTINGS = {"dtype": "float32", "device": "cpu", "shard": 2, "batch": 1}
 WORDS = [
@@ -173,6 +174,30 @@ def test_workers_and_batches_change_no_clip(clips, tiny_folder, latents, tmp_pat
     assert content(tmp_path) == content(latents)
 
 
+def test_odd_names_and_captions_end_no_encode_and_change_nothing_for_the_next(
+    clips, tiny_folder, tmp_path
+):
+    folder, out = tmp_path / "odd", tmp_path / "l"
+    folder.mkdir()
+    for name in ("a\u2028b.mp4", "c\x0c\x85.mp4", "plain.mp4", os.fsdecode(b"\xff.mp4")):
+        shutil.copy(clips / "long0.mp4", folder / name)
+        (folder / name).with_suffix(".txt").write_text("a red\u2028ball")
+    words = ["data", "encode", str(folder), "-o", str(out), "--model", str(tiny_folder), *WORDS]
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-m", "fastvideo", *words],
+            env={**os.environ, "PYTHONPATH": PATHS, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert "3 clips in 1 buckets; 1 left out" in run.stdout
+    (left,) = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert left == {"file": r"\xff.mp4", "reason": "file name is not UTF-8: rename it"}
+    assert not list(out.glob(".*")) and len((out / "scan.jsonl").read_text().split("\n")) == 4
+
+
 # A kill
 
 
@@ -193,10 +218,9 @@ sys.exit(cli.main(sys.argv[3:]))
 
 def ended_by(how: int, writes: int, clips: Path, model: Path, out: Path) -> tuple[int, str]:
     words = ["data", "encode", str(clips), "-o", str(out), "--model", str(model), *WORDS]
-    paths = os.pathsep.join(str(ROOT / p) for p in (".", "inference", "train"))
     run = subprocess.run(
         [sys.executable, "-c", KILLER, str(writes), str(how), *words],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": PATHS},
         capture_output=True,
         text=True,
         check=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_odd_captions_beside_videos_are_named_with_their_reason(clips, video):
     assert reasons(found) == {
         "b.mp4": "missing caption: b.txt is empty",
         "d.mp4": "missing caption: there is no d.txt",
-        "deep/c.mp4": "unreadable caption: c.txt is not UTF-8 text",
+        "deep/c.mp4": "unreadable caption: c.txt line 1 is not UTF-16 text",
         "e.mp4": "duplicate name: e.mp4, e.webm",
         "e.webm": "duplicate name: e.mp4, e.webm",
     }
@@ -145,7 +146,8 @@ def test_odd_lines_of_a_listing_are_named_with_their_reason(clips):
         "a.mp4": "duplicate name: captions.jsonl names it 2 times",
         "b.mp4": "missing caption: captions.jsonl line 3 has none",
         "captions.jsonl line 5": "unreadable caption: the line names no file",
-        "captions.jsonl line 6": "unreadable caption: the line names no file",
+        "captions.jsonl line 6": "unreadable caption: not valid JSON: Expecting property name"
+        " enclosed in double quotes: line 1 column 2 (char 1)",
         "deep/c.mp4": "missing caption: captions.jsonl does not name it",
         "gone.mp4": "missing file: captions.jsonl line 4 names it",
     }
@@ -166,10 +168,15 @@ def test_a_folder_without_videos_or_with_several_listings_is_refused(clips, tmp_
     ("name", "content", "message"),
     [
         ("l.csv", b"name,words\na.mp4,x\n", "names no file; looked for: file, file_name"),
-        ("l.csv", b"file,caption\n\xff\xfe,x\n", "is not UTF-8 text"),
+        ("l.csv", b"file,caption\n\xff\xfe,x\n", "line 2 is not UTF-8 text"),
         ("l.parquet", b"nothing", "is not a parquet file"),
-        ("l.xml", b"", r"must end in one of: .jsonl, .csv, .parquet"),
+        ("l.xml", b"", r"must end in one of: .jsonl, .csv, .tsv, .parquet"),
         ("missing.csv", None, "does not exist"),
+        ("l.csv", b'file,caption\na.mp4,"open\nb.mp4,x\n', r"line 2: .*open quote"),
+        ("l.csv", b'file,caption\n\na.mp4,"open\nb.mp4,x\nc.mp4,y"\n', "line 3: .* line 4"),
+        ("l.csv", b'caption,file\n"open,a.mp4\nx,b.mp4\ny",c.mp4\n', "line 2: .* line 3"),
+        ("l.csv", b'file,caption\na.mp4,"big" ball\n', "line 2: "),
+        ("l.jsonl", '{"file": "a.mp4"}'.encode("utf-16-le"), "holds zero bytes"),
     ],
 )
 def test_a_file_that_is_no_listing_is_refused_in_one_line(clips, name, content, message):
@@ -178,6 +185,94 @@ def test_a_file_that_is_no_listing_is_refused_in_one_line(clips, name, content, 
     with pytest.raises(ValueError, match=message) as caught:
         find(clips, clips / name)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unquoted_delimiter_in_a_caption_is_an_error_of_its_line_alone(clips):
+    (clips / "l.csv").write_text('file,caption\na.mp4,a ball, red\nb.mp4,"a cube, red",\n')
+    found = find(clips)
+    assert [v.caption for v in found.videos] == ["a cube, red"]
+    wrong = "unreadable caption: it has 3 fields, the header 2; quote a ','"
+    assert reasons(found)["l.csv line 2"] == wrong
+
+
+ODD = "a red\u2028ball\x0cat\x85night"
+SPELLINGS = {
+    "semicolon.csv": 'File;Caption\r\na.mp4;"{}"\r\nb.mp4;"two\r\nlines"\r\n',
+    "tabs.csv": "\nfile_name\tscore\ttext\na.mp4\t1\t{}\nb.mp4\t2\ttwo lines\n",
+    "tabs.tsv": "PATH\tPrompt\na.mp4\t{}\nb.mp4\ttwo lines",
+    "bars.csv": "video|caption\na.mp4|{}\nb.mp4|two lines\n",
+    "comma.csv": ' VIDEO , "Text"\na.mp4, "{}"\nb.mp4,two lines\n',
+    "lines.jsonl": '{{"file": "a.mp4", "text": "{}"}}\r\n{{"File": "b.mp4", "TEXT": "two lines"}}',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_listing_is_read_in_every_spelling_and_only_line_feeds_end_its_rows(
+    clips, name, encoding
+):
+    odd = ODD.replace("\x0c", " ") if name.endswith("jsonl") else ODD  # JSON escapes form feeds
+    text = SPELLINGS[name].format(odd)
+    (clips / name).write_bytes(text.encode(encoding))
+    captions = [v.caption for v in find(clips).videos]
+    assert captions == ["a red ball at night", "two lines"]
+
+
+def test_captions_beside_videos_may_differ_in_case_of_suffix_encoding_and_composition(clips, video):
+    for name in ("e\u0301.mp4", "f.mp4", "G.mp4", "h.mp4"):
+        (clips / name).write_bytes(video)
+    (clips / "a.TXT").write_text("one")
+    (clips / "b.txt").write_bytes("two".encode("utf-16"))
+    (clips / "deep" / "c.Txt").write_bytes(b"\xef\xbb\xbfthree")
+    (clips / "\xe9.txt").write_text("four")
+    (clips / "f.txt").write_bytes(b"\n caf\xe9")
+    (clips / "g.txt").write_text("of another case")
+    (clips / "h.TXT").write_text("both")
+    (clips / "h.Txt").write_text("both")
+    found = find(clips)
+    assert [v.caption for v in found.videos] == ["one", "two", "three", "four"]
+    assert reasons(found) == {
+        "G.mp4": "missing caption: there is no G.txt; rename g.txt",
+        "f.mp4": "unreadable caption: f.txt line 2 is not UTF-8 text",
+        "h.mp4": "duplicate caption: h.TXT, h.Txt",
+    }
+    assert found.lone == ("g.txt",)
+
+
+def test_a_listing_s_names_mean_one_file_in_every_spelling_or_the_near_miss_is_named(
+    clips, video, tmp_path_factory
+):
+    (clips / "e\u0301.mp4").write_bytes(video)
+    (clips / "D.mp4").write_bytes(video)
+    link = tmp_path_factory.mktemp("links") / "link"
+    link.symlink_to(clips)
+    names = (str(link / "a.mp4"), "./deep/../b.mp4", "deep\\c.mp4", "\xe9.mp4", "d.mp4", "c.mp4")
+    _jsonl(clips, [(name, f"text {i}") for i, name in enumerate(names)])
+    for folder in (clips, link):
+        found = find(folder)
+        assert {v.name: v.caption for v in found.videos} == {
+            "a.mp4": "text 0",
+            "b.mp4": "text 1",
+            "deep/c.mp4": "text 2",
+            "e\u0301.mp4": "text 3",
+        }
+        assert reasons(found) == {
+            "D.mp4": "missing caption: metadata.jsonl does not name it",
+            "c.mp4": "missing file: metadata.jsonl line 6 names it; did you mean deep/c.mp4?",
+            "d.mp4": "missing file: metadata.jsonl line 5 names it; did you mean D.mp4?",
+        }
+
+
+def test_a_file_name_that_is_not_utf8_is_bad_alone(clips, video):
+    for name in (b"x\xff.mp4", b"y\xfe.mp4"):
+        (clips / os.fsdecode(name)).write_bytes(video)
+    for name in (b"x\xff.txt", b"lone\xff.txt"):
+        (clips / os.fsdecode(name)).write_text("a ball")
+    _text(clips, list(CAPTIONS.items()))
+    found = find(clips)
+    assert len(found.videos) == 3 and found.lone == (r"lone\xff.txt",)
+    reason = "file name is not UTF-8: rename it"
+    assert reasons(found) == {r"x\xff.mp4": reason, r"y\xfe.mp4": reason}
 
 
 def test_parquet_without_its_package_names_the_extra(clips, monkeypatch):
@@ -211,3 +306,23 @@ def test_a_journal_spares_files_that_have_not_changed(clips, monkeypatch):
     write(clips / "b.mp4", count=5)
     again = list(scan(videos, known=from_lines(journal, videos)))
     assert looked == ["b.mp4"] and again[1].footage.num_frames == 5 and again[0] == first[0]
+
+
+@pytest.mark.parametrize("how", ["in place", "by another"])
+def test_a_file_of_other_content_but_the_same_size_and_time_is_looked_at_again(clips, how):
+    _text(clips, list(CAPTIONS.items()))
+    (clips / "deep" / "c.mp4").rename(clips / "deep" / "c\u2028.mp4")
+    (clips / "deep" / "c.txt").rename(clips / "deep" / "c\u2028.txt")
+    videos, path = find(clips).videos, clips / "a.mp4"
+    first = list(scan(videos))
+    journal = "".join(map(to_line, first))
+    assert len(from_lines(journal, videos)) == 3
+    before = path.stat()
+    other = path if how == "in place" else clips / "other"
+    other.write_bytes(path.read_bytes()[:-1] + b"?")
+    other.replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    known = from_lines(journal, videos)
+    assert set(known) == {"b.mp4", "deep/c\u2028.mp4"}
+    assert next(scan(videos, known=known)).digest != first[0].digest

@@ -64,6 +64,6 @@ def family(folder: str | Path) -> ModuleType:
 def _config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(files.read_text(path)))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as the config of a classifier: {error}") from None

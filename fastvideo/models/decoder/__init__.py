@@ -146,7 +146,7 @@ def _values(folder: Path) -> dict[str, Any]:
     """Read a folder's config; `ValueError` if it names no family of this package."""
     path = folder / CONFIG
     try:
-        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        values = dict(json.loads(files.read_text(path)))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as the config of a decoder: {error}") from None
     legal = registry.names(__name__)

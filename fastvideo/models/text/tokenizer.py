@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from fastvideo.files import write_text
+from fastvideo import files
 from fastvideo.log import logger
 
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -103,7 +103,7 @@ class Tokenizer:
         """Write the tokenizer so that `load` and transformers read it."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / _FILE, self._text, overwrite=True)
+        files.write_text(path / _FILE, self._text, overwrite=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": self._pad,
@@ -112,7 +112,7 @@ class Tokenizer:
             "model_max_length": 512,
             "clean_up_tokenization_spaces": False,
         }
-        write_text(path / _CONFIG, json.dumps(config, indent=2) + "\n", overwrite=True)
+        files.write_text(path / _CONFIG, json.dumps(config, indent=2) + "\n", overwrite=True)
         return path
 
     def _cut(self, ids: list[int], max_length: int) -> list[int]:
@@ -160,7 +160,7 @@ def _pad_token(config: Path) -> str:
     if not config.is_file():
         return _PAD
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("pad_token", _PAD)
+        token = json.loads(files.read_text(config)).get("pad_token", _PAD)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config} is not a tokenizer's config: {error}") from None
     return str(token["content"] if isinstance(token, dict) else token)

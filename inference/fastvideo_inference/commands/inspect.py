@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from fastvideo import hub, media
+from fastvideo import files, hub, media
 from fastvideo.errors import refusing
 from fastvideo.models import decoder as decoders
 from fastvideo.spec import Spec
@@ -58,7 +58,7 @@ def sidecar_timings(path: Path) -> Any:
     """Return the seconds by stage out of the JSON beside a clip, or why there are none."""
     beside = naming.sidecar(path)
     try:
-        return json.loads(beside.read_text(encoding="utf-8"))["timings_s"]
+        return json.loads(files.read_text(beside))["timings_s"]
     except FileNotFoundError:
         return f"none: {beside} is not there"
     except (OSError, ValueError, KeyError, TypeError):

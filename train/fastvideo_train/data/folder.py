@@ -4,24 +4,32 @@ found = find("clips/")                       # names and captions alone
 scanned = scan(found.videos, workers=2)      # what is in each file, in order
 
 A caption is the text beside a video (`a.mp4`, `a.txt`), or its entry in a listing: the only jsonl,
-csv or parquet file at the top of the folder, or the one that is named.
+csv, tsv or parquet file at the top of the folder, or the one that is named. Names are compared in
+Unicode's composed form (NFC); a name that differs in more, such as its case, is only pointed at.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
+from fastvideo import files
 from fastvideo.footage import CONTAINERS, Footage, UnusableError, probe
 from fastvideo_train.data import listing
 from fastvideo_train.data._workers import in_order
 
 Report = Callable[[int, int], None]
+TEXT = ".txt"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,14 @@ def find(folder: str | Path, captions: str | Path | None = None) -> Found:
     videos = [path for path in paths if path.suffix.lower() in CONTAINERS]
     if not videos:
         raise ValueError(f"{folder} holds no videos; looked for {', '.join(CONTAINERS)}")
+    strange = [path for path in videos if _shown(path) != path.as_posix()]
+    videos = [path for path in videos if path not in strange]
     table = Path(captions) if captions is not None else _only_listing(folder, paths)
-    notes = _by_text(folder, videos) if table is None else _by_listing(folder, videos, table)
+    texts = [path for path in paths if path.suffix.lower() == TEXT]
+    notes = _by_text(folder, videos, texts) if table is None else _by_listing(folder, videos, table)
+    notes.bad += [Bad(_shown(path), "file name is not UTF-8: rename it") for path in strange]
     _refuse_links(notes, folder, videos)
-    others, lone = _others(folder, paths, videos, texts=table is None)
+    others, lone = _others(folder, paths, [*videos, *strange], texts=table is None)
     order = sorted(notes.videos, key=lambda video: video.name)
     bad = sorted(notes.bad, key=lambda one: one.name)
     return Found(tuple(order), tuple(bad), others, table, lone)
@@ -116,17 +128,11 @@ def scan(
                 report(done, len(videos))
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Return size and time of change, which tell an unchanged file without reading it."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
 def to_line(scanned: Scanned) -> str:
     """Return a line of a journal: what is known of a file, and the stamp it had."""
     values = {
         "name": scanned.video.name,
-        "stamp": stamp(scanned.video.path),
+        "stamp": files.stamp(scanned.video.path),
         "digest": scanned.digest,
         "reason": scanned.reason,
         "footage": asdict(scanned.footage) if scanned.footage else None,
@@ -137,13 +143,13 @@ def to_line(scanned: Scanned) -> str:
 def from_lines(text: str, videos: Sequence[Video]) -> dict[str, Scanned]:
     """Return what a journal knows of files that have not changed since; a cut last line is left."""
     by_name, known = {video.name: video for video in videos}, {}
-    for line in text.splitlines():
+    for line in files.lines(text):
         try:
             values = json.loads(line)
         except ValueError:
             continue
         video = by_name.get(values["name"])
-        if video is not None and tuple(values["stamp"]) == stamp(video.path):
+        if video is not None and tuple(values["stamp"]) == files.stamp(video.path):
             footage = Footage(**values["footage"]) if values["footage"] else None
             known[video.name] = Scanned(video, footage, values["reason"], values["digest"])
     return known
@@ -191,20 +197,20 @@ def _others(
     folder: Path, paths: Sequence[Path], videos: Sequence[Path], *, texts: bool
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return the counts of files that are no videos, and if `texts` are captions the lone ones."""
-    counted, used = Counter[str](), {path.with_suffix("") for path in videos}
+    counted, used = Counter[str](), {_stem(path) for path in videos}
     lone = []
     for path in paths:
         suffix = path.suffix.lower()
         if suffix in CONTAINERS or suffix in listing.SUFFIXES:
             continue
-        if suffix == ".txt" and path.with_suffix("") in used:
+        if suffix == TEXT and _stem(path) in used:
             continue
         if (folder / path).is_dir():
             counted["links to folders"] += 1
-        elif suffix == ".txt" and texts:
-            lone.append(path.as_posix())
+        elif suffix == TEXT and texts:
+            lone.append(_shown(path))
         else:
-            counted[suffix or path.name] += 1
+            counted[suffix or _shown(path)] += 1
     return dict(counted), tuple(lone)
 
 
@@ -216,43 +222,53 @@ def _only_listing(folder: Path, paths: Sequence[Path]) -> Path | None:
     return folder / found[0] if found else None
 
 
-def _by_text(folder: Path, videos: Sequence[Path]) -> _Notes:
-    notes, stems = _Notes(), Counter(path.with_suffix("") for path in videos)
+def _by_text(folder: Path, videos: Sequence[Path], texts: Sequence[Path]) -> _Notes:
+    notes, stems = _Notes(), _grouped(videos, _stem)
+    beside, alike = _grouped(texts, _stem), _grouped(texts, lambda path: _stem(path).casefold())
     for path in videos:
-        text = path.with_suffix(".txt")
-        if stems[path.with_suffix("")] > 1:
-            others = [p.name for p in videos if p.with_suffix("") == path.with_suffix("")]
-            notes.bad.append(Bad(path.as_posix(), f"duplicate name: {', '.join(others)}"))
-            continue
-        try:
-            caption = " ".join((folder / text).read_text(encoding="utf-8-sig").split())
-        except FileNotFoundError:
-            notes.bad.append(Bad(path.as_posix(), f"missing caption: there is no {text.name}"))
-        except UnicodeDecodeError:
-            notes.bad.append(
-                Bad(path.as_posix(), f"unreadable caption: {text.name} is not UTF-8 text")
-            )
-        except OSError as error:
-            notes.bad.append(Bad(path.as_posix(), f"unreadable caption: {error.strerror}"))
+        name, stem = path.as_posix(), _stem(path)
+        exact = path.with_suffix(TEXT)
+        found = [exact] if exact in beside[stem] else beside[stem]
+        if len(stems[stem]) > 1:
+            notes.bad.append(Bad(name, f"duplicate name: {_names(stems[stem])}"))
+        elif len(found) > 1:
+            notes.bad.append(Bad(name, f"duplicate caption: {_names(found)}"))
+        elif not found:
+            near = alike[stem.casefold()]
+            hint = f"; rename {_names(near)}" if near else ""
+            notes.bad.append(Bad(name, f"missing caption: there is no {exact.name}{hint}"))
         else:
-            _add(notes, Video(path.as_posix(), folder / path, caption), f"{text.name} is empty")
+            _add_text(notes, Video(name, folder / path, ""), folder / found[0])
     return notes
 
 
+def _add_text(notes: _Notes, video: Video, path: Path) -> None:
+    try:
+        caption = " ".join(files.read_text(path).split())
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path.parent}/")
+        notes.bad.append(Bad(video.name, f"unreadable caption: {reason}"))
+    except OSError as error:
+        notes.bad.append(Bad(video.name, f"unreadable caption: {error.strerror}"))
+    else:
+        _add(notes, replace(video, caption=caption), f"{path.name} is empty")
+
+
 def _by_listing(folder: Path, videos: Sequence[Path], table: Path) -> _Notes:
-    notes, lines = _Notes(), listing.read(table)
-    there = {path.as_posix() for path in videos}
-    named = [(_inside(folder, line.file), line) for line in lines]
+    notes, names = _Notes(), _Names(folder, videos)
+    named = [(names.find(line.file) if line.file else "", line) for line in listing.read(table)]
     counts = Counter(name for name, _ in named)
     for name, line in named:
         if not line.file:
-            notes.bad.append(Bad(line.place, "unreadable caption: the line names no file"))
-        elif name not in there:
-            notes.bad.append(Bad(line.file, f"missing file: {line.place} names it"))
+            reason = line.wrong or "the line names no file"
+            notes.bad.append(Bad(line.place, f"unreadable caption: {reason}"))
+        elif not name:
+            near = names.near(line.file)
+            notes.bad.append(Bad(line.file, f"missing file: {line.place} names it{near}"))
         elif counts[name] == 1:
             caption = " ".join(line.caption.split())
             _add(notes, Video(name, folder / name, caption), f"{line.place} has none")
-    for name in sorted(there):
+    for name in sorted(path.as_posix() for path in videos):
         if counts[name] > 1:
             times = f"{table.name} names it {counts[name]} times"
             notes.bad.append(Bad(name, f"duplicate name: {times}"))
@@ -268,9 +284,66 @@ def _add(notes: _Notes, video: Video, absent: str) -> None:
         notes.bad.append(Bad(video.name, f"missing caption: {absent}"))
 
 
-def _inside(folder: Path, file: str) -> str:
-    """Return a listed file's path from the folder as `find` names it."""
-    path = Path(file)
-    if path.is_absolute() and path.is_relative_to(folder.resolve()):
-        path = path.relative_to(folder.resolve())
-    return Path(*(part for part in path.parts if part != ".")).as_posix()
+class _Names:
+    """The videos of a folder by every spelling that means them without doubt."""
+
+    def __init__(self, folder: Path, videos: Sequence[Path]) -> None:
+        self._folder = folder
+        self._exact = {path.as_posix(): path.as_posix() for path in videos}
+        self._composed = _grouped(self._exact, _composed)
+        self._alike = _grouped(self._exact, _rough)
+
+    def find(self, file: str) -> str:
+        """Return the video that a listing means: as it stands, with slashes, or by its real path.
+
+        Empty if it means none, or several.
+        """
+        for text in (file, file.replace("\\", "/")):
+            name = Path(*(part for part in Path(text).parts if part != ".")).as_posix()
+            found = self._exact.get(name) or _only(self._composed[_composed(name)])
+            if not found and "/" in text:
+                found = self._real.get(os.path.realpath(self._folder / text), "")
+            if found:
+                return found
+        return ""
+
+    def near(self, file: str) -> str:
+        """Return words that point at videos of nearly this name, if there are any."""
+        found = self._alike[_rough(file.replace("\\", "/"))]
+        return f"; did you mean {', '.join(found[:3])}?" if found else ""
+
+    @cached_property
+    def _real(self) -> dict[str, str]:
+        return {os.path.realpath(self._folder / name): name for name in self._exact}
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], str]) -> defaultdict[str, list[T]]:
+    groups = defaultdict[str, list[T]](list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def _only(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ""
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
+def _stem(path: Path) -> str:
+    return _composed(path.with_suffix("").as_posix())
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _rough(name: str) -> str:
+    return _composed(Path(name).stem).casefold()
+
+
+def _shown(path: Path) -> str:
+    """Return a name that can be printed and stored: bytes that are not UTF-8 as `\\xff`."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

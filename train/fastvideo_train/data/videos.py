@@ -269,9 +269,9 @@ def _describe(
 
 def _other_clips(folder: Path, plan: Plan) -> list[str]:
     """Say which clips are others than when the folder was begun; nothing if they are the same."""
-    now = {line: json.loads(line)["name"] for line in plan.lines().splitlines()}
+    now = {line: json.loads(line)["name"] for line in files.lines(plan.lines())}
     path = folder / CLIPS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = files.lines(path.read_text(encoding="utf-8")) if path.is_file() else []
     before = {line: json.loads(line)["name"] for line in lines}
     old = sorted({name for line, name in before.items() if line not in now})
     new = sorted({name for line, name in now.items() if line not in before})
