@@ -5,8 +5,9 @@ need = least_bytes(Path("a.webm"), "webm")      # more than the file has: it was
 Only headers are read, and a structure that is not understood asks for nothing. What stays unseen is
 a cut exactly between two parts of a file that says neither its size nor that it ends (live
 Matroska, fragmented MP4, FLV, an AVI never closed, MPEG program and transport streams), and any cut
-of a broadcast ASF. An Ogg stream whose last page has no end flag counts as cut. An ASF may lack its
-index, an AVI 8 bytes: some writers count a header twice.
+of a broadcast ASF, a live RealMedia, a compressed SWF, or a bare MPEG or DV stream (decoding sees
+some). An Ogg stream whose last page has no end flag counts as cut. An ASF may lack its index, an
+AVI 8 bytes and a RealMedia 10: some writers count a header twice.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ ASF_OBJECTS = (  # header, data, index
 )
 ASF_UNKNOWN = 50  # the head of a data object alone
 LAST_PAGE = 4  # a flag of Ogg's pages
+RM_SLACK = 10
+RM_CHUNKS = (b".RMF", b"PROP", b"CONT", b"MDPR", b"DATA", b"INDX")
+MXF_KEY = b"\x06\x0e\x2b\x34"
 GIF_END, GIF_EXTENSION, GIF_IMAGE = 0x3B, 0x21, 0x2C
 
 
@@ -194,6 +198,49 @@ def _after_sub_blocks(read: Read, place: int, size: int) -> int:
     return place + 1
 
 
+def _swf(read: Read, size: int) -> int:
+    """Read the length that an uncompressed movie says."""
+    return int.from_bytes(read(4, 4), "little") if read(0, 3) == b"FWS" else 0
+
+
+def _rm(read: Read, size: int) -> int:
+    """Walk chunks: type, and a size that counts it."""
+    place = 0
+    while place < size:
+        head = read(place, 8)
+        length = int.from_bytes(head[4:])
+        if head[:4] not in RM_CHUNKS or length < 8:
+            break
+        place += length
+    return max(0, place - RM_SLACK)
+
+
+def _mxf(read: Read, size: int) -> int:
+    """Walk keys of 16 bytes, each with the length of its value (SMPTE 336M)."""
+    place = 0
+    while place < size:
+        head = read(place, 25)
+        if not MXF_KEY.startswith(head[: len(MXF_KEY)]):
+            break
+        count = int.from_bytes(head[16:17])
+        long = max(0, count - 0x80)
+        if long > 8:
+            break
+        place += 17 + long + (int.from_bytes(head[17 : 17 + long]) if long else count)
+    return place
+
+
+def _ivf(read: Read, size: int) -> int:
+    """Walk frames, each with its size and time before it."""
+    place = int.from_bytes(read(6, 2), "little") if read(0, 4) == b"DKIF" else size
+    while place < size:
+        length = int.from_bytes(read(place, 4), "little")
+        if not length:
+            break
+        place += 12 + length
+    return place
+
+
 WALKS: dict[str, Callable[[Read, int], int]] = {
     "mov": _mov,
     "matroska": _matroska,
@@ -205,4 +252,8 @@ WALKS: dict[str, Callable[[Read, int], int]] = {
     "asf": _asf,
     "ogg": _ogg,
     "gif": _gif,
+    "swf": _swf,
+    "rm": _rm,
+    "mxf": _mxf,
+    "ivf": _ivf,
 }

@@ -1,12 +1,14 @@
 """Videos made by others: what a file holds, and its frames as they are meant to be seen.
 
 Upright, in square pixels, over black where they are transparent, and chosen by their times: frame k
-is what is on screen k / fps seconds after the first. Audio is ignored, HDR is refused by name.
-Matrix and range are those of a file's tags; primaries and SDR transfers are not converted.
+is what is on screen k / fps seconds after the first. Audio is ignored; HDR, interlaced frames, and
+frames that change in size or orientation are refused by name. Matrix and range are those of a
+file's tags; primaries and SDR transfers are not converted.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,19 @@ CONTAINERS = {
     ".wmv": "asf",
     ".ogv": "ogg",
     ".gif": "gif",
+    **dict.fromkeys((".qt", ".3gp", ".3g2", ".f4v", ".mj2"), "mov"),
+    ".mk3d": "matroska",
+    ".divx": "avi",
+    **dict.fromkeys((".mpe", ".vob"), "mpeg"),
+    **dict.fromkeys((".m1v", ".m2v"), "mpegvideo"),
+    **dict.fromkeys((".m2ts", ".mts", ".m2t"), "mpegts"),
+    ".asf": "asf",
+    ".ogm": "ogg",
+    **dict.fromkeys((".rm", ".rmvb"), "rm"),
+    ".swf": "swf",
+    ".mxf": "mxf",
+    ".dv": "dv",
+    ".ivf": "ivf",
 }
 # Code points of ITU-T H.273: transfer characteristics, and matrices from RGB to YUV.
 HDR = {16: "PQ", 18: "HLG"}
@@ -45,6 +60,8 @@ UNTAGGED = {0, 2, 3}  # RGB itself, unspecified and reserved, none of which says
 HD_LINES = 720  # from here on untagged colours are BT.709 by convention, below BT.601
 # Matroska rounds times to milliseconds: a frame counts as on screen this much before its time.
 EARLY_S = Fraction(2, 1000)
+RESTART_S = Fraction(1, 4)  # times of decoding may go back by less, where writers rounded them
+UNTIMED = "mpegvideo"  # a bare stream: frames at an even rate, whose times FFmpeg guesses
 AVI_UNKNOWN = 1 << 30  # what FFmpeg writes for a number of frames that it cannot correct
 # A VP8 or VP9 stream hides its alpha in a second stream that only libvpx decodes.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -96,25 +113,19 @@ def probe(path: str | Path, *, decode: bool = False) -> Footage:
     path = Path(path)
     with _opened(path) as (container, stream):
         _check_whole(stream, path)
-        packets = [_Packet.of(p) for p in container.demux(stream) if p.size]
+        is_timed = container.format.name != UNTIMED
+        packets = [_Packet.of(p, is_timed) for p in container.demux(stream) if p.size]
         times = _times(packets, stream)
         _check_length(packets, times, container, stream)
     with _opened(path) as (container, stream):
-        frames = _decoded(container, stream)
+        frames = _checked(container, stream)
         first = next(frames, None)
         if first is None:
             raise UnusableError("holds no frame that can be decoded")
-        transfer = HDR.get(first.color_trc)
-        if transfer:
-            raise UnusableError(f"HDR ({transfer}) is not converted; make an SDR version of it")
-        if first.colorspace not in MATRICES.keys() | UNTAGGED:
-            legal = ", ".join(dict.fromkeys(MATRICES.values()))
-            raise UnusableError(f"unsupported colour matrix {first.colorspace}; supported: {legal}")
         is_transposed, *mirrors = _orientation(first)
         if decode:
-            for frame in frames:
-                if frame.is_corrupt:
-                    raise UnusableError(f"damaged {_at(frame)}")
+            deque(frames, maxlen=0)
+        _check_joints(packets, stream)
         width, height = _square(first, stream)
         return Footage(
             codec=stream.codec_context.codec.canonical_name,
@@ -145,9 +156,7 @@ def read(path: str | Path, *, fps: float, num_frames: int, view: View) -> Frames
     out = np.empty((num_frames, view.height, view.width, 3), np.uint8)
     done, start, last = 0, None, None
     with _opened(Path(path)) as (container, stream):
-        for frame in _decoded(container, stream):
-            if frame.is_corrupt:
-                raise UnusableError(f"damaged {_at(frame)}")
+        for frame in _checked(container, stream):
             time = _time(frame, stream)
             start = time if start is None else start
             stop = min(_first_shown(time - start, fps), num_frames)
@@ -177,14 +186,15 @@ class _Packet:
     """What is kept of a packet: the data of all of them may not fit into memory."""
 
     stamp: int | None
+    decoded: int | None
     duration: int
     is_corrupt: bool
     is_discard: bool
 
     @classmethod
-    def of(cls, packet: Any) -> _Packet:
-        stamp = packet.pts if packet.pts is not None else packet.dts
-        return cls(stamp, packet.duration or 0, packet.is_corrupt, packet.is_discard)
+    def of(cls, packet: Any, is_timed: bool) -> _Packet:
+        stamp = packet.pts if is_timed and packet.pts is not None else packet.dts
+        return cls(stamp, packet.dts, packet.duration or 0, packet.is_corrupt, packet.is_discard)
 
 
 @dataclass(frozen=True)
@@ -223,12 +233,25 @@ def _check_whole(stream: Any, path: Path) -> None:
 
 
 def _check_length(packets: list[_Packet], times: _Times, container: Any, stream: Any) -> None:
-    if any(p.is_corrupt for p in packets):
+    if packets[-1].is_corrupt:
         raise UnusableError("truncated: its last frame is cut")
     says = _says_s(container, stream)
     has = float(times.end - min(times.starts[0], Fraction(0)))
     if says is not None and says - has > 2.5 * has / len(times.starts):
         raise UnusableError(f"truncated: {has:.2f} of {says:.2f} s")
+
+
+def _check_joints(packets: list[_Packet], stream: Any) -> None:
+    """Refuse recordings in a row, whose times start again, and a stream of which parts are lost."""
+    last: int | None = None
+    for packet in packets:
+        now = packet.decoded
+        if now is not None and last is not None and (last - now) * stream.time_base > RESTART_S:
+            at = float(last * stream.time_base)
+            raise UnusableError(f"its times start again after {at:.2f} s: files were joined")
+        if packet.is_corrupt:
+            raise UnusableError("damaged: parts of its stream are lost")
+        last = now if now is not None else last
 
 
 def _says_s(container: Any, stream: Any) -> float | None:
@@ -247,13 +270,45 @@ def _says_s(container: Any, stream: Any) -> float | None:
     return float(stream.duration * stream.time_base) if stream.duration else None
 
 
+def _checked(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield frames in the order of showing, all of one shape, or refuse the file by name."""
+    legal = ", ".join(dict.fromkeys(MATRICES.values()))
+    first = None
+    for frame in _decoded(container, stream):
+        if frame.is_corrupt:
+            raise UnusableError(f"damaged {_at(frame)}")
+        if transfer := HDR.get(frame.color_trc):
+            raise UnusableError(f"HDR ({transfer}) is not converted; make an SDR version of it")
+        if frame.colorspace not in MATRICES.keys() | UNTAGGED:
+            raise UnusableError(f"unsupported colour matrix {frame.colorspace}; supported: {legal}")
+        if frame.interlaced_frame:
+            raise UnusableError(
+                f"interlaced {_at(frame)}; deinterlace it, as by ffmpeg -i IN -vf bwdif OUT"
+            )
+        shape = (*_square(frame, stream), *_orientation(frame))
+        first = shape if first is None else first
+        if shape != first:
+            raise UnusableError(
+                f"frame size changes: {_named(first)} to {_named(shape)} {_at(frame)}"
+            )
+        yield frame
+
+
+def _named(shape: tuple[int, int, bool, bool, bool]) -> str:
+    width, height, *orientation = shape
+    return f"{width}x{height}" + (" turned" if any(orientation) else "")
+
+
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     """Yield frames in the order of showing; say where decoding failed."""
     import av
 
     time = 0.0
     try:
-        for frame in _frames(container, stream):
+        for index, frame in enumerate(_frames(container, stream)):
+            if container.format.name == UNTIMED:
+                frame.pts, frame.duration = index, 1
+                frame.time_base = 1 / Fraction(stream.average_rate)
             time = float(frame.time or 0)
             yield frame
     except av.FFmpegError as error:
@@ -331,7 +386,8 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
 
 def _square(frame: Any, stream: Any) -> tuple[int, int]:
     """Return width and height of a frame before it is turned, in square pixels."""
-    ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    own = stream.codec_context.sample_aspect_ratio  # of the frame decoded last
+    ratio = stream.sample_aspect_ratio or own
     return max(1, round(frame.width * (ratio or 1))), frame.height
 
 
@@ -371,7 +427,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         if not path.stat().st_size:
             raise UnusableError("is empty: zero bytes")
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             names = container.format.name.split(",")
             if promised not in names:
                 raise UnusableError(f"wrong extension: {path.suffix} holds {names[0]}")

@@ -322,7 +322,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
-        with iio.imopen(path, "r", plugin="pyav") as file:
+        imopen: Any = iio.imopen  # as above; tags need not be UTF-8
+        with imopen(path, "r", plugin="pyav", metadata_errors="replace") as file:
             stream: Any = file._video_stream
             if stream.codec_context is None:  # which the plugin does not expect
                 raise IndexError("there is no decoder for the file's codec")

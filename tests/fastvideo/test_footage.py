@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from odd_videos import COLOURS, SIZE, flat, levels, truncated, write, write_flat, write_sound
+from odd_videos import (
+    COLOURS,
+    SIZE,
+    Picture,
+    flat,
+    levels,
+    truncated,
+    write,
+    write_flat,
+    write_sound,
+)
 from PIL import Image
 
-from fastvideo import footage
+from fastvideo import footage, media
 from fastvideo.footage import UnusableError, View
 
 WHOLE = View(SIZE, 0, 0, *SIZE)
@@ -203,6 +216,121 @@ def test_files_that_are_no_videos_are_refused_with_their_reason(tmp_path):
         "folder": "cannot be read: Is a directory",
         "codec": "unknown codec: there is no decoder for it",
     }
+
+
+# What changes inside a file
+
+
+def joined(path: Path, codec: str, pictures: Sequence[Picture], count: int = 6) -> Path:
+    """Write a stream made by one encoder after another."""
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream(codec, rate=16)
+        for part, picture in enumerate(pictures):
+            first = picture(0)
+            encoder = av.CodecContext.create(codec, "w") if part else stream.codec_context
+            encoder.width, encoder.height = first.shape[1], first.shape[0]
+            encoder.pix_fmt, encoder.time_base, encoder.framerate = "yuv420p", Fraction(1, 16), 16
+            encoder.max_b_frames = 0
+            frames = [av.VideoFrame.from_ndarray(picture(i), "rgb24") for i in range(count)]
+            for i, frame in enumerate(frames):
+                frame.pts, frame.time_base = part * count + i, Fraction(1, 16)
+            for packet in [p for frame in [*frames, None] for p in encoder.encode(frame)]:
+                packet.stream, packet.time_base = stream, Fraction(1, 16)
+                file.mux(packet)
+    return path
+
+
+def of_size(width: int, height: int) -> Picture:
+    return lambda index: np.full((height, width, 3), 12 * index, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.webm", "libvpx-vp9"), ("a.webm", "libvpx"), ("a.mkv", "libx264"), ("a.mp4", "mpeg4")],
+)
+@pytest.mark.parametrize("size", [(64, 64), (32, 48), (96, 64)])
+def test_a_frame_size_that_changes_is_refused_by_name_and_stretches_no_frame(
+    tmp_path, name, codec, size
+):
+    path = joined(tmp_path / name, codec, [of_size(48, 32), of_size(*size)])
+    reason = f"frame size changes: 48x32 to {size[0]}x{size[1]} at 0.3[78] s"
+    with pytest.raises(UnusableError, match=reason):
+        footage.probe(path, decode=True)
+    with pytest.raises(UnusableError, match=reason):
+        read(path, count=8)
+    assert levels(read(path, count=5)) == list(range(5))  # which do not reach the change
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mpg"])
+def test_files_that_were_joined_are_refused_by_what_differs_or_by_their_times(tmp_path, suffix):
+    codec = "libx264" if suffix == ".ts" else "mpeg1video"
+    pictures = {"a": of_size(48, 32), "b": of_size(64, 32)}
+    parts = {
+        name: write(tmp_path / f"{name}{suffix}", codec, fps=25, picture=picture).read_bytes()
+        for name, picture in pictures.items()
+    }
+    (tmp_path / f"ab{suffix}").write_bytes(parts["a"] + parts["b"])
+    (tmp_path / f"aa{suffix}").write_bytes(parts["a"] * 2)
+    with pytest.raises(UnusableError, match="frame size changes: 48x32 to 64x32"):
+        footage.probe(tmp_path / f"ab{suffix}", decode=True)
+    with pytest.raises(
+        UnusableError, match=r"parts of its stream are lost|times start again after"
+    ):
+        footage.probe(tmp_path / f"aa{suffix}", decode=True)
+
+
+def combed(index: int) -> np.ndarray:
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[0::2, 8 + 2 * index :] = picture[1::2, 16 + 2 * index :] = 255
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("a.mp4", "libx264", "yuv420p"),
+        ("a.vob", "mpeg2video", "yuv420p"),
+        ("a.mov", "prores_ks", "yuv422p10le"),
+        ("a.avi", "mpeg4", "yuv420p"),
+    ],
+)
+def test_interlaced_frames_are_refused_by_name(tmp_path, name, codec, pixels):
+    options = {"flags": "+ildct+ilme"} | ({"x264-params": "tff=1"} if codec == "libx264" else {})
+    path = write(tmp_path / name, codec, pixels, fps=25, picture=combed, options=options, count=6)
+    for look in (footage.probe, lambda path: read(path, count=2)):
+        with pytest.raises(UnusableError, match=r"interlaced at \d\.\d\d s; deinterlace it"):
+            look(path)
+
+
+@pytest.mark.parametrize("suffix", footage.CONTAINERS)
+def test_every_container_that_is_listed_gives_each_frame_once(tmp_path, suffix):
+    codecs = {"webm": "libvpx-vp9", "avi": "mpeg4", "mpegvideo": "mpeg1video", "ogg": "libvpx"}
+    codecs |= {"mpeg": "mpeg2video", "asf": "wmv2", "flv": "flv", "swf": "flv", "rm": "rv10"}
+    codecs |= {"mxf": "mpeg2video", "ivf": "libvpx-vp9", "gif": "gif"}
+    container = footage.CONTAINERS[suffix]
+    if container == "dv":
+        pytest.skip("DV is interlaced")
+    size = {"rm": (176, 144)}.get(container, SIZE)
+    muxer = {".m1v": "mpeg1video", ".m2v": "mpeg2video", ".vob": "vob"}.get(suffix, container)
+    path = write(
+        tmp_path / f"a{suffix.upper()}",
+        "mpeg2video" if suffix == ".m2v" else codecs.get(container, "libx264"),
+        "rgb8" if suffix == ".gif" else "yuv420p",
+        fps=25,
+        picture=of_size(*size),
+        format=muxer,
+    )
+    facts = footage.probe(path, decode=True)
+    assert footage.num_frames_at(facts.duration_s, 25) == facts.num_frames == 16
+    assert levels(read(path, fps=25)) == list(range(16))
+
+
+def test_tags_that_are_not_utf8_make_no_video_unusable(tmp_path):
+    path = write(tmp_path / "a.mp4", tags={"title": "cafe", "comment": "cafe"})
+    path.write_bytes(path.read_bytes().replace(b"cafe", b"caf\xe9"))
+    assert levels(read(path)) == list(range(16)) and footage.probe(path).num_frames == 16
+    assert media.read_facts(path).num_frames == 16
+    assert media.read_metadata(path)["title"] == "caf\ufffd"
 
 
 @pytest.mark.parametrize(

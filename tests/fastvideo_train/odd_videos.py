@@ -50,10 +50,13 @@ def write(
     container: dict[str, str] | None = None,
     aspect: Fraction | None = None,
     audio: bool = False,
+    format: str | None = None,
+    tags: dict[str, str] | None = None,
 ) -> Path:
     """Write a video; `times_ms` shows frames at those times, `matrix` turns it when it is shown."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options=container or {}) as file:
+    with av.open(str(path), "w", format=format, options=container or {}) as file:
+        file.metadata.update(tags or {})
         stream: Any = file.add_stream(codec, rate=fps, options=options or {})
         first = picture(0)
         stream.width, stream.height, stream.pix_fmt = first.shape[1], first.shape[0], pixels
