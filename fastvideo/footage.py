@@ -248,7 +248,7 @@ def _check_joints(packets: list[_Packet], stream: Any) -> None:
         now = packet.decoded
         if now is not None and last is not None and (last - now) * stream.time_base > RESTART_S:
             at = float(last * stream.time_base)
-            raise UnusableError(f"its times start again after {at:.2f} s: files were joined")
+            raise UnusableError(f"joined files: its times start again after {at:.2f} s")
         if packet.is_corrupt:
             raise UnusableError("damaged: parts of its stream are lost")
         last = now if now is not None else last
@@ -276,14 +276,14 @@ def _checked(container: Any, stream: Any) -> Iterator[Any]:
     first = None
     for frame in _decoded(container, stream):
         if frame.is_corrupt:
-            raise UnusableError(f"damaged {_at(frame)}")
+            raise UnusableError(f"damaged: {_at(frame)}")
         if transfer := HDR.get(frame.color_trc):
             raise UnusableError(f"HDR ({transfer}) is not converted; make an SDR version of it")
         if frame.colorspace not in MATRICES.keys() | UNTAGGED:
             raise UnusableError(f"unsupported colour matrix {frame.colorspace}; supported: {legal}")
         if frame.interlaced_frame:
             raise UnusableError(
-                f"interlaced {_at(frame)}; deinterlace it, as by ffmpeg -i IN -vf bwdif OUT"
+                f"interlaced: {_at(frame)}; deinterlace it, as by ffmpeg -i IN -vf bwdif OUT"
             )
         shape = (*_square(frame, stream), *_orientation(frame))
         first = shape if first is None else first
@@ -312,7 +312,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
             time = float(frame.time or 0)
             yield frame
     except av.FFmpegError as error:
-        raise UnusableError(f"cannot be decoded after {time:.2f} s: {error.strerror}") from None
+        raise UnusableError(f"cannot be decoded: {error.strerror} after {time:.2f} s") from None
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:

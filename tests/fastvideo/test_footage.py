@@ -298,7 +298,7 @@ def test_interlaced_frames_are_refused_by_name(tmp_path, name, codec, pixels):
     options = {"flags": "+ildct+ilme"} | ({"x264-params": "tff=1"} if codec == "libx264" else {})
     path = write(tmp_path / name, codec, pixels, fps=25, picture=combed, options=options, count=6)
     for look in (footage.probe, lambda path: read(path, count=2)):
-        with pytest.raises(UnusableError, match=r"interlaced at \d\.\d\d s; deinterlace it"):
+        with pytest.raises(UnusableError, match=r"interlaced: at \d\.\d\d s; deinterlace it"):
             look(path)
 
 

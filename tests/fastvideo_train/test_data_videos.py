@@ -483,12 +483,12 @@ def test_validate_of_a_sound_folder_succeeds(tmp_path, capsys):
 def test_files_that_nothing_comes_of_are_told_and_change_no_verdict(tmp_path, capsys):
     captioned(write(tmp_path / "a.mp4", count=9), "a red ball")
     captioned(write(tmp_path / "b.wmv", "wmv2", count=9), "a blue ball")
-    for name in ("c.rm", "d.rm", "notes.md"):
+    for name in ("c.pdf", "d.pdf", "notes.md"):
         captioned(tmp_path / name, "a ball").with_suffix(Path(name).suffix).touch()
     captioned(tmp_path / "e.mp4", "a ball")
     words = [str(tmp_path), "--size", "48x32", "--frames", "9", "--workers", "0"]
     assert main(["data", "validate", *words]) == 0
-    others = "3 files: .rm (2), .md (1)"
+    others = "3 files: .pdf (2), .md (1)"
     assert capsys.readouterr().out == (
         f"not videos: {others}\nno video: 4 captions without one: c.txt, d.txt, e.txt ...\n"
         f"{tmp_path}: 2 usable, 0 bad, 0 left out\n"
@@ -500,7 +500,7 @@ def test_files_that_nothing_comes_of_are_told_and_change_no_verdict(tmp_path, ca
     assert main(["data", "validate", *words, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["bad"] == [{"file": "e.mp4", "reason": "broken link: gone.mp4 is not there"}]
-    assert told["other_files"] == {".rm": 2, ".md": 1}
+    assert told["other_files"] == {".pdf": 2, ".md": 1}
     assert told["lone_captions"] == ["c.txt", "d.txt", "notes.txt"] and told["usable"] == 2
     (tmp_path / "a.mp4").unlink()
     (tmp_path / "b.wmv").unlink()
@@ -527,6 +527,35 @@ def test_stats_count_what_the_folder_holds(clips, tiny_folder, capsys):
     assert main([*words, "--workers", "0", "--json", "--fps", "8000/1001"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["used_s"] == pytest.approx((2 * 5 + 6 * 9) * 1001 / 8000)
+
+
+def test_every_command_judges_by_decoding_and_stats_count_the_reasons(
+    clips, tiny_folder, tmp_path, capsys
+):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    options = {"flags": "+ildct+ilme", "x264-params": "tff=1"}
+    whole = captioned(write(folder / "whole.mp4", count=18), "a ball")
+    bent = captioned(folder / "bent.mp4", "a ball")
+    raw = bytearray(whole.read_bytes())
+    raw[-1500:-1400] = bytes(100)  # inside the last frames: no packet tells it
+    bent.write_bytes(raw)
+    captioned(write(folder / "combed.mp4", count=18, options=options), "a ball")
+    captioned(write(folder / "short.mp4", count=2), "a ball")
+    words = [str(folder), "--model", str(tiny_folder), "--workers", "0"]
+    assert main(["data", "validate", *words, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [one["file"] for one in told["bad"]] == ["bent.mp4", "combed.mp4"]
+    assert main(["data", "stats", *words, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["usable"] == told["usable"] == 1 and counted["bad"] == 2
+    assert counted["reasons"]["interlaced"] == counted["reasons"]["too short"] == 1
+    assert sum(counted["reasons"].values()) == 3
+    assert main(["data", "stats", *words]) == 0
+    assert "interlaced (1)" in capsys.readouterr().out
+    out = tmp_path / "l"
+    assert main(["data", "encode", str(folder), "-o", str(out), *words[1:], *WORDS[:4]]) == 0
+    assert "1 clips in 1 buckets; 3 left out" in capsys.readouterr().out
 
 
 def test_preview_writes_a_sheet_for_each_bucket(clips, tiny_folder, tmp_path, capsys):

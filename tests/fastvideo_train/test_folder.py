@@ -100,7 +100,7 @@ def test_every_file_is_a_video_or_bad_or_counted_and_what_belongs_to_one_is_not(
 ):
     _text(clips, list(CAPTIONS.items()))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    for name in ("clip.rm", "old.RM", "README", ".DS_Store", "a.srt"):
+    for name in ("clip.pdf", "old.PDF", "README", ".DS_Store", "a.srt"):
         (clips / name).touch()
     for name in ("clip.txt", "deep/gone.txt", ".hidden.txt"):
         (clips / name).write_text("of nothing")
@@ -109,7 +109,7 @@ def test_every_file_is_a_video_or_bad_or_counted_and_what_belongs_to_one_is_not(
     (clips / ".cache" / "x.mp4").touch()
     found = find(clips)
     assert [v.name for v in found.videos] == list(NAMES) and not found.bad
-    assert found.others == {".rm": 2, "README": 1, ".srt": 1, "links to folders": 1}
+    assert found.others == {".pdf": 2, "README": 1, ".srt": 1, "links to folders": 1}
     assert found.lone == ("clip.txt", "deep/gone.txt")
     _jsonl(clips, list(CAPTIONS.items()))  # now texts are no captions
     listed = find(clips)

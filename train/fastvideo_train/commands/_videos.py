@@ -113,7 +113,8 @@ def stats(asked: Asked, *, as_json: bool) -> int:
         _print_json(values)
         return OK
     print(f"{asked.videos}: {_counts(values)} (fastvideo data validate says why)")
-    for key, text in (_facts(values) | _unused(found)).items():
+    why = {"not used": _listed(values["reasons"])} if values["reasons"] else {}
+    for key, text in (why | _facts(values) | _unused(found)).items():
         print(f"  {key:<12}{text}")
     return OK
 
@@ -231,7 +232,7 @@ def _encode(
     return OK
 
 
-def look(asked: Asked, *, decode: bool = False) -> tuple[Found, Plan]:
+def look(asked: Asked, *, decode: bool = True) -> tuple[Found, Plan]:
     """Look at every file and sort it."""
     with refusing():
         found, rules = asked.find()
@@ -239,7 +240,7 @@ def look(asked: Asked, *, decode: bool = False) -> tuple[Found, Plan]:
 
 
 def _scan(
-    found: Found, asked: Asked, *, decode: bool = False, journal: Path | None = None
+    found: Found, asked: Asked, *, decode: bool = True, journal: Path | None = None
 ) -> list[folders.Scanned]:
     """Look at the files that the journal does not know, and note each as soon as it is done."""
     known: dict[str, folders.Scanned] = {}

@@ -110,7 +110,7 @@ def scan(
     videos: Sequence[Video],
     *,
     workers: int = 0,
-    decode: bool = False,
+    decode: bool = True,
     known: Mapping[str, Scanned] | None = None,
     report: Report | None = None,
 ) -> Iterator[Scanned]:

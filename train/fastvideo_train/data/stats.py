@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, median
@@ -22,11 +23,13 @@ def summary(found: Found, plan: Plan, *, num_tokens: Sequence[int] | None = None
     num_tokens: of each clip's caption, if a tokenizer counted them.
     """
     clips, rules = plan.clips, plan.rules
+    reasons = Counter(re.split("[:;]", one.reason)[0] for one in (*plan.bad, *plan.unfit))
     values: dict[str, Any] = {
         "videos": len(clips) + len(plan.bad) + len(plan.unfit),
         "usable": len(clips),
         "bad": len(plan.bad),
         "left_out": len(plan.unfit),
+        "reasons": dict(reasons.most_common()),
         "other_files": dict(found.others),
         "lone_captions": len(found.lone),
     }
