@@ -413,6 +413,21 @@ def test_a_batch_holds_one_bucket_and_is_a_function_of_seed_and_step(latents):
     assert halves[0] + halves[1] == again[5]
 
 
+def test_a_run_says_once_which_buckets_repeat_clips_within_a_batch(
+    latents, tiny_folder, tmp_path, caplog
+):
+    losses(recipe(latents, tiny_folder, "run.batch=3"), tmp_path / "three")
+    (said,) = [r.getMessage() for r in caplog.records if "more than once" in r.getMessage()]
+    assert said.endswith(
+        "batches of 3 hold clips more than once where a bucket has fewer: 32x48x9 (2), 48x32x5 (2)"
+    )
+    ids = [batch["ids"] for batch in LatentBatches(latents, seed=3, batch=3).prefetch(4)]
+    assert any(len(set(names)) < 3 for names in ids)
+    caplog.clear()
+    losses(recipe(latents, tiny_folder, "run.batch=2"), tmp_path / "two")
+    assert "more than once" not in caplog.text
+
+
 def test_buckets_have_batches_in_proportion_to_their_clips():
     rota = Rota((6, 2, 10), seed=0)
     places = [rota.place(step) for step in range(18)]
@@ -518,12 +533,15 @@ def test_stats_count_what_the_folder_holds(clips, tiny_folder, capsys):
         "32x48x9": 2,
     }
     assert told["sizes"] == {"48x32": 6, "32x48": 2} and told["codecs"] == {"h264": 6, "vp9": 2}
-    assert told["captions"] == 5 and told["caption_words"]["min"] == 3
+    assert (
+        told["distinct_batch"] == 2 and told["captions"] == 5 and told["caption_words"]["min"] == 3
+    )
     assert told["caption_tokens"]["min"] == 4  # three words and the end
     assert told["used_s"] == pytest.approx((2 * 5 + 6 * 9) / 8)
     assert main([*words, "--workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "8 usable, 1 bad, 0 left out" in out and "48x32 (6), 32x48 (2)" in out
+    assert "of more than 2 hold a clip of the smallest bucket more than once" in out
     assert main([*words, "--workers", "0", "--json", "--fps", "8000/1001"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["used_s"] == pytest.approx((2 * 5 + 6 * 9) * 1001 / 8000)

@@ -135,6 +135,8 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
     }
     if "caption_tokens" in values:
         rows["tokens"] = _range(values["caption_tokens"], " of a caption")
+    least = values["distinct_batch"]
+    rows["batches"] = f"of more than {least} hold a clip of the smallest bucket more than once"
     for name, bucket in values["buckets"].items():
         rows[name] = f"{bucket['clips']} clips, {bucket['kept']:.0%} of the picture"
     return rows

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastvideo import files, rng, weights
 from fastvideo.errors import RefusedError, refusing
+from fastvideo.log import logger
 from fastvideo.worlds import generator_version
 from fastvideo_train.data import WHOLE, Part, hashes, items
 from fastvideo_train.data._manifest import (
@@ -153,7 +154,8 @@ class LatentBatches:
     """Shuffled batches out of a folder of latents, each a function of (seed, step).
 
     A batch holds clips of one bucket; buckets have batches in proportion to their clips. Every
-    epoch is another permutation of a bucket's clips, decided by (seed, epoch). `frames` serves only
+    epoch is another permutation of a bucket's clips, decided by (seed, epoch); a bucket of fewer
+    clips than a batch repeats them within it, which is logged. `frames` serves only
     the first frames of each clip: a causal VAE encodes a prefix to a prefix of the latents. Files
     are mapped, not read, so that a folder may be larger than memory. Raises `ValueError` if the
     folder is unfinished, or was encoded by other weights than `encoder` (from `encoder_hash`).
@@ -186,6 +188,7 @@ class LatentBatches:
             )
         self._groups = open_groups(self.folder, m)
         self._lengths = [_served(group, frames) for group in self._groups]
+        _tell_repeats(self._groups, batch, folder)
         self._spread = spread
         if spread is not None and spread > min(self._lengths):
             raise ValueError(
@@ -237,6 +240,16 @@ class LatentBatches:
     def _shuffled(self, group: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         clips = self._groups[group]
         return rng.numpy_generator(self.seed, clips.purpose, epoch).permutation(len(clips))
+
+
+def _tell_repeats(groups: list[Group], batch: int, folder: str | Path) -> None:
+    few = {g.purpose.partition("/")[2] or "all": len(g) for g in groups if len(g) < batch}
+    if few:
+        named = ", ".join(f"{name} ({count})" for name, count in few.items())
+        logger.warning(
+            "%s: batches of %d hold clips more than once where a bucket has fewer: %s",
+            *(folder, batch, named),
+        )
 
 
 def _served(group: Group, frames: int | None) -> int:

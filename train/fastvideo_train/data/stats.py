@@ -57,6 +57,7 @@ def summary(found: Found, plan: Plan, *, num_tokens: Sequence[int] | None = None
             }
             for bucket, count in plan.buckets().items()
         },
+        "distinct_batch": min(plan.buckets().values()),
     }
     if num_tokens is not None:
         values["caption_tokens"] = spread(num_tokens)
