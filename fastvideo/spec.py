@@ -18,6 +18,8 @@ from fastvideo.config import Strict, parse
 from fastvideo.shapes import Compression, LatentShape, PixelShape
 
 FILE_NAME = "fastvideo.json"
+UNSTATED = "not stated"
+"""The licence of a parent that says none."""
 TEXT_TO_VIDEO = ("encode_text", "prepare_latents", "denoise", "decode")
 """The row of stages of a text-to-video model (files of `fastvideo/stages/`)."""
 
@@ -66,13 +68,18 @@ class Sampler(Strict):
 
 
 class Provenance(Strict):
-    """Who made the weights, from what, and under which name they may be quoted."""
+    """Who made the weights, from what, and under which name they may be quoted.
+
+    parents: the models that the weights were learned from or on, each with its licence.
+    """
 
     title: str = ""
     licence: str = ""
     source: str = ""
     recipe: str = ""
     notes: str = ""
+    data: str = ""
+    parents: dict[str, str] = Field(default_factory=dict)
 
 
 class Spec(Strict):
@@ -122,4 +129,7 @@ def write(spec: Spec, folder: str | Path) -> Path:
     values = spec.model_dump(mode="json", exclude={k: {"config"} for k in ("dit", "vae", "text")})
     if spec.stages == TEXT_TO_VIDEO:  # older releases do not know the key
         del values["stages"]
+    for key in ("data", "parents"):  # nor these
+        if not values["provenance"][key]:
+            del values["provenance"][key]
     return files.write_text(path, json.dumps(values, indent=2) + "\n", overwrite=True)

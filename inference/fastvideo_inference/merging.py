@@ -18,7 +18,7 @@ from fastvideo.formats import diffusers, wan
 from fastvideo.lora.file import read, some
 from fastvideo.model import build_part, load
 from fastvideo.sampling import LoraUse
-from fastvideo.spec import Sampler, Spec
+from fastvideo.spec import UNSTATED, Provenance, Sampler, Spec
 
 
 def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Path:
@@ -96,8 +96,20 @@ def _old(part: Path, at: str, names: list[str]) -> list[str]:
     return [n for n in names if n.startswith(".") or (Path(at) == part and n.endswith(endings))]
 
 
+def _licence(use: LoraUse) -> str:
+    """Return what a LoRA's own export says of its licence."""
+    header = weights.read_metadata(hub.find_lora(use.path))
+    try:
+        said = dict(json.loads(header.get("provenance", "{}")))
+    except (TypeError, ValueError):  # another tool's word
+        said = {}
+    return str(said.get("licence") or UNSTATED)
+
+
 def _named(own: Spec, name: str, loras: Sequence[LoraUse]) -> Spec:
     added = [f"{Path(use.path).name} ({use.hash[:12]}) at {use.strength:g}" for use in loras]
-    notes = "; ".join([*filter(None, [own.provenance.notes]), f"{own.name} + " + " + ".join(added)])
-    provenance = own.provenance.model_copy(update={"notes": notes})
+    said = own.provenance
+    parents = {own.name: said.licence or UNSTATED, **said.parents}
+    parents |= {Path(use.path).name: _licence(use) for use in loras}
+    provenance = Provenance(notes=f"{own.name} + " + " + ".join(added), parents=parents)
     return own.model_copy(update={"name": name, "provenance": provenance})

@@ -282,6 +282,8 @@ def test_a_merged_folder_makes_the_clips_of_model_and_lora(
     assert torch.equal(latents(merged), latents(pipe))
     spec, _ = hub.open_spec(out)
     assert spec.name == "merged" and f"at {strength:g}" in spec.provenance.notes
+    assert spec.provenance.parents == {"tiny": "not stated", lora.name: "not stated"}
+    assert not spec.provenance.title and not spec.provenance.licence
     for part in ("vae", "text_encoder", "tokenizer"):
         for file in (tiny_folder / part).iterdir():
             assert (out / part / file.name).read_bytes() == file.read_bytes()

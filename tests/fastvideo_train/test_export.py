@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastvideo_train import provenance
 from fastvideo_train.bundle import load_vae
 from fastvideo_train.data.latents import encode_pixels, encode_world
 from fastvideo_train.export import TOLERANCE, TrainClips, check, export, load_run
@@ -20,6 +21,7 @@ from fastvideo import hub, preview, weights
 from fastvideo import model as models
 from fastvideo.formats import diffusers as layout
 from fastvideo.models.classifier import read
+from fastvideo.spec import Provenance
 from fastvideo.weights import Checkpoint
 from fastvideo.worlds.shapes import World
 from tests import clips
@@ -57,6 +59,26 @@ def model_folder(dit_run, vae_folder):
     changes = {"name": "tiny", "vae": str(vae_folder), "defaults": DEFAULTS}
     export(dit_run, folder, changes=changes)
     return folder
+
+
+def test_an_export_claims_what_the_run_knows_and_nothing_else(dit_run, model_folder, tmp_path):
+    spec, _ = hub.open_spec(model_folder)
+    said = spec.provenance
+    assert not (said.title or said.licence or said.source or said.notes)
+    assert said.recipe == "run nano-dit-image: 6 steps of flow_matching"
+    assert said.data == "random latents" and set(said.parents.values()) == {"not stated"}
+    recipe = tiny("flow_matching", "roles.text.from=wan-nano", f"roles.student.from={dit_run}")
+    data = LatentsSpec(name="latents", folder=str(tmp_path / "mine"))
+    recipe = recipe.model_copy(update={"data": data})
+    mine = Provenance(licence="MIT", recipe="mine.toml", parents={"more": "CC0"})
+    said = provenance.of(recipe, 3, mine, vae="/somewhere/secret/vae")
+    assert (said.licence, said.recipe, said.data) == ("MIT", "mine.toml", "latents mine")
+    assert said.parents == {
+        "wan-nano": "Apache-2.0",
+        "run nano-dit-image": "not stated",
+        "vae": "not stated",
+        "more": "CC0",
+    }
 
 
 def test_a_vae_is_exported_with_the_statistics_of_its_latents(vae_run, tmp_path):
@@ -168,7 +190,7 @@ def test_an_old_folder_is_replaced_only_when_told(vae_run, vae_folder):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vae": "x"}, r"name is missing in \[export\] of"),
+        ({"name": "a"}, r"vae is missing in \[export\] of"),
         ({"name": "a", "vae": "nowhere"}, "nowhere/vae/config.json does not exist"),
         ({"name": "a", "vea": "x"}, "vea .* is unknown; did you mean 'vae'"),
     ],

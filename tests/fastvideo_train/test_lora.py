@@ -167,6 +167,8 @@ def test_the_file_has_diffusers_names_alpha_equal_to_rank_and_says_what_it_is(
     config = json.loads(header["lora_adapter_metadata"])
     assert (config["transformer.r"], config["transformer.lora_alpha"]) == (RANK, RANK)
     assert header["base_model"] == str(base_run)
+    said = json.loads(header["provenance"])
+    assert set(said) == {"recipe", "data", "parents"} and said["parents"]
     assert (header["trained_rank"], header["trained_alpha"]) == ("4", "6")
     learned = Job.open(load_run_recipe(lora_run), lora_run).strategy.gather("student")
     (up,) = (learned[f"blocks.0.attn1.to_q{lora.UP}"],)

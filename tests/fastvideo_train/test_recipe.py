@@ -85,6 +85,22 @@ def test_an_attention_of_another_pattern_takes_nothing_from_the_one_before(tmp_p
     assert kept.roles["teacher"].attention.args["sparsity"] == 0.5
 
 
+def test_a_recipe_inherits_no_name_title_licence_or_author(tmp_path: Path):
+    own = tmp_path / "mine.toml"
+    own.write_text(f'extends = "{CONFIGS / "dit.toml"}"\n[run]\nname = "mine"\n')
+    assert set(recipes.load(own).export) == {"vae", "scheduler", "defaults"}
+    own.write_text(own.read_text() + '[export.provenance]\nlicence = "mine"\n')
+    assert recipes.load(own).export["provenance"] == {"licence": "mine"}
+    assert recipes.load(own, sets=["export.name=x"]).export["name"] == "x"
+
+
+def test_bundled_recipes_of_models_say_themselves_what_they_are():
+    for path in CONFIGS.parent.rglob("*.toml"):
+        made = recipes.load(path).export
+        if "scheduler" in made:
+            assert made["name"] and {"title", "licence", "recipe"} <= set(made["provenance"]), path
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path):
     (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
     (tmp_path / "b.toml").write_text(f'extends = "../{tmp_path.name}/a.toml"\n')

@@ -29,7 +29,7 @@ from fastvideo.models import classifier
 from fastvideo.models import decoder as decoders
 from fastvideo.spec import Defaults, Provenance, Scheduler
 from fastvideo_train import _proof as proof
-from fastvideo_train import export_lora
+from fastvideo_train import export_lora, provenance
 from fastvideo_train import roles as role_builder
 from fastvideo_train.bundle import (
     bundle,
@@ -81,7 +81,7 @@ class SmallExport(Strict):
 class ModelExport(Strict):
     """`[export]` of a run that trains a denoiser: what its folder says of itself."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(default="", description="the run's, unless given")
     vae: str = Field(min_length=1, description="a model folder that has a vae/")
     dtype: Dtype = "bfloat16"
     scheduler: Scheduler = Scheduler()
@@ -272,7 +272,7 @@ def export_model(
         step=run.step,
         name=spec.name,
         defaults=spec.defaults,
-        provenance=spec.provenance,
+        provenance=provenance.of(run.recipe, run.step, spec.provenance, vae=spec.vae),
     )
     dtype = DTYPES[spec.dtype]
     forwards: dict[str, Callable[[Any], Tensor]] = {

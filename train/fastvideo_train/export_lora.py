@@ -17,7 +17,7 @@ from fastvideo.lora import Loras, Use
 from fastvideo.lora.file import LowRank, save
 from fastvideo.shapes import LatentShape
 from fastvideo.spec import Attention, Defaults, Provenance, Sampler, Scheduler
-from fastvideo_train import lora, origins
+from fastvideo_train import lora, origins, provenance
 from fastvideo_train.bundle import attention_after, distilled
 from fastvideo_train.recipe import Dtype, Recipe, RoleSpec
 from fastvideo_train.roles import Role
@@ -71,7 +71,8 @@ def write(
     if also:
         logger.warning("%s holds nothing of %s, which learned too", path, also[0])
     with files.atomic(path, overwrite=overwrite) as new:
-        save(new, maps, dtype=dtype, notes=_notes(recipe, there, step))
+        said = provenance.of(recipe, step, spec.provenance)
+        save(new, maps, dtype=dtype, notes=_notes(recipe, there, step, said))
         stored, rounded = _with(role.net, base), _with(role.net, _rounded(base, maps, dtype))
         Loras().use(stored, [Use(new)])
         got, same, exact = (_forward(role, net) for net in (stored, rounded, role.net))
@@ -82,7 +83,7 @@ def write(
     return error, rounding
 
 
-def _notes(recipe: Recipe, there: RoleSpec, step: int) -> dict[str, str]:
+def _notes(recipe: Recipe, there: RoleSpec, step: int, said: Provenance) -> dict[str, str]:
     """Return the header's entries: what it was learned on and how, and how it is sampled."""
     assert there.lora is not None, "only a run that learns one comes here"
     wanted = _sampler(recipe, there, step)
@@ -92,6 +93,7 @@ def _notes(recipe: Recipe, there: RoleSpec, step: int) -> dict[str, str]:
         "trained_alpha": f"{there.lora.rank * there.lora.scale:g}",
         "trained_steps": str(step),
         "run": recipe.run.name,
+        "provenance": said.model_dump_json(exclude_defaults=True),
         **(sampler_note.header(wanted) if wanted else {}),
     }
 

@@ -141,7 +141,7 @@ def learned(run: str | Path, name: str) -> tuple[Recipe, int, dict[str, Tensor]]
     store = Checkpoints(Path(run) / "checkpoints")
     latest = store.latest()
     assert latest is not None, "the run was read before"
-    recipe, state = _recipe_of(latest), store.read_state(latest, mapped=True)
+    recipe, state = recipe_of(latest), store.read_state(latest, mapped=True)
     learned = _learned(state, name, latest).whole()
     return recipe, int(store.read_info(latest)["step"]), learned
 
@@ -154,7 +154,7 @@ def principal(names: Iterable[str]) -> str | None:
 
 def _weights_of_run(checkpoint: Path, spec: RoleSpec, name: str) -> First:
     store = Checkpoints(checkpoint.parent)
-    recipe = _recipe_of(checkpoint)
+    recipe = recipe_of(checkpoint)
     state = store.read_state(checkpoint, mapped=True)
     source = _role_behind(recipe, spec, name, checkpoint)
     there = recipe.roles[source]
@@ -220,13 +220,14 @@ def _dims_of_run(folder: Path, spec: RoleSpec, name: str) -> dict[str, Any]:
     latest = store.latest()
     if latest is None:
         return {}
-    recipe = _recipe_of(latest)
+    recipe = recipe_of(latest)
     source = _role_behind(recipe, spec, name, latest)
     noted: dict[str, Any] = store.read_info(latest).get("dims", {})
     return noted.get(source) or dims(recipe.roles[source], source)
 
 
-def _recipe_of(checkpoint: Path) -> Recipe:
+def recipe_of(checkpoint: Path) -> Recipe:
+    """Return the recipe that a checkpoint was made by."""
     info = Checkpoints(checkpoint.parent).read_info(checkpoint)
     return parse(Recipe, info["recipe"], source=str(checkpoint))
 

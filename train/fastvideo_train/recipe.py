@@ -5,7 +5,8 @@
 Torch-free, so that a wrong recipe is refused before anything is loaded. A recipe's `[smoke]` table
 is a second layer, used with `--smoke` only: tiny networks and three steps. A recipe that
 `extends = "other.toml"`, a path from its own folder, states only what differs; a method, data,
-scheduler or attention of another name takes nothing from the one that it replaces.
+scheduler or attention of another name takes nothing from the one that it replaces, and the name
+and provenance of `[export]` are no other run's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from fastvideo.parallel.degrees import ParallelConfig
 
 Kind = Literal["dit", "vae", "text", "classifier", "decoder", "discriminator"]
 Dtype = Literal["float32", "bfloat16"]
+
+OWN_CLAIMS = ("name", "provenance")  # of `[export]`
 
 SHARDING = ("fsdp2", "deepspeed")
 """Strategies that cut weights into parts: processes that no degree names hold one each."""
@@ -307,7 +310,12 @@ def _extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("extends", "")
     if not isinstance(base, str):
         raise ValueError(f"extends {base!r} in {path} must be the path of a recipe")
-    return _laid(_extended(path.parent / base, (*below, real)), tree) if base else tree
+    if not base:
+        return tree
+    under = _extended(path.parent / base, (*below, real))
+    # another run is another model: it says itself what it is called, of what licence and by whom
+    under["export"] = {k: v for k, v in under.get("export", {}).items() if k not in OWN_CLAIMS}
+    return _laid(under, tree)
 
 
 def _laid(tree: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
