@@ -72,6 +72,8 @@ class Change:
 
 Part = tuple[float, Change]
 """A change and its strength."""
+Fits = dict[tuple[Path, str], str]
+"""What of each file (its path and hash) was not applied."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class Fit:
     matched: tuple[str, ...]
     unmatched: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
+
+    @property
+    def lacking(self) -> str:
+        """Return the names of what was not applied; empty if the whole file was."""
+        texts = [f"{len(self.text)} modules of a text encoder"] if self.text else []
+        return "; ".join([*([some(list(self.unmatched))] if self.unmatched else []), *texts])
 
     def describe(self) -> str:
         """Return one line: how many modules were applied, and the names of those that were not."""
@@ -113,7 +121,7 @@ def fit(file: LoraFile, net: nn.Module) -> Fit:
         for kind, change in _changes(entry).items():
             name = _parameter(module, kind, stems, params)
             if name is None:
-                unmatched.append(f"{module}.{kind}" if module in stems else module)
+                unmatched.append(f"{module}.{kind}" if _spelled(module, stems) else module)
                 continue
             if (name, kind) in seen:
                 raise ValueError(f"{file.path} has {module} twice, also as {seen[name, kind]}")
@@ -149,6 +157,11 @@ def spellings(params: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     return found
 
 
+def _spelled(module: str, stems: Mapping[str, str]) -> str | None:
+    """Return the stem that a module's name means, whatever it has for points."""
+    return stems.get(module, stems.get(module.replace(".", "_")))
+
+
 @dataclass(eq=False)
 class Claim:
     """Keeps the weights as they are until its last reference is gone, however an iterator ends.
@@ -170,7 +183,7 @@ class Loras:
     def __init__(self) -> None:
         self.active: tuple[Use, ...] | None = ()
         self._kept: dict[str, Tensor] = {}
-        self._logged: set[tuple[Path, str]] = set()
+        self._fits: Fits = {}
         self._lock = threading.RLock()  # held while weights change, and while an item is computed
         self._claims: list[weakref.ref[Claim]] = []
 
@@ -186,7 +199,7 @@ class Loras:
         """Raise `ValueError` for a file that does not fit; nothing is merged."""
         wanted = _nonzero(uses)
         if wanted != self.active:
-            collect(wanted, net, logged=self._logged)
+            collect(wanted, net, known=self._fits)
 
     def claim(self, net: nn.Module, uses: Sequence[Use]) -> Claim:
         """Put LoRAs into the weights, where they stay until no reference to the claim is left.
@@ -214,6 +227,10 @@ class Loras:
                     )
             ended.get()
 
+    def lacking(self, use: Use) -> str:
+        """Return what of a file that was used is not applied, as the network has no such module."""
+        return self._fits.get((use.path, use.hash), "")
+
     def turn(self, claim: Claim) -> AbstractContextManager[bool]:
         """Return the lock to hold while an item is computed, never between two."""
         claim.thread = threading.get_ident()
@@ -230,7 +247,7 @@ class Loras:
     def _merge(self, net: nn.Module, wanted: tuple[Use, ...]) -> None:
         if wanted == self.active:
             return
-        changes, params = collect(wanted, net, logged=self._logged), dict(net.named_parameters())
+        changes, params = collect(wanted, net, known=self._fits), dict(net.named_parameters())
         self.active = None  # until it is known: a second interrupt may leave the way back half done
         try:
             self._apply(params, changes)
@@ -258,24 +275,23 @@ def uses_of(loras: Iterable[LoraUse]) -> list[Use]:
 
 
 def collect(
-    uses: Sequence[Use], net: nn.Module, *, logged: set[tuple[Path, str]] | None = None
+    uses: Sequence[Use], net: nn.Module, *, known: Fits | None = None
 ) -> dict[str, list[Part]]:
     """Return what files add to each parameter of a network, in order; log how each file fits.
 
-    `net` may be on the meta device. logged: files that need no log line, which grows.
+    `net` may be on the meta device. known: what files lack that need no log line, which grows.
     Raises `ValueError` for a file that cannot be read or does not fit.
     """
-    logged = set() if logged is None else logged
+    known = {} if known is None else known
     parts: dict[str, list[Part]] = {}
     for use in uses:
         if not math.isfinite(use.strength):
             raise ValueError(f"strength {use.strength} of {use.path} must be a finite number")
         file = read(use.path)
         found = fit(file, net)
-        if (use.path, use.hash) not in logged:
-            logged.add((use.path, use.hash))
-            is_partial = found.unmatched or found.text
-            (logger.warning if is_partial else logger.info)("LoRA: %s", found.describe())
+        if (use.path, use.hash) not in known:
+            known[use.path, use.hash] = found.lacking
+            (logger.warning if found.lacking else logger.info)("LoRA: %s", found.describe())
             foreign.warn(file.unknown_keys, source=use.path)
         for name, changes in found.changes.items():
             parts.setdefault(name, []).extend((use.strength, change) for change in changes)
@@ -314,8 +330,8 @@ def _parameter(
 ) -> str | None:
     """Return the parameter that a change of this kind is for; None if the network has none."""
     if kind == "diff_m":  # said of the module that owns the table
-        return stems.get(f"{module}.modulation", stems.get(f"{module}_modulation"))
-    stem = stems.get(module)
+        return _spelled(f"{module}.modulation", stems)
+    stem = _spelled(module, stems)
     if stem is None:
         return None
     name = f"{stem}.bias" if kind in ("diff_b", "up_bias") else f"{stem}.weight"

@@ -29,8 +29,8 @@ ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors
 """PEFT's two files."""
 
 _PREFIX = re.compile(
-    r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer|pipe\.dit|dit|unet"
-    r"|model)\.)+|(?:lora_unet|lora_transformer|lycoris)_+(?:diffusion_model_)?"
+    r"(?:(?:lora_unet|lora_transformer|lycoris|base_model|model|diffusion_model|transformer|pipe|dit"
+    r"|unet)[._]+)+"
 )
 _TEXT = re.compile(r"lora_te\d?_|te\d?\.|text_encoders?(_\d)?\.|cond_stage_model\.")
 _PAIR = re.compile(
@@ -112,7 +112,7 @@ def read(path: str | Path) -> LoraFile:
         raise ValueError(f"{path}: {len(strange)} tensors are not LoRA weights: {some(strange)}")
     config = _adapter_config(checkpoint.path)
     unknown = foreign.check(config, foreign.PEFT, source=path)
-    scale_of = _scales(config)
+    scale_of = _scales(config, path)
     modules = {name: _entry(name, tensors, scale_of, path) for name, tensors in found.items()}
     return LoraFile(checkpoint.path, modules, tuple(text), unknown)
 
@@ -194,17 +194,32 @@ def _entry(
             f"{path}: the maps of {name} have shapes {tuple(down.shape)} and {tuple(up.shape)};"
             " their ranks, the first and the second number, must be equal"
         )
+    if not len(down):
+        raise ValueError(f"{path}: the maps of {name} have rank 0, which must be at least 1")
     return Entry(tensors, scale_of(name, len(down), None if alpha is None else float(alpha)))
 
 
-def _scales(config: Mapping[str, Any]) -> Callable[[str, int, float | None], float]:
+def _scales(
+    config: Mapping[str, Any], path: str | Path
+) -> Callable[[str, int, float | None], float]:
     """Return the scale of a module from name, rank and own alpha, by what the file says of all."""
     everywhere, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: alpha_pattern must be an object, not {patterns!r}")
+    for key, value in {**patterns, "lora_alpha": everywhere}.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and math.isfinite(value)):
+            raise ValueError(f"{path}: the alpha of {key} must be a finite number, not {value!r}")
+
+    def fits(pattern: str, name: str) -> bool:
+        try:
+            return bool(re.fullmatch(rf"(.*\.)?({pattern})", name))
+        except re.error as error:
+            raise ValueError(f"{path}: alpha_pattern {pattern!r}: {error}") from None
 
     def scale(name: str, rank: int, alpha: float | None) -> float:
         if alpha is None:
-            fitting = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name))
-            alpha = next(fitting, everywhere)
+            alpha = next((v for k, v in patterns.items() if fits(k, name)), everywhere)
         alpha = float(rank if alpha is None else alpha)
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

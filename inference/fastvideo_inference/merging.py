@@ -40,7 +40,8 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
             f" {', '.join(one.path for one in loras)} would; merge into a folder of diffusers"
         )
     made = sampler_note.applied(wanted, own) if wanted else own
-    parts = lora.collect(uses, net)
+    fits: lora.Fits = {}
+    parts = lora.collect(uses, net, known=fits)
     tensors = dict(layout.tensors(source, "dit"))
     tensors |= {name: lora.merged(tensors[name], added) for name, added in parts.items()}
     if layout is wan:
@@ -51,7 +52,7 @@ def merge(model: str | Path, loras: Sequence[LoraUse], folder: str | Path) -> Pa
         shutil.copytree(source, aside, ignore=partial(_old, source / part), dirs_exist_ok=True)
         weights.save(aside / part / f"{stem}.safetensors", tensors)
         if wanted or spec.read(source) is not None:
-            spec.write(_named(made, target.name, loras), aside)
+            spec.write(_named(made, target.name, loras, [*fits.values()]), aside)
         if wanted:
             _write_stock_scheduler(made, aside)
         load(aside, device="cpu", parts=("dit",))  # strictly: what cannot be read takes no name
@@ -106,10 +107,13 @@ def _licence(use: LoraUse) -> str:
     return str(said.get("licence") or UNSTATED)
 
 
-def _named(own: Spec, name: str, loras: Sequence[LoraUse]) -> Spec:
+def _named(own: Spec, name: str, loras: Sequence[LoraUse], lacking: Sequence[str]) -> Spec:
     added = [f"{Path(use.path).name} ({use.hash[:12]}) at {use.strength:g}" for use in loras]
+    left = [f"not applied: {text}" for text in lacking if text]
     said = own.provenance
     parents = {own.name: said.licence or UNSTATED, **said.parents}
     parents |= {Path(use.path).name: _licence(use) for use in loras}
-    provenance = Provenance(notes=f"{own.name} + " + " + ".join(added), parents=parents)
+    provenance = Provenance(
+        notes="; ".join([f"{own.name} + " + " + ".join(added), *left]), parents=parents
+    )
     return own.model_copy(update={"name": name, "provenance": provenance})

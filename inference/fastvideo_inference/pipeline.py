@@ -432,6 +432,7 @@ class VideoPipeline:
             decoder=self.decoder_id,
             backends=state.backends,
             versions=recipe.versions(),
+            not_applied=tuple(recipe.not_applied(params.lora, self.model.loras)),
             unknown_keys=(*self.model.spec.unknown_keys, *recipe.unknown_keys(params.lora)),
         )
 

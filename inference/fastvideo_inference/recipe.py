@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_serializer
 
@@ -18,6 +18,9 @@ from fastvideo.config import Strict, parse
 from fastvideo.models import decoder as decoders
 from fastvideo.sampling import LoraUse, SamplingParams
 from fastvideo.spec import Spec
+
+if TYPE_CHECKING:
+    from fastvideo.lora import Loras
 
 # The comment tag is the one that every player shows and every copy keeps.
 TAG = "comment"
@@ -61,6 +64,7 @@ class Recipe(Strict):
     backends: dict[str, str] = Field(default_factory=dict)  # that ran for self- and cross-attention
     versions: dict[str, str] = Field(default_factory=dict)
     unknown_keys: tuple[str, ...] = ()  # of configs that other libraries wrote; they do not count
+    not_applied: tuple[str, ...] = ()  # modules of LoRAs that the network does not have
 
     @field_serializer("request")
     def _as_written(self, request: SamplingParams) -> dict[str, Any]:
@@ -118,6 +122,16 @@ def unknown_keys(loras: Iterable[LoraUse]) -> Iterator[str]:
             yield f"{use.path}: {entry}"
 
 
+def not_applied(loras: Iterable[LoraUse], merged: Loras) -> Iterator[str]:
+    """Yield what of LoRAs was not applied, each behind its path."""
+    from fastvideo.lora import uses_of
+
+    for one in loras:
+        for use in uses_of([one]):
+            if lacking := merged.lacking(use):
+                yield f"{one.path}: {lacking}"
+
+
 def versions() -> dict[str, str]:
     """Return the versions that may decide the last bit of a frame."""
     found = {"fastvideo": fastvideo.__version__, "python": platform.python_version()}
@@ -131,13 +145,19 @@ def versions() -> dict[str, str]:
 
 def renamed(made: Recipe, names: Names) -> Recipe:
     """Return a recipe that names model, decoder and LoRAs as clients of a server do."""
-    loras, keys = [], list(made.unknown_keys)
+    loras = []
+    told = {"unknown_keys": made.unknown_keys, "not_applied": made.not_applied}
     for use, name in zip(made.request.lora, names.lora, strict=True):
         loras.append(use.model_copy(update={"path": name}))
         start = f"{use.path}: "
-        keys = [f"{name}: {k.removeprefix(start)}" if k.startswith(start) else k for k in keys]
+        told = {
+            key: tuple(
+                f"{name}: {x.removeprefix(start)}" if x.startswith(start) else x for x in all_
+            )
+            for key, all_ in told.items()
+        }
     request = made.request.model_copy(update={"lora": tuple(loras)})
-    new: dict[str, Any] = {"request": request, "unknown_keys": tuple(keys)}
+    new: dict[str, Any] = {"request": request, **told}
     new["model"] = made.model.model_copy(update={"name_or_path": names.model})
     if made.decoder:
         new["decoder"] = made.decoder.model_copy(update={"name_or_path": names.decoder})

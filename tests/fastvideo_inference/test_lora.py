@@ -267,6 +267,27 @@ def test_a_lora_on_the_hub_comes_from_the_cache_and_offline_says_so(
         hub.find_lora("owner/name/sub/other.safetensors")
 
 
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_recipe_notes_what_of_a_lora_was_not_applied(
+    pipe: VideoPipeline, lora: Path, tmp_path: Path, is_loaded: bool
+):
+    tensors = dict(weights.Checkpoint(lora))
+    for side, shape in (("A", (2, 48)), ("B", (48, 2))):
+        tensors[f"transformer.blocks.39.attn1.to_q.lora_{side}.weight"] = torch.ones(shape)
+    part = weights.save(tmp_path / "part.safetensors", tensors)
+    if is_loaded:
+        pipe.load_lora(part)
+    size = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1}
+    made = pipe(PROMPT, **size, lora=None if is_loaded else [f"{part}:0.5"])
+    assert made.recipe["not_applied"] == [f"{part}: blocks.39.attn1.to_q"]
+    whole = pipe(PROMPT, **size, lora=[f"{lora}:0.5"])
+    assert whole.recipe["not_applied"] == []
+    told = recipe.renamed(
+        recipe.Recipe.model_validate(made.recipe), recipe.Names("m", lora=("style",))
+    )
+    assert told.not_applied == ("style: blocks.39.attn1.to_q",)
+
+
 # A merged folder
 
 

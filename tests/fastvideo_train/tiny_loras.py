@@ -38,7 +38,8 @@ def original(name: str) -> str:
 
 def spelled(kind: str, maps: Pairs) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the header of a LoRA as a tool would write it."""
-    down, up = ("lora_down", "lora_up") if kind in ("comfy", "kohya") else ("lora_A", "lora_B")
+    kohyas = ("comfy", "kohya", "mixed", "kohya_model")
+    down, up = ("lora_down", "lora_up") if kind in kohyas else ("lora_A", "lora_B")
     tensors = {}
     for name, (a, b) in maps.items():
         module = {
@@ -47,12 +48,14 @@ def spelled(kind: str, maps: Pairs) -> tuple[dict[str, Tensor], dict[str, str]]:
             "comfy": f"diffusion_model.{original(name)}",
             "kohya": f"lora_unet_{original(name).replace('.', '_')}",
             "kohya_two": f"lora_unet__{original(name).replace('.', '_')}",
+            "mixed": "lora_unet_" + original(name).replace(".", "_", 1),
+            "kohya_model": f"lora_unet_model_{original(name).replace('.', '_')}",
             "bare": original(name),
             "diffsynth": original(name),
         }[kind]
         adapter = ".default" if kind in ("peft", "diffsynth") else ""
         tensors |= {f"{module}.{down}{adapter}.weight": a, f"{module}.{up}{adapter}.weight": b}
-        if kind in ("comfy", "kohya", "kohya_two", "bare", "diffsynth"):
+        if kind not in ("diffusers", "peft"):
             tensors[f"{module}.alpha"] = torch.tensor(ALPHA)
     config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(maps)}
     config = {f"transformer.{key}": value for key, value in config.items()}
@@ -60,7 +63,8 @@ def spelled(kind: str, maps: Pairs) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header
 
 
-KINDS = ("diffusers", "peft", "comfy", "kohya", "kohya_two", "bare", "diffsynth")
+KINDS = ("diffusers", "peft", "comfy", "kohya", "kohya_two", "kohya_model", "mixed", "bare")
+KINDS += ("diffsynth",)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> Path:

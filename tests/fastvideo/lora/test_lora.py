@@ -223,6 +223,22 @@ def test_alpha_comes_from_the_config_in_the_header(config: dict, scale: float, t
     assert file.modules["blocks.0.attn1.to_q"].scale == scale
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"lora_alpha": "16"}, "alpha of lora_alpha must be a finite number, not '16'"),
+        ({"lora_alpha": 4, "alpha_pattern": {"to_q": [2]}}, "alpha of to_q must be"),
+        ({"lora_alpha": float("nan")}, "must be a finite number, not nan"),
+        ({"alpha_pattern": {"to_q(": 2}}, r"alpha_pattern 'to_q\('"),
+        ({"alpha_pattern": ["to_q"]}, "alpha_pattern must be an object"),
+    ],
+)
+def test_an_alpha_that_is_no_number_is_named(config: dict, words: str, tmp_path: Path):
+    header = {"lora_adapter_metadata": json.dumps(config)}
+    with pytest.raises(ValueError, match=words):
+        read(write(tmp_path / "a.safetensors", _pair(), header))
+
+
 def test_a_saved_lora_has_alpha_equal_to_its_rank_and_reads_back(net: WanDiT, tmp_path: Path):
     maps = pairs(net)
     low = {name: LowRank(a, b, ALPHA / RANK) for name, (a, b) in maps.items()}
@@ -313,6 +329,7 @@ def _pair(rank: int = 4, other: int = 4) -> dict[str, Tensor]:
     ("tensors", "text"),
     [
         (_pair(4, 8), r"maps of blocks.0.self_attn.q have shapes \(4, 48\) and \(48, 8\)"),
+        (_pair(0, 0), "maps of blocks.0.self_attn.q have rank 0"),
         ({"a.lora_A.weight": torch.ones(4, 4)}, "a has a down map without its up map"),
         ({"a.lora_B.weight": torch.ones(4, 4)}, "a has a up map without its down map"),
         ({**_pair(), "a.dora_scale": torch.ones(4)}, "is DoRA, which is not supported: a.dora"),
