@@ -29,13 +29,41 @@ _MARKS = {  # byte order marks; UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_DOWNLOADS = (".incomplete", ".part", ".crdownload", ".download", ".aria2")  # what clients append
+_UNFINISHED = "a download that did not finish; fetch it again"
+_STAND_INS = {
+    b"version https://git-lfs": "a Git LFS pointer; git lfs pull fetches the file itself",
+    b"<!doctype html": "a web page; fetch the file itself",
+    b"<html": "a web page; fetch the file itself",
+}
+
+
+def stand_in(path: str | Path) -> str:
+    """Return what is there in place of a file, such as a Git LFS pointer; empty if it is itself."""
+    path = Path(path)
+    if path.suffix in _DOWNLOADS or path.with_name(f"{path.name}.aria2").exists():
+        return _UNFINISHED
+    with path.open("rb") as file:
+        head = file.read(64).lstrip().lower()
+    return next((text for start, text in _STAND_INS.items() if head.startswith(start)), "")
+
+
+def downloads(folder: Path) -> str:
+    """Return words about downloads that did not finish in a folder or its cache, if there are."""
+    blobs = folder.resolve().parent.parent / "blobs"  # of a snapshot in the hub's cache
+    places = [folder, folder / ".cache" / "huggingface" / "download"]
+    places += [blobs] if folder.resolve().parent.name == "snapshots" else []
+    found = sorted(p.name for place in places for p in place.glob("*") if p.suffix in _DOWNLOADS)
+    return f"; {found[0]} is {_UNFINISHED}" if found else ""
 
 
 def read_text(path: str | Path) -> str:
     """Read a text file that others wrote: UTF-8, or what its byte order mark says.
 
-    Raises `ValueError` that names the line which is no text.
+    Raises `ValueError` that names the line which is no text, or what stands in for the file.
     """
+    if what := stand_in(path):
+        raise ValueError(f"{path} is {what}")
     raw = Path(path).read_bytes()
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
     try:

@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvideo import files
 from fastvideo.extent import least_bytes
 
 if TYPE_CHECKING:
@@ -24,35 +25,26 @@ if TYPE_CHECKING:
 
     Frames = npt.NDArray[np.uint8]
 
-# Suffix: FFmpeg's name of the container that it promises.
-CONTAINERS = {
-    ".mp4": "mov",
-    ".m4v": "mov",
-    ".mov": "mov",
-    ".mkv": "matroska",
-    ".webm": "webm",
-    ".avi": "avi",
-    ".mpg": "mpeg",
-    ".mpeg": "mpeg",
-    ".ts": "mpegts",
-    ".flv": "flv",
-    ".wmv": "asf",
-    ".ogv": "ogg",
-    ".gif": "gif",
-    **dict.fromkeys((".qt", ".3gp", ".3g2", ".f4v", ".mj2"), "mov"),
-    ".mk3d": "matroska",
-    ".divx": "avi",
-    **dict.fromkeys((".mpe", ".vob"), "mpeg"),
-    **dict.fromkeys((".m1v", ".m2v"), "mpegvideo"),
-    **dict.fromkeys((".m2ts", ".mts", ".m2t"), "mpegts"),
-    ".asf": "asf",
-    ".ogm": "ogg",
-    **dict.fromkeys((".rm", ".rmvb"), "rm"),
-    ".swf": "swf",
-    ".mxf": "mxf",
-    ".dv": "dv",
-    ".ivf": "ivf",
+# FFmpeg's name of a container: the suffixes that promise it.
+_SUFFIXES = {
+    "mov": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2"),
+    "matroska": (".mkv", ".mk3d"),
+    "webm": (".webm",),
+    "avi": (".avi", ".divx"),
+    "mpeg": (".mpg", ".mpeg", ".mpe", ".vob"),
+    "mpegvideo": (".m1v", ".m2v"),
+    "mpegts": (".ts", ".m2ts", ".mts", ".m2t"),
+    "flv": (".flv",),
+    "asf": (".wmv", ".asf"),
+    "ogg": (".ogv", ".ogm"),
+    "gif": (".gif",),
+    "rm": (".rm", ".rmvb"),
+    "swf": (".swf",),
+    "mxf": (".mxf",),
+    "dv": (".dv",),
+    "ivf": (".ivf",),
 }
+CONTAINERS = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes}
 # Code points of ITU-T H.273: transfer characteristics, and matrices from RGB to YUV.
 HDR = {16: "PQ", 18: "HLG"}
 MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
@@ -427,6 +419,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         if not path.stat().st_size:
             raise UnusableError("is empty: zero bytes")
+        if what := files.stand_in(path):
+            raise UnusableError(f"is {what}")
         with av.open(str(path), metadata_errors="replace") as container:
             names = container.format.name.split(",")
             if promised not in names:

@@ -9,10 +9,13 @@ recipe. In configs of DiTs and VAEs an unknown key can mean wrong frames and is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastvideo import files
 from fastvideo.log import logger
 
 # FastWan was trained at sigmas looked up in a table of 1000 rows, so they are not times / 1000.
@@ -138,6 +141,22 @@ PEFT = Keys(
         " trainable_token_indices"
     ),
 )
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Read which file beside an index holds each tensor; `ValueError` for one that leads away."""
+    try:
+        values = json.loads(files.read_text(index))
+        places = values["weight_map"]
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"weight_map must be an object that names files, not {places!r:.40}")
+        for name, file in places.items():
+            path = PurePosixPath(file) if isinstance(file, str) and file else None
+            if path is None or path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{name} is in {file!r}, which is no file of its folder")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{index} is not a shard index: {error}") from None
+    return places
 
 
 def check(values: Mapping[str, Any], known: Keys, *, source: object) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def find_lora(name: str | Path) -> Path:
         return _only_lora(path, str(name))
     if not path.is_absolute() and not Path(path.parts[0] if path.parts else "").is_dir():
         match = _HUB_FILE.fullmatch(str(name))
-        if match:
+        if match and ".." not in Path(match["file"]).parts:
             patterns = [match["file"], str(Path(match["file"]).with_name(_ADAPTER_CONFIG))]
             found = _lora_snapshot(match["repo"], *patterns) / match["file"]
             if found.is_file():

@@ -321,6 +321,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
+    if what := files.stand_in(path):
+        raise ValueError(f"{path} is {what}")
     try:
         imopen: Any = iio.imopen  # as above; tags need not be UTF-8
         with imopen(path, "r", plugin="pyav", metadata_errors="replace") as file:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastvideo import files
+from fastvideo import files, foreign
 
 STEMS = ("diffusion_pytorch_model", "vsa_gated_model", "model")
 _PICKLED = (".pt", ".pth", ".bin")
@@ -287,6 +287,8 @@ def _sort_metadata(path: Path) -> None:
 def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the JSON header and the offset at which data starts."""
     try:
+        if what := files.stand_in(path):
+            raise ValueError(f"it is {what}")
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -319,27 +321,28 @@ def _shards(path: Path, stems: tuple[str, ...]) -> list[tuple[Path, list[str] | 
             return _indexed(index)
         if (path / f"{stem}.safetensors").is_file():
             return [(path / f"{stem}.safetensors", None)]
-    files = " or ".join(f"{stem}.safetensors" for stem in stems)
-    raise ValueError(f"{path} holds no weights; looked for {files}, whole or with an index")
+    wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
+    more = files.downloads(path)
+    raise ValueError(f"{path} holds no weights; looked for {wanted}, whole or with an index{more}")
 
 
 def _indexed(index: Path) -> list[tuple[Path, list[str] | None]]:
-    try:
-        places: dict[str, str] = json.loads(files.read_text(index))["weight_map"]
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{index} is not a shard index: {error}") from None
+    places = foreign.weight_map(index)
     shards: dict[str, list[str]] = {}
     for name, file in places.items():
         shards.setdefault(file, []).append(name)
     absent = [file for file in shards if not (index.parent / file).is_file()]
     if absent:
-        raise ValueError(f"{index.parent} lacks {_some(absent)}, named by {index.name}")
+        more = files.downloads(index.parent)
+        raise ValueError(f"{index.parent} lacks {_some(absent)}, named by {index.name}{more}")
     return [(index.parent / file, names) for file, names in sorted(shards.items())]
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    if what := files.stand_in(path):
+        raise ValueError(f"{path} is {what}")
     try:
         mapped = zipfile.is_zipfile(path)  # torch's older form cannot be mapped
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

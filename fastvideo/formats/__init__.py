@@ -72,7 +72,7 @@ def tensor_names(folder: Path, stem: str) -> list[str]:
     """
     index, single = (folder / f"{stem}.safetensors{end}" for end in (".index.json", ""))
     if index.is_file():
-        return list(read_json(index).get("weight_map", {}))
+        return list(foreign.weight_map(index))
     return [name for name in read_header(single) if name != METADATA]
 
 

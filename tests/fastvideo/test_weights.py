@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastvideo import weights
+from fastvideo import files, footage, formats, media, weights
 
 
 class Net(nn.Module):
@@ -201,6 +201,97 @@ def test_a_missing_shard_and_a_lying_index_are_named(tmp_path: Path, values):
         weights.Checkpoint(tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks model-1\.safetensors, named by model"):
+        weights.Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["model-1.safetensors"],
+        7,
+        None,
+        {},
+        {"linear.bias": 3},
+        {"linear.bias": ""},
+        {"linear.bias": "../other/model-1.safetensors"},
+        {"linear.bias": "sub/../../other/model-1.safetensors"},
+        {"linear.bias": "{absolute}"},
+    ],
+)
+def test_an_index_that_is_no_map_of_its_folder_s_files_is_refused(tmp_path: Path, values, places):
+    other, folder = tmp_path / "other", tmp_path / "model"
+    other.mkdir()
+    folder.mkdir()
+    _shard(other, values)
+    index = folder / "model.safetensors.index.json"
+    text = json.dumps({"weight_map": places}).replace(
+        "{absolute}", str(other / "model-1.safetensors")
+    )
+    index.write_text(text)
+    for read in (weights.Checkpoint, lambda folder: formats.tensor_names(folder, "model")):
+        with pytest.raises(ValueError, match=r"index\.json is not a shard index: ") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_index_in_the_hub_s_cache_reads_its_links_to_blobs_and_its_subfolders(tmp_path, values):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    (snapshot / "sub").mkdir(parents=True)
+    _shard(blobs, values)
+    for file in sorted(blobs.iterdir()):
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    (snapshot / "model-2.safetensors").rename(snapshot / "sub" / "two.safetensors")
+    (snapshot / "sub" / "two.safetensors").unlink()
+    (snapshot / "sub" / "two.safetensors").symlink_to("../../../blobs/model-2.safetensors")
+    index = snapshot / "model.safetensors.index.json"
+    text = index.read_text().replace("model-2.safetensors", "./sub/two.safetensors")
+    index.unlink()
+    index.write_text(text)
+    assert set(weights.Checkpoint(snapshot)) == set(values)
+    (snapshot / "sub" / "two.safetensors").unlink()
+    (blobs / "model-2.safetensors").rename(blobs / "123.incomplete")
+    with pytest.raises(
+        ValueError, match=r"lacks .*two\.safetensors.*; 123\.incomplete is a download"
+    ):
+        weights.Checkpoint(snapshot)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(POINTER, "a Git LFS pointer; git lfs pull"), (b"\n<!DOCTYPE html><p>404", "a web page")],
+)
+def test_what_stands_in_for_a_file_is_called_what_it_is(tmp_path: Path, content, words):
+    for name in ("model.safetensors", "x.pth", "a.json", "p.txt", "v.mp4"):
+        (tmp_path / name).write_bytes(content)
+    calls = [
+        lambda: weights.Checkpoint(tmp_path),
+        lambda: weights.Checkpoint(tmp_path / "x.pth"),
+        lambda: formats.read_json(tmp_path / "a.json"),
+        lambda: files.read_text(tmp_path / "p.txt"),
+        lambda: footage.probe(tmp_path / "v.mp4"),
+        lambda: media.read_facts(tmp_path / "v.mp4"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_a_download_that_did_not_finish_is_called_so(tmp_path: Path, values):
+    path = weights.save(tmp_path / "model.safetensors", values)
+    for name in ("model.safetensors.part", "a.incomplete"):
+        (tmp_path / name).write_bytes(path.read_bytes()[:-8])
+        with pytest.raises(ValueError, match="a download that did not finish; fetch it again"):
+            weights.Checkpoint(tmp_path / name)
+    assert set(weights.Checkpoint(tmp_path)) == set(values)
+    (tmp_path / "model.safetensors.aria2").touch()  # beside a file that has its whole size
+    with pytest.raises(ValueError, match=r"model\.safetensors .*a download that did not finish"):
+        weights.Checkpoint(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"holds no weights.*; a\.incomplete is a download that"):
         weights.Checkpoint(tmp_path)
 
 

@@ -38,7 +38,7 @@ class Checkpoints:
         pointer = self.folder / POINTER
         if not pointer.is_file():
             return None
-        path = self.folder / pointer.read_text(encoding="utf-8").strip()
+        path = self.folder / Path(pointer.read_text(encoding="utf-8").strip()).name
         if not (path / STATE).is_file():
             raise ValueError(f"{pointer} names {path.name}, which is not there; was it moved?")
         return path

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from fastvideo.config import Strict, parse
 from fastvideo_train.data.buckets import Rules
 
@@ -57,7 +59,7 @@ class Manifest(Stored):
 class BucketManifest(Strict):
     """One size and length of videos; `planned` counts those that were to be encoded."""
 
-    name: str
+    name: str = Field(pattern=r"^\d+x\d+x\d+$")  # a part of file names
     num_frames: int
     latent_shape: Shape
     planned: int
