@@ -133,6 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        env.check_launcher()
+    except ValueError as error:  # without which nobody knows who speaks
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return USAGE
+    try:
         with termination.raising():
             log.configure()
             if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be UTF-8

@@ -19,17 +19,53 @@ def is_offline() -> bool:
 
 def world_size() -> int:
     """How many processes a launcher started together: `WORLD_SIZE`, set by it; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _whole("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Which of the launcher's processes this one is: `RANK`, set by it; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    return _among("RANK")
 
 
 def local_rank() -> int:
     """Which of its machine's processes this one is: `LOCAL_RANK`, set by the launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _among("LOCAL_RANK")
+
+
+def check_launcher() -> None:
+    """Raise `ValueError` for a launcher's variable that is wrong; without one, drop its leavings.
+
+    Accelerate takes a `LOCAL_RANK` alone for a launcher.
+    """
+    world_size(), rank(), local_rank()
+    if not _text("WORLD_SIZE"):
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+
+
+def _among(name: str) -> int:
+    """Return the place of this process among the launcher's: 0 if it started no others."""
+    count = world_size()
+    if count == 1:
+        return 0
+    place = _whole(name, 0)
+    if place >= count:
+        raise ValueError(f"{name} {place} must be less than WORLD_SIZE {count}")
+    return place
+
+
+def _whole(name: str, least: int) -> int:
+    text = _text(name)
+    if text and not (text.isdecimal() and int(text) >= least):
+        raise ValueError(
+            f"{name} {text!r} must be a whole number from {least}, as launchers set it"
+        )
+    return int(text) if text else least
+
+
+def _text(name: str) -> str:
+    """Return a variable; empty means unset."""
+    return os.environ.get(name, "").strip()
 
 
 def bound_spinning() -> None:
