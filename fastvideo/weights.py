@@ -82,6 +82,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path, *, stem: str | None = None) -> None:
         self.path = Path(path)
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # safetensors would call the file corrupt
+            raise ValueError(f"{path} has a name that is not UTF-8: rename it") from None
         self._readers: dict[Path, Any] = {}
         self._pickled: dict[str, Tensor] = {}
         self._infos: dict[str, TensorInfo] = {}

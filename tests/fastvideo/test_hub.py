@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +75,15 @@ def test_a_hub_name_offline_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set and it is not in the cache"):
         hub.open_spec("nobody/nothing-at-all")
+
+
+def test_a_lora_of_other_content_but_the_same_size_and_time_has_another_hash(tmp_path: Path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"one")
+    before, stat = hub.lora_hash(path), path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert hub.lora_hash(path) == hashlib.sha256(b"two").hexdigest() != before
 
 
 def test_a_hub_snapshot_is_named_by_its_repository(

@@ -280,6 +280,12 @@ def test_what_stands_in_for_a_file_is_called_what_it_is(tmp_path: Path, content,
             call()
 
 
+def test_a_name_that_is_not_utf8_is_no_corruption(tmp_path: Path, values):
+    path = weights.save(tmp_path / os.fsdecode(b"a\xff.safetensors"), values)
+    with pytest.raises(ValueError, match="has a name that is not UTF-8: rename it"):
+        weights.Checkpoint(path)
+
+
 def test_a_download_that_did_not_finish_is_called_so(tmp_path: Path, values):
     path = weights.save(tmp_path / "model.safetensors", values)
     for name in ("model.safetensors.part", "a.incomplete"):
