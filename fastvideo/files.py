@@ -50,10 +50,13 @@ def stand_in(path: str | Path) -> str:
 
 def downloads(folder: Path) -> str:
     """Return words about downloads that did not finish in a folder or its cache, if there are."""
-    blobs = folder.resolve().parent.parent / "blobs"  # of a snapshot in the hub's cache
-    places = [folder, folder / ".cache" / "huggingface" / "download"]
-    places += [blobs] if folder.resolve().parent.name == "snapshots" else []
-    found = sorted(p.name for place in places for p in place.glob("*") if p.suffix in _DOWNLOADS)
+    folder = folder.absolute()
+    places = [folder.glob("*")]
+    for place in (folder, folder.parent):  # a part of a model is one deeper
+        places.append((place / ".cache" / "huggingface" / "download").rglob("*"))
+        if place.parent.name == "snapshots":
+            places.append((place.parent.parent / "blobs").glob("*"))
+    found = sorted(p.name for paths in places for p in paths if p.suffix in _DOWNLOADS)
     return f"; {found[0]} is {_UNFINISHED}" if found else ""
 
 

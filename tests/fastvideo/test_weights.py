@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastvideo import files, footage, formats, media, weights
+from fastvideo.models.text.tokenizer import Tokenizer
 
 
 class Net(nn.Module):
@@ -235,15 +236,15 @@ def test_an_index_that_is_no_map_of_its_folder_s_files_is_refused(tmp_path: Path
 
 
 def test_an_index_in_the_hub_s_cache_reads_its_links_to_blobs_and_its_subfolders(tmp_path, values):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "transformer"
     blobs.mkdir()
     (snapshot / "sub").mkdir(parents=True)
     _shard(blobs, values)
     for file in sorted(blobs.iterdir()):
-        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+        (snapshot / file.name).symlink_to(Path("../../../blobs") / file.name)
     (snapshot / "model-2.safetensors").rename(snapshot / "sub" / "two.safetensors")
     (snapshot / "sub" / "two.safetensors").unlink()
-    (snapshot / "sub" / "two.safetensors").symlink_to("../../../blobs/model-2.safetensors")
+    (snapshot / "sub" / "two.safetensors").symlink_to("../../../../blobs/model-2.safetensors")
     index = snapshot / "model.safetensors.index.json"
     text = index.read_text().replace("model-2.safetensors", "./sub/two.safetensors")
     index.unlink()
@@ -265,7 +266,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
     [(POINTER, "a Git LFS pointer; git lfs pull"), (b"\n<!DOCTYPE html><p>404", "a web page")],
 )
 def test_what_stands_in_for_a_file_is_called_what_it_is(tmp_path: Path, content, words):
-    for name in ("model.safetensors", "x.pth", "a.json", "p.txt", "v.mp4"):
+    for name in ("model.safetensors", "x.pth", "a.json", "p.txt", "v.mp4", "tokenizer.json"):
         (tmp_path / name).write_bytes(content)
     calls = [
         lambda: weights.Checkpoint(tmp_path),
@@ -274,6 +275,7 @@ def test_what_stands_in_for_a_file_is_called_what_it_is(tmp_path: Path, content,
         lambda: files.read_text(tmp_path / "p.txt"),
         lambda: footage.probe(tmp_path / "v.mp4"),
         lambda: media.read_facts(tmp_path / "v.mp4"),
+        lambda: Tokenizer.load(tmp_path),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=words):
@@ -297,6 +299,15 @@ def test_a_download_that_did_not_finish_is_called_so(tmp_path: Path, values):
     with pytest.raises(ValueError, match=r"model\.safetensors .*a download that did not finish"):
         weights.Checkpoint(tmp_path)
     path.unlink()
+    (tmp_path / "vae").mkdir()
+    cache = tmp_path / ".cache" / "huggingface" / "download" / "vae"
+    cache.mkdir(parents=True)
+    (cache / "x.incomplete").touch()
+    with pytest.raises(
+        ValueError, match=r"vae holds no weights.*; x\.incomplete is a download that"
+    ):
+        weights.Checkpoint(tmp_path / "vae")
+    (cache / "x.incomplete").unlink()
     with pytest.raises(ValueError, match=r"holds no weights.*; a\.incomplete is a download that"):
         weights.Checkpoint(tmp_path)
 

@@ -58,6 +58,8 @@ class Tokenizer:
             only_pieces = any((Path(folder) / n).is_file() for n in ("spiece.model", "vocab.json"))
             hint = "; convert it once with transformers' save_pretrained" if only_pieces else ""
             raise ValueError(f"{folder} has no {_FILE}{hint}")
+        if what := files.stand_in(path):
+            raise ValueError(f"{path} is {what}")
         text = path.read_bytes().decode(errors="replace")  # refused below, with its path
         return cls(text, pad=_pad_token(Path(folder) / _CONFIG), source=path)
 
