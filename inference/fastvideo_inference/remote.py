@@ -142,7 +142,7 @@ def read_key(text: str | None) -> str | None:
     """Return an API key, or the one in the file that @FILE names."""
     if text is None or not text.startswith("@"):
         return text
-    return Path(text[1:]).read_text(encoding="utf-8").strip()
+    return files.read_text(text[1:]).strip()
 
 
 def _refusal(answer: HTTPError) -> Exception:
