@@ -15,26 +15,29 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvideo import capacity, media, registry, stages
+from fastvideo import capacity, media, preview, registry, stages
 from fastvideo.errors import NotFiniteError, one_line
 from fastvideo.log import logger
 from fastvideo.model import Model, pick_device
 from fastvideo.packing import pack, unpack
 from fastvideo.parallel import agree, degrees, mesh
 from fastvideo.parallel.mesh import Meshes
-from fastvideo.stages import Done, Notice, Preview, Progress, State
+from fastvideo.stages import Chunk, Done, Notice, Preview, Progress, State
 from fastvideo_inference import recipe
 from fastvideo_inference.engine.messages import Kind, Report, Setup, Stop, Task
 from fastvideo_inference.engine.parts import Parts
 from fastvideo_inference.pipeline import VideoPipeline
 
+if TYPE_CHECKING:
+    from fastvideo.media import Frames
+
 SAVE = "save"
 _GIVEN = ("cond", "uncond", "noise", "latents", "frames")  # large fields of a state
-_SHEET_COLUMNS = 6
+_SHEET_COLUMNS = 12
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -118,7 +121,10 @@ class Worker:
                 elif isinstance(event, Notice) and event.stage == name:
                     self._say("notice", stage=name, text=event.text)
                 elif isinstance(event, Preview):
-                    self._say("preview", stage=name, index=event.index, png=_sheet(event))
+                    self._say("preview", stage=name, index=event.index, png=_sheet(event.frames[0]))
+                elif isinstance(event, Chunk) and task.submission.previews:
+                    shown, end = _shrunk(event.frames), event.start + len(event.frames)
+                    self._say("preview", stage=name, index=end, png=_sheet(shown))
                 elif isinstance(event, Done):
                     return event.state
         raise AssertionError("stages end in Done")
@@ -187,8 +193,13 @@ def _slim(state: State, later: Sequence[str]) -> State:
     return replace(state, **unneeded)
 
 
-def _sheet(preview: Preview) -> bytes:
-    frames = preview.frames[0]
+def _shrunk(frames: Frames) -> Frames:
+    """Return decoded frames of at most a preview's pixels a side."""
+    stride = -(-max(frames.shape[1:3]) // preview.MAX_SIDE_PX)
+    return frames[:, ::stride, ::stride]
+
+
+def _sheet(frames: Frames) -> bytes:
     return media.png(media.contact_sheet([frames], num_columns=min(_SHEET_COLUMNS, len(frames))))
 
 

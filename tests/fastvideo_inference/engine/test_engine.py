@@ -208,8 +208,11 @@ def test_events_tell_the_way_of_a_job_with_previews_if_asked(preview_folder: Pat
     steps = [e.values for e in events if e.kind == "progress"]
     assert [s["index"] for s in steps if s["stage"] == "denoise"] == [0, 1, 2]
     assert [s["progress"] for s in steps] == sorted(s["progress"] for s in steps)
-    sheets = [e.values["png"] for e in events if e.kind == "preview"]
-    assert len(sheets) == 2 and all(sheet.startswith(b"\x89PNG") for sheet in sheets)
+    sheets = [e.values for e in events if e.kind == "preview"]
+    shown = [(s["stage"], s["index"]) for s in sheets]
+    assert shown[:2] == [("denoise", 1), ("denoise", 2)]
+    assert shown[2:] and shown[-1] == ("decode", 9), "frames as they are decoded"
+    assert all(sheet["png"].startswith(b"\x89PNG") for sheet in sheets)
 
 
 @pytest.mark.full
