@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastvideo.hub import open_spec
     from fastvideo.sampling import GenerateRequest
     from fastvideo.stages import Chunk, Done, Progress
+    from fastvideo.worlds.shapes import kept as shapes_kept
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "bundled_models",
     "open_spec",
+    "shapes_kept",
 ]
 
 # public name: where it is
@@ -41,6 +43,7 @@ _PUBLIC = {
     "VideoPipeline": "fastvideo_inference.pipeline:VideoPipeline",
     "bundled_models": "fastvideo.hub:bundled",
     "open_spec": "fastvideo.hub:open_spec",
+    "shapes_kept": "fastvideo.worlds.shapes:kept",
 }
 
 

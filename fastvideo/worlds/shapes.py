@@ -32,6 +32,7 @@ __all__ = [
     "Clip",
     "World",
     "held_out",
+    "kept",
     "truth_of",
     "words",
 ]
@@ -109,6 +110,19 @@ class World:
     def parse(self, frames_THWC: NDArray[np.uint8]) -> dict[str, str]:
         """Read every attribute out of frames of any size; "unknown" for what cannot be read."""
         return reader.parse(frames_THWC, fps=self.fps)
+
+
+def kept(prompt: str, frames_THWC: NDArray[np.uint8], *, fps: float = 16) -> dict[str, bool]:
+    """Return whether each attribute that a prompt names is seen in a clip, by the world's parser.
+
+    Empty for a prompt that names no shape, or contradicts itself, which no clip can follow.
+    """
+    try:
+        asked = truth_of(prompt)
+    except ValueError:
+        return {}
+    found = reader.parse(frames_THWC, fps=round(fps)) if "shape" in asked else {}
+    return {name: found[name] == asked[name] for name in ATTRIBUTES if name in asked and found}
 
 
 def held_out(truth: Mapping[str, str]) -> bool:

@@ -244,3 +244,16 @@ def test_a_mover_that_left_the_frame_comes_back_and_still_reads_as_moving():
     for motion in ("left", "right", "up", "down", "bouncing"):
         frames = world.render(truth | {"motion": motion}, np.random.default_rng(1))
         assert world.parse(frames)["motion"] == motion
+
+
+def test_what_a_clip_keeps_of_its_prompt_is_read_attribute_by_attribute():
+    clip = shapes.World(num_frames=33).clip(3, 0)
+    kept = shapes.kept(clip.caption, clip.frames_THWC)
+    assert kept == dict.fromkeys(shapes.ATTRIBUTES, True)
+    other = next(c for c in shapes.ATTRIBUTES["colour"] if c != clip.truth["colour"])
+    assert shapes.kept(f"a {other} {clip.truth['shape']}", clip.frames_THWC) == {
+        "shape": True,
+        "colour": False,
+    }
+    assert shapes.kept("a cat on a red sofa", clip.frames_THWC) == {}
+    assert shapes.kept("a red and a blue ball", clip.frames_THWC) == {}
