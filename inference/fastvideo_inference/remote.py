@@ -316,6 +316,27 @@ class RemotePipeline:
         Refused are `latents`, `output="latents"`, callbacks, and what the server's operator
         decides: attention, backend, drop_gates. `lora` names those of the server's config.
         """
+        requests, is_one = self._requests(prompt, count, fields)
+        with closing(self.jobs(requests)) as jobs:
+            made: list[Video] = [job.result() for job in jobs]
+        return made[0] if is_one else made
+
+    def offers(self) -> dict[str, Any]:
+        """Return what the server offers: models (`data`) with their defaults and limits, names of
+        LoRAs and SLO classes, its own limits, and whether it is ready.
+        """
+        return self._connection.json("GET", "/v1/models")
+
+    def requests(
+        self, prompt: str | Sequence[str], *, count: int | None = None, **fields: Any
+    ) -> list[GenerateRequest]:
+        """Return the requests of a call, each with its seed, for `send` or `jobs`."""
+        return self._requests(prompt, count, fields)[0]
+
+    def _requests(
+        self, prompt: str | Sequence[str], count: int | None, fields: dict[str, Any]
+    ) -> tuple[list[GenerateRequest], bool]:
+        """Return the requests of a call, and whether it asks for one clip rather than a list."""
         own = {} if count is None else {"count": count}
         fields = diffusers_names.merged(own, fields, None)
         count, seed = fields.pop("count", None), fields.pop("seed", None)
@@ -323,11 +344,8 @@ class RemotePipeline:
         seeds = seed if isinstance(seed, list | tuple | range) else [seed]
         asked = [self._request(one, {**fields, "seed": s}) for one in prompts for s in seeds]
         each = 1 if count is None else count
-        requests = [clip for one in asked for clip in sampling.clips(one, each)]
-        with closing(self.jobs(requests)) as jobs:
-            made: list[Video] = [job.result() for job in jobs]
-        is_one = isinstance(prompt, str) and count is None and seeds is not seed
-        return made[0] if is_one else made
+        clips = [clip for one in asked for clip in sampling.clips(one, each)]
+        return clips, isinstance(prompt, str) and count is None and seeds is not seed
 
     def submit(self, prompt: str, *, previews: bool = False, **fields: Any) -> Job:
         """Have the server queue a clip; `BusyError` if its queue is full."""

@@ -52,11 +52,12 @@ class App:
         self.asgi = Guard(app, config)
 
     async def models(self, request: Request) -> Response:
-        """List the models, the default one first."""
+        """List the models, the default one first, with what a page needs to know of each, and
+        beside them what requests may name.
+        """
         self.videos.keys.owner(request)
-        each = {"object": "model", "created": 0, "owned_by": "fastvideo"}
-        data = [{"id": name, **each} for name in self._catalogue.models]
-        return json_response({"object": "list", "data": data})
+        offers = await asyncio.to_thread(self._catalogue.offers)
+        return json_response({"object": "list", **offers, "ready": self._engine.is_ready()})
 
     async def health(self) -> Response:
         """Say that the process answers."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fastvideo import hub
 from fastvideo.hub import OpenModel
@@ -47,6 +49,41 @@ class Catalogue:
     def id_of(self, name: str) -> str:
         """Return the id of a model by its name for the hub."""
         return next((key for key, value in self.models.items() if value == name), Path(name).name)
+
+    def offers(self) -> dict[str, Any]:
+        """Return the models with their defaults and limits, and the names that requests may use."""
+        classes = [one.model_dump(exclude={"queue"}) for one in self._config.class_]
+        return {
+            "data": [self._offer(model_id) for model_id in self.models],
+            "lora": list(self._config.lora),
+            "slo_class": classes,
+            "limits": self._config.limits.model_dump(),
+        }
+
+    def _offer(self, model_id: str) -> dict[str, Any]:
+        found = {"id": model_id, "object": "model", "created": 0, "owned_by": "fastvideo"}
+        try:
+            model = self.model(model_id)
+        except (ValueError, OSError):  # one of the hub that is out of reach
+            return found
+        spec, fits = model.spec, []
+        for name in self._config.decoder:
+            with suppress(ValueError, OSError):
+                self.decoder(name, model)
+                fits.append(name)
+        return {
+            **found,
+            "title": spec.provenance.title,
+            "notes": spec.provenance.notes,
+            "defaults": spec.defaults.model_dump(exclude={"max_text_tokens"}),
+            "stride": {
+                "num_frames": spec.compression.temporal,
+                "height": spec.compression.spatial * spec.compression.patch[1],
+                "width": spec.compression.spatial * spec.compression.patch[2],
+            },
+            "is_distilled": spec.scheduler.name == "few_step",
+            "decoder": fits,
+        }
 
     def public(self, text: str) -> str:
         """Return a message with the names that clients use in place of this machine's paths."""

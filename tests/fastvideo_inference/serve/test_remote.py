@@ -87,6 +87,24 @@ def test_what_a_server_does_not_do_is_a_value_error(
         pipe("a red ball", **fields)
 
 
+def test_a_server_says_what_it_offers(pipe: RemotePipeline, tiny_folder: Path):
+    offers = pipe.offers()
+    (model,) = offers["data"]
+    assert model["id"] == tiny_folder.name
+    assert model["defaults"]["num_frames"] == 9
+    assert model["stride"] == {"num_frames": 4, "height": 16, "width": 16}
+    assert not model["is_distilled"]
+    assert (offers["lora"], model["decoder"]) == ([], [])
+    assert offers["slo_class"][0]["deadline_s"] is None
+    assert offers["limits"]["num_inference_steps"] == 100
+
+
+def test_requests_of_a_call_have_seeds_of_their_own(pipe: RemotePipeline):
+    assert [one.seed for one in pipe.requests("a red ball", count=3, seed=5)] == [5, 6, 7]
+    with pytest.raises(ValueError, match="seed"):
+        pipe.requests("a red ball", count=2, seed=2**63 - 1)
+
+
 def test_a_job_tells_its_progress_and_gives_its_clip(pipe: RemotePipeline):
     job = pipe.submit("a red ball", num_inference_steps=3, num_frames=5, previews=True)
     events = list(job.events())
