@@ -11,8 +11,7 @@ from typing import Annotated
 from typer import Option
 
 import fastvideo
-from fastvideo import hub
-from fastvideo.errors import RefusedError
+from fastvideo.errors import RefusedError, one_line
 
 SOURCE = "git clone of the repository, then: pip install -e '.[demo]'"
 
@@ -20,18 +19,33 @@ SOURCE = "git clone of the repository, then: pip install -e '.[demo]'"
 def demo(
     port: Annotated[int, Option(help="Port to listen on.", min=1, max=65535)] = 7860,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    model: Annotated[str, Option("--model", "-m", help="Name or folder.")] = hub.DEFAULT_MODEL,
+    server: Annotated[str, Option(help="URL of a server. [one is started]")] = "",
+    model: Annotated[
+        list[str] | None, Option("--model", "-m", help="Name or folder; repeatable. [all bundled]")
+    ] = None,
+    lora: Annotated[list[str] | None, Option(help="NAME=PATH, offered by its name.")] = None,
+    open_: Annotated[bool, Option("--open", help="Open it in a browser.")] = False,
+    share: Annotated[bool, Option("--share", help="A public link through gradio.live.")] = False,
 ) -> int:
-    """Open the demo page in a browser (needs a checkout and the extra `demo`)."""
+    """Serve the demo page (needs a checkout and the extra `demo`)."""
     page = find_page()
-    if find_spec("gradio") is None:
-        raise RefusedError("the demo page needs gradio; in the checkout: pip install -e '.[demo]'")
-    arguments = ["--port", str(port), "--host", host, "--model", model]
-    before, sys.argv = sys.argv, [str(page), *arguments]
+    missing = [name for name in ("gradio", "fastapi", "uvicorn") if not find_spec(name)]
+    if missing:
+        text = f"the demo page needs {', '.join(missing)}; in the checkout: pip install -e '.[demo]'"
+        raise RefusedError(text)
+    words = ["--port", str(port), "--host", host]
+    words += ["--server", server] if server else []
+    words += [word for name in model or () for word in ("--model", name)]
+    words += [word for one in lora or () for word in ("--lora", one)]
+    words += ["--open"] * open_ + ["--share"] * share
+    before, path = sys.argv, sys.path[:]
+    sys.argv, sys.path[:0] = [str(page), *words], [str(page.parent)]
     try:
         runpy.run_path(str(page), run_name="__main__")
+    except RuntimeError as error:  # its server did not start
+        raise RefusedError(one_line(error)) from None
     finally:
-        sys.argv = before
+        sys.argv, sys.path[:] = before, path
     return 0
 
 
