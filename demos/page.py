@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from run import MAX_CLIPS, Run, View
+from run import ERRORS, MAX_CLIPS, Run, View, one_line
 
 from fastvideo import VideoPipeline, bundled_models
 
 HERE = Path(__file__).parent
+SCRIPTS = ("view.js", "form.js", "session.js")
 MAX_KEPT = 24  # clips of a session
 _WIRE = "watch('value', () => window.fastvideo?.(props.value))"
 
@@ -31,8 +32,8 @@ class Page:
         """Return what the server offers, or why it does not answer."""
         try:
             found: dict[str, Any] = VideoPipeline.connect(self.url).offers()
-        except (ValueError, OSError, RuntimeError) as error:
-            return {"error": " ".join(str(error).split())}
+        except ERRORS as error:
+            return {"error": one_line(error)}
         own = {"bundled": bundled_models(), "max_clips": MAX_CLIPS, "max_kept": MAX_KEPT}
         return {**found, **own}
 
@@ -40,7 +41,7 @@ class Page:
         """Make the clips of a form, and yield what the page shows; a closed tab ends it."""
         session = str(request.session_hash)
         name = str(form.get("run", "")) if isinstance(form, dict) else ""
-        if session not in self.sessions:
+        if session not in self.sessions:  # its name is the browser's, and names no folder
             self.sessions[session] = Path(tempfile.mkdtemp(dir=self.folder))
         folder = self.sessions[session]
         run = Run(self.url, form, folder)
@@ -48,16 +49,17 @@ class Page:
         try:
             for view in run.views():
                 yield {**view, "run": name}
-                _drop_old(folder)
+            for path in sorted(folder.glob("*.mp4"), key=_age)[:-MAX_KEPT]:
+                path.unlink(missing_ok=True)
         finally:
             self.runs.pop(name, None)
 
     def stop(self, name: Any) -> bool:
-        """Stop a run by the name that its page gave it; tell whether there is one."""
-        found = self.runs.get(str(name))
-        if found:
-            found[1].stop.set()
-        return found is not None
+        """Stop a run by the name that its tab gave it; tell whether there is one."""
+        _, run = self.runs.get(str(name), ("", None))
+        if run:
+            run.stop.set()
+        return run is not None
 
     def leave(self, request: gr.Request) -> None:
         """End the runs of a closed tab and remove its files."""
@@ -73,8 +75,6 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """Build the page; `launch` is the caller's."""
-        own = (HERE / name for name in ("view.js", "form.js", "session.js"))
-        script = "\n".join(path.read_text(encoding="utf-8") for path in own)
 
         def offers(_: Any) -> dict[str, Any]:  # Gradio marks them, which methods refuse
             return self.offers()
@@ -82,30 +82,25 @@ class Page:
         def stop(name: Any) -> bool:
             return self.stop(name)
 
+        body, *scripts = [
+            (HERE / name).read_text(encoding="utf-8") for name in ("page.html", *SCRIPTS)
+        ]
         with gr.Blocks(title="fastvideo", analytics_enabled=False) as blocks:
-            body = gr.HTML(
-                html_template=(HERE / "page.html").read_text(encoding="utf-8"),
-                js_on_load=script,
+            page = gr.HTML(
+                html_template=body,
+                js_on_load="\n".join(scripts),
                 server_functions=[offers, stop],
                 apply_default_css=False,
             )
             form = gr.JSON(visible=False)
             wire = gr.HTML({}, html_template="<i></i>", js_on_load=_WIRE)
-            body.submit(
-                self.generate,
-                form,
-                wire,
-                js="() => [window.fastvideoForm]",
-                concurrency_limit=None,
-                show_progress="hidden",
-                api_name="generate",
+            how = {"js": "() => [window.fastvideoForm]", "show_progress": "hidden"}
+            page.submit(
+                self.generate, form, wire, concurrency_limit=None, api_name="generate", **how
             )
             blocks.unload(self.leave)
         return blocks
 
 
-def _drop_old(folder: Path) -> None:
-    """Remove all files but the newest ones of a session."""
-    files = sorted(folder.glob("*.mp4"), key=lambda path: path.stat().st_mtime)
-    for path in files[:-MAX_KEPT]:
-        path.unlink(missing_ok=True)
+def _age(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,10 +1,12 @@
 // What is shown of a run and of its clips. `element`, `server` and `trigger` are Gradio's.
 const $ = (query, root = element) => root.querySelector(query);
-const STAGES = { encode_text: 'Read prompt', denoise: 'Denoise', decode: 'Decode', save: 'Write file' };
+const STAGES = { encode_text: 'Prompt', denoise: 'Denoise', decode: 'Decode', save: 'Save' };
 const stageOf = name => (name === 'prepare_latents' ? 'denoise' : name);
 const seconds = s => (s < 9.95 ? s.toFixed(1) : Math.round(s)) + ' s';
-const total = clip => Object.values(clip.seconds).reduce((sum, s) => sum + s, 0);
+const sum = numbers => numbers.reduce((a, b) => a + b, 0);
+const total = clip => sum(Object.values(clip.seconds));
 const moves = () => !matchMedia('(prefers-reduced-motion: reduce)').matches;
+const fileOf = clip => 'gradio_api/file=' + clip.file;
 
 function h(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -14,98 +16,95 @@ function h(tag, attributes = {}, ...children) {
   made.append(...children.flat().filter(child => child != null && child !== false));
   return made;
 }
+const button = (text, onclick, attributes) => h('button', { type: 'button', class: 'quiet', onclick, ...attributes }, text);
 
-// A contact sheet, one row of frames with gaps of 4 pixels, played as a moving picture.
+// A contact sheet, a row of frames with gaps of 4 pixels, played as a moving picture.
 function preview(png, ratio) {
   const head = atob(png.slice(0, 44));
   const number = at => [0, 1, 2, 3].reduce((n, i) => n * 256 + head.charCodeAt(at + i), 0);
-  const [width, height] = [number(16), number(20)];
-  const side = (height - 4) * ratio, count = Math.max(1, Math.round(width / (side + 4)));
-  const still = moves() ? '' : 'animation: none;';
-  const style = `--w:${(100 * width) / side}%; --x:${-400 / width}%; --y:${-400 / height}%; ${still}
+  const [width, height] = [number(16), number(20)], side = (height - 4) * ratio;
+  const count = Math.max(1, Math.round(width / (side + 4)));
+  const style = `--w: ${(100 * width) / side}%; --x: ${-400 / width}%; --y: ${-400 / height}%;
     animation-timing-function: steps(${count}); animation-delay: ${-(Date.now() % 2000)}ms`;
   return h('div', { class: 'moving', style: `aspect-ratio: ${ratio}` },
-    h('img', { src: 'data:image/png;base64,' + png, style, alt: 'The clip so far' }));
+    h('img', { src: 'data:image/png;base64,' + png, style, alt: 'The clip so far', decoding: 'sync' }));
 }
 
-function playable(clip, options = {}) {
+function playable(clip, options) {
   const { width, height, prompt } = clip.recipe.request;
-  return h('video', {
-    src: 'gradio_api/file=' + clip.path, loop: true, playsinline: true, width, height,
-    style: `aspect-ratio: ${width / height}`, 'aria-label': prompt, ...options,
-    onloadeddata: event => { event.target.muted = true; if (options.autoplay && moves()) event.target.play().catch(() => {}); },
-  });
+  const video = h('video', { src: fileOf(clip), loop: true, playsinline: true, preload: 'auto', 'aria-label': prompt,
+    style: `aspect-ratio: ${width / height}`, ...options });
+  video.muted = true;
+  return video;
 }
 
-function bar(clip, longest = total(clip)) {
+function bar(clip, longest) {
   const parts = Object.entries(clip.seconds).filter(([name]) => STAGES[name]);
   return h('div', { class: 'bar' },
     h('div', { class: 'track', 'aria-hidden': 'true', style: `width: ${(100 * total(clip)) / longest}%` },
       parts.map(([name, s]) => h('i', { class: name, style: `flex-grow: ${s}` }))),
-    h('ul', {}, parts.map(([name, s]) => h('li', { class: name }, STAGES[name] + ' ' + seconds(s)))));
+    h('ul', {}, parts.map(([name, s]) => h('li', { class: name }, `${STAGES[name]} ${seconds(s)}`))));
 }
 
 function kept(clip) {
-  const found = Object.entries(clip.kept);
-  if (!found.length) return null;
-  const right = found.filter(([, is]) => is).length;
-  return h('p', { class: 'kept', title: 'Read back from the frames by the program that drew the training clips' },
-    h('b', {}, `${right} of ${found.length} right`),
+  const found = Object.entries(clip.kept), right = found.filter(([, is]) => is).length;
+  const title = 'Read back from the frames by the program that draws the clips this model was trained on';
+  return found.length > 0 && h('p', { class: 'kept', title }, h('b', {}, `${right} of ${found.length} as asked`),
     found.map(([name, is]) => h('span', { class: is ? 'yes' : 'no' }, (is ? '✓ ' : '✗ ') + name)));
 }
 
-const slug = text => text.toLowerCase().replace(/[^a-z0-9]+/g, '-').slice(0, 40).replace(/^-|-$/g, '') || 'clip';
-
-function facts(clip, actions, longest) {
-  const { request } = clip.recipe, length = request.num_frames / request.fps;
-  const words = [clip.model, clip.recipe.decoder && `${clip.recipe.decoder.name_or_path} decoder`, `${request.num_inference_steps} steps`,
-    request.guidance_scale !== 1 && `guidance ${request.guidance_scale}`, `${request.width}×${request.height}`,
-    `${length.toFixed(1)} s of video`, `seed ${request.seed}`, ...request.lora.map(one => `${one.path} ${one.strength}`)];
+function facts(clip, all, actions) {
+  const { request, decoder } = clip.recipe, longest = Math.max(...all.map(total)), factor = longest / total(clip);
+  const slug = request.prompt.toLowerCase().replace(/[^a-z0-9]+/g, '-').slice(0, 40) || 'clip';
+  const isTwo = all.length > 1, isShared = all.every(one => one.recipe.request.prompt === request.prompt);
+  const words = [isTwo ? !isShared && request.prompt : clip.model, decoder && `${decoder.name_or_path} decoder`,
+    `${request.num_inference_steps} steps`, request.guidance_scale !== 1 && `guidance ${request.guidance_scale}`,
+    `${request.width}×${request.height}`, `${(request.num_frames / request.fps).toFixed(1)} s of video`,
+    `seed ${request.seed}`, ...request.lora.map(one => `${one.path} at ${one.strength}`)];
   return h('article', {},
-    h('h2', {}, request.prompt),
+    h('h2', {}, isTwo && h('span', { class: 'side' }, 'AB'[all.indexOf(clip)]), isTwo ? clip.model : request.prompt),
     h('p', { class: 'words' }, words.filter(Boolean).map(word => h('span', {}, word))),
-    h('p', { class: 'took' }, h('b', {}, seconds(total(clip))), ' to make'),
-    bar(clip, longest), kept(clip),
-    clip.notices.map(text => h('p', { class: 'notice' }, text)),
+    h('p', { class: 'took' }, h('b', {}, seconds(total(clip))),
+      ' to make' + (factor >= 1.05 ? `, ${factor.toFixed(1)} times as fast` : '')),
+    bar(clip, longest), kept(clip), clip.notices.map(text => h('p', { class: 'notice' }, text)),
     h('p', { class: 'actions' },
-      h('a', { class: 'quiet', href: 'gradio_api/file=' + clip.path, download: `${slug(request.prompt)}-${request.seed}.mp4` }, 'Download'),
-      actions.map(([text, act]) => h('button', { type: 'button', class: 'quiet', onclick: act }, text))),
+      h('a', { class: 'quiet', href: fileOf(clip), download: `${slug}-${request.seed}.mp4` }, 'Download'), actions),
     h('details', {}, h('summary', {}, 'Recipe'), h('pre', { tabindex: 0 }, JSON.stringify(clip.recipe, null, 2))));
 }
 
 // One clip plays by itself; two play in step, the shorter one holding its last frame.
-function show(clips, actionsOf) {
-  const screen = $('.screen'), longest = Math.max(...clips.map(total));
-  screen.dataset.state = clips.length > 1 ? 'two' : 'one';
-  const videos = clips.map(clip => playable(clip, clips.length > 1 ? { muted: true } : { autoplay: true, muted: true, controls: true }));
-  screen.replaceChildren(...videos.map((video, i) => clips.length > 1
-    ? h('figure', {}, video, h('figcaption', {}, 'AB'[i] + ' · ' + clips[i].model + ' · ' + seconds(total(clips[i])))) : video));
-  $('.facts').replaceChildren(...clips.map(clip => facts(clip, actionsOf(clip), longest)));
-  if (clips.length > 1) screen.append(inStep(videos));
+function show(all, actionsOf) {
+  const screen = $('.screen'), isTwo = all.length > 1;
+  const videos = all.map(clip => playable(clip, isTwo ? {} : { autoplay: moves(), controls: true }));
+  screen.dataset.state = isTwo ? 'two' : 'one';
+  screen.replaceChildren(...videos.map((video, i) => isTwo
+    ? h('figure', {}, video, h('figcaption', {}, h('span', { class: 'side' }, 'AB'[i]), all[i].model)) : video));
+  if (isTwo) screen.append(inStep(videos));
+  $('.facts').replaceChildren(...all.map(clip => facts(clip, all, actionsOf(clip))));
 }
 
 function inStep(videos) {
-  const length = () => Math.max(...videos.map(video => video.duration || 0));
   let at = 0, playing = moves(), before = performance.now();
-  const button = h('button', { type: 'button', class: 'quiet', onclick: () => { playing = !playing; } });
+  const length = () => Math.max(...videos.map(video => video.duration || 0));
+  const toggle = button('', () => { playing = !playing; });
   const slider = h('input', { type: 'range', min: 0, max: 1, step: 'any', value: 0, 'aria-label': 'Position in both clips',
     oninput: () => { playing = false; at = slider.value * length(); } });
   videos.forEach(video => { video.loop = false; });
-  requestAnimationFrame(function tick(now) {
-    if (!slider.isConnected) { if (at || now - before > 1000) return; return requestAnimationFrame(tick); }
-    const end = length(), all = end > 0 && videos.every(video => video.readyState >= 2);
-    if (playing && all) at = (at + (now - before) / 1000) % end;
+  const follow = now => {
+    const end = length(), isReady = end > 0 && videos.every(video => video.readyState >= 2);
+    if (playing && isReady) at = (at + (now - before) / 1000) % end;
     before = now;
     for (const video of videos) {
-      const wanted = Math.min(at, (video.duration || 0) - 0.01);
-      const moving = playing && all && at < video.duration - 0.05;
-      if (moving && video.paused) video.play().catch(() => {});
-      if (!moving && !video.paused) video.pause();
-      if (wanted >= 0 && Math.abs(video.currentTime - wanted) > (moving ? 0.12 : 0.03) && !video.seeking) video.currentTime = wanted;
+      const wanted = Math.min(at, (video.duration || 0) - 0.01), runs = playing && isReady && at < video.duration - 0.05;
+      if (runs && video.paused) video.play().catch(() => {});
+      if (!runs && !video.paused) video.pause();
+      const isOff = Math.abs(video.currentTime - wanted) > (runs ? 0.12 : 0.03);
+      if (isOff && wanted >= 0 && !video.seeking) video.currentTime = wanted;
     }
-    button.textContent = playing ? 'Pause both' : 'Play both';
+    toggle.textContent = playing ? 'Pause both' : 'Play both';
     slider.value = end ? at / end : 0;
-    requestAnimationFrame(tick);
-  });
-  return h('div', { class: 'transport' }, button, slider);
+    if (slider.isConnected) requestAnimationFrame(follow);
+  };
+  requestAnimationFrame(follow);
+  return h('div', { class: 'transport' }, toggle, slider);
 }

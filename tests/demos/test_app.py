@@ -1,89 +1,232 @@
-"""The demo page, driven through its own HTTP server by gradio's client."""
+"""The demo page without a browser: its handlers, and what Gradio's HTTP side lets through."""
 
 from __future__ import annotations
 
-import sys
+import math
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fastvideo import VideoPipeline, media
+from fastvideo import media
+from tests.demos.conftest import SIDE
+from tests.serving import Running, config_of
 
-gradio = pytest.importorskip("gradio", reason="the extra `demo` (gradio) is not installed")
-DEMOS = Path(__file__).parents[2] / "demos"
-
-
-@pytest.fixture(scope="module")
-def app() -> Iterator[Any]:
-    sys.path.insert(0, str(DEMOS))
-    try:
-        yield __import__("app")
-    finally:
-        sys.path.remove(str(DEMOS))
-        sys.modules.pop("app")
+LONG = {**SIDE, "num_inference_steps": 100}
+PATIENCE_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def client(app: Any, tiny_folder: Path) -> Iterator[Any]:
+def form(*sides: Any, run: str = "run", count: Any = 1) -> dict[str, Any]:
+    return {"run": run, "count": count, "sides": list(sides)}
+
+
+def tab(name: str = "tab") -> Any:
+    return SimpleNamespace(session_hash=name)
+
+
+def last(views: Iterator[Any]) -> Any:
+    *_, view = views
+    return view
+
+
+def until(condition: Any) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def jobs(server: Running) -> list[Any]:
+    return list(server.ask("GET", "/v1/videos")[2]["data"])
+
+
+@pytest.fixture
+def client(page: Any) -> Iterator[Any]:
     from gradio_client import Client
 
-    blocks = app.build(VideoPipeline.from_pretrained(tiny_folder, dtype="float32"))
-    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, show_error=True)
-    try:
-        yield Client(url, verbose=False)
-    finally:
-        blocks.close(verbose=False)
+    blocks = page.build()
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    yield Client(url, verbose=False)
+    blocks.close(verbose=False)
 
 
-def test_a_prompt_becomes_a_clip_with_its_recipe(client: Any, tiny_folder: Path):
-    job = client.submit("a red ball", 3, 2, str(tiny_folder), api_name="/generate")
-    path, recipe, status = job.result(timeout=120)
-    facts = media.read_facts(path)
+def test_a_form_over_http_becomes_a_clip_and_wrong_values_one_line(client: Any, page: Any):
+    """In one test, as launching takes longer than all that it does."""
+    job = client.submit(form({**SIDE, "seed": str(2**53 + 1)}), api_name="/generate")
+    view = job.result(timeout=PATIENCE_S)
+    assert view["phase"] == "over", view
+    (clip,) = view["clips"]
+    facts = media.read_facts(clip["file"])
     assert (facts.width, facts.height, facts.num_frames) == (48, 32, 9)
-    assert recipe["request"]["prompt"] == "a red ball"
-    assert recipe["request"]["num_inference_steps"] == 2
-    assert status.startswith("seed 3; ")
-    seen = [output[2] for output in job.outputs()]
-    assert any(text.startswith("denoise 1/2 <progress ") for text in seen)
+    assert clip["recipe"]["request"]["seed"] == 2**53 + 1, "no browser rounds it"
+    assert set(clip["seconds"]) >= {"encode_text", "denoise", "decode", "save"}
+    for seed in (1.5, 2**63, "1e400"):
+        view = client.predict(form({**SIDE, "seed": seed}), api_name="/generate")
+        assert (view["phase"], view["field"]) == ("failed", "seed")
+        assert view["error"].startswith("seed ") and "\n" not in view["error"]
+    page.leave(tab(next(iter(page.sessions))))
+    assert list(page.folder.iterdir()) == []
+
+
+def test_views_tell_the_stages_and_seconds_are_the_servers(page: Any, server: Running):
+    seen, views = [], page.generate(form({**SIDE, "num_inference_steps": 3}), tab())
+    done: dict[str, float] = {}
+    for view in views:
+        seen.append((view["phase"], view.get("stage"), view.get("index")))
+        done |= {name: s for job in jobs(server) for name, s in job["stage_seconds"].items()}
+    assert seen[-1][0] == "over"
+    assert ("making", "denoise", 3) in seen
+    assert view["clips"][0]["seconds"] == pytest.approx(
+        done or view["clips"][0]["seconds"], rel=0.1
+    )
+    assert jobs(server) == [], "the server keeps nothing of it"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "seed", "text"),
-    [(" ", 3, "the prompt is empty"), ("x", -7, "greater than or equal to -1")],
+    ("values", "text", "field"),
+    [
+        ({"seed": "1.5"}, 'seed "1.5": must be a valid integer', "seed"),
+        ({"seed": math.inf}, "seed Infinity: must be a valid integer", "seed"),
+        ({"seed": math.nan}, "seed NaN: must be a valid integer", "seed"),
+        ({"seed": "9223372036854775808"}, "must be at most 9223372036854775807", "seed"),
+        ({"seed": "-7"}, "must be at least -1", "seed"),
+        ({"prompt": " "}, "the prompt is empty", "prompt"),
+        ({"prompt": None}, "prompt is missing", "prompt"),
+        ({"num_inference_steps": 2.5}, "must be a valid integer", "num_inference_steps"),
+        ({"num_inference_steps": 500}, "exceeds the limit", "num_inference_steps"),
+        ({"guidance_scale": math.inf}, "must be a finite number", "guidance_scale"),
+        ({"width": 50}, "nearest", "width"),
+        ({"model": "other"}, "model 'other' is unknown", "model"),
+        ({"decoder": "other"}, "decoder 'other' is unknown", "decoder"),
+        ({"steps_": 3}, "steps_", "steps_"),
+        ({"latents": [1]}, "latents does not go over HTTP", "latents"),
+    ],
 )
-def test_what_is_illegal_is_shown_as_one_line(
-    client: Any, tiny_folder: Path, prompt: str, seed: int, text: str
+def test_a_wrong_value_is_one_line_that_names_its_field(
+    page: Any, server: Running, values: dict[str, Any], text: str, field: str
 ):
-    with pytest.raises(Exception, match=text) as caught:
-        client.predict(prompt, seed, 2, str(tiny_folder), api_name="/generate")
-    assert "\n" not in str(caught.value)
+    view = last(page.generate(form({**SIDE, **values}), tab()))
+    assert view["phase"] == "failed"
+    assert text in view["error"] and "\n" not in view["error"]
+    assert view["field"] == field
+    assert jobs(server) == []
 
 
-def test_closing_the_generator_stops_between_two_steps(app: Any, tiny_folder: Path, monkeypatch):
-    pipe = VideoPipeline.from_pretrained(tiny_folder, dtype="float32")
-    calls = []
-    forward = pipe.model.dit.forward
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(pipe.model.dit, "forward", counted)
-    running = app.Page(pipe).generate("a red ball", 3, 50, str(tiny_folder))
-    status = ""
-    while not status.startswith("denoise 2/50"):
-        _, _, status = next(running)
-    before = len(calls)
-    running.close()
-    assert 0 < before == len(calls) < 10
+@pytest.mark.parametrize("given", [None, 3, [], {"sides": "x"}, form(), form(1), form(*[SIDE] * 3)])
+def test_a_form_of_another_shape_is_refused(page: Any, given: Any):
+    assert last(page.generate(given, tab()))["phase"] == "failed"
 
 
-def test_the_stop_button_cancels_the_run(app: Any, tiny_folder: Path):
-    blocks = app.build(VideoPipeline.from_pretrained(tiny_folder, dtype="float32"))
-    functions = blocks.fns.values()
-    run = next(f for f in functions if f.api_name == "generate")
-    assert run.concurrency_limit == 1
-    assert any(run._id in f.cancels for f in functions)
-    assert blocks._queue.max_size == app.MAX_QUEUE
+def test_stop_ends_a_running_clip_and_a_queued_one(page: Any, server: Running):
+    running = page.generate(form(LONG, run="first"), tab())
+    while next(running).get("stage") != "denoise":
+        pass
+    queued = page.generate(form(LONG, run="second"), tab("other"))
+    while (view := next(queued)).get("ahead") is None:
+        pass
+    assert (view["phase"], view["ahead"]) == ("waiting", 0)
+    assert page.stop("second")
+    assert last(queued)["phase"] == "stopped"
+    assert [job["status"] for job in jobs(server)] == ["in_progress"]
+    assert page.stop("first")
+    *_, view = running
+    assert (view["phase"], view["clips"]) == ("stopped", [])
+    assert jobs(server) == []
+    assert not page.stop("first"), "there is no such run any more"
+    assert list(page.folder.rglob("*.mp4")) == []
+
+
+def test_a_closed_tab_cancels_its_jobs_and_leaves_no_file(page: Any, server: Running):
+    last(page.generate(form(SIDE), tab()))
+    views = page.generate(form(LONG), tab())
+    while next(views).get("stage") != "denoise":
+        pass
+    page.leave(tab())
+    views.close()
+    assert jobs(server) == [] and page.runs == {}
+    assert list(page.folder.iterdir()) == []
+
+
+def test_two_tabs_that_ask_for_several_clips_take_turns(page: Any):
+    made: list[str] = []
+
+    def ask(name: str) -> None:
+        for view in page.generate(form(SIDE, run=name, count=3), tab(name)):
+            if len(view["clips"]) > made.count(name):
+                made.append(name)
+
+    tabs = [threading.Thread(target=ask, args=(name,)) for name in "ab"]
+    for one in tabs:
+        one.start()
+    for one in tabs:
+        one.join(PATIENCE_S)
+    assert sorted(made) == [*"aaabbb"]
+    assert all({*made[i : i + 3]} == {*"ab"} for i in range(4)), made
+
+
+def test_sides_share_prompt_and_seed_and_each_has_its_model(
+    demos: Any, start: Any, tiny_copy: Path
+):
+    """A model that one tab chooses changes nothing in another."""
+    running = start(tiny_copy)
+    page = demos.Page(running.url)
+    first, second = (one["id"] for one in page.offers()["data"])
+    other = page.generate(form({**SIDE, "model": first}), tab("other"))
+    next(other)
+    view = last(page.generate(form({**SIDE, "seed": ""}, {**SIDE, "model": second}), tab()))
+    seeds = {clip["recipe"]["request"]["seed"] for clip in view["clips"]}
+    assert [clip["model"] for clip in view["clips"]] == [first, second]
+    assert len(seeds) == 1
+    assert last(other)["clips"][0]["model"] == first
+    page.close()
+
+
+@pytest.fixture
+def start(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
+    """Start a server of two models."""
+    started: list[Running] = []
+
+    def begin(other: Path) -> Running:
+        models = [tiny_folder, other.rename(other.with_name("other"))]
+        workers = [{"model": str(model), "devices": ["cpu"]} for model in models]
+        started.append(Running(config_of(tiny_folder, tmp_path / "served", worker=workers)))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.stop()
+
+
+def test_after_many_clips_some_of_them_cancelled_no_file_is_left(page: Any, server: Running):
+    """Those of a session stay, the newest ones, until its tab is closed."""
+    before = sorted(server.folder.rglob("*.mp4"))
+    for number in range(50):
+        views = page.generate(form(SIDE), tab(f"tab {number % 2}"))
+        next(views)
+        if number % 5 == 4:
+            page.stop("run")
+        last(views)
+    kept = [len(list(folder.iterdir())) for folder in page.folder.iterdir()]
+    assert kept == [20, 20]
+    for name in ("tab 0", "tab 1"):
+        page.leave(tab(name))
+    assert list(page.folder.iterdir()) == [] and jobs(server) == []
+    assert sorted(server.folder.rglob("*.mp4")) == before
+
+
+def test_a_server_that_is_not_there_is_said_in_a_line(demos: Any):
+    page = demos.Page("http://127.0.0.1:9")
+    assert page.offers()["error"].startswith("server http://127.0.0.1:9 does not answer")
+    assert "does not answer" in last(page.generate(form(SIDE), tab()))["error"]
+    page.close()
+
+
+def test_no_telemetry_and_no_clip_of_a_name_that_a_browser_chose(demos: Any, page: Any):
+    assert not page.build().analytics_enabled
+    last(page.generate(form(SIDE), tab("../../outside")))
+    (folder,) = page.folder.iterdir()
+    assert folder.parent == page.folder

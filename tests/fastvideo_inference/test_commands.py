@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from fastvideo_inference import recipe
 from fastvideo_inference.commands import demo, report
 
-from fastvideo import Video, cli, hub, media
+from fastvideo import Video, VideoPipeline, cli, hub, media
 from fastvideo.stages import Progress, encode_text
 
 PROMPT = "a red ball moving left"
@@ -434,6 +435,34 @@ def test_doctor_reports_what_is_broken_and_goes_on(monkeypatch: pytest.MonkeyPat
     out = capsys.readouterr().out
     assert "video  FAILED: OSError: no libx264" in out
     assert "problems  video" in out
+
+
+def test_the_demos_own_server_offers_budgets_and_ends_with_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("fastapi")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with demo.own_server([str(tiny_folder)], {}) as process:
+        pipe = VideoPipeline.connect(demo._url(process))
+        offers = pipe.offers()
+        assert [one["name"] for one in offers["slo_class"]] == ["any time", "2 s", "5 s", "10 s"]
+        assert [one["id"] for one in offers["data"]] == [tiny_folder.name]
+    assert process.poll() is not None
+    with pytest.raises(ConnectionError):
+        pipe.offers()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--lora", "x.safetensors"], "must be NAME=PATH"),
+        (["--server", "http://127.0.0.1:9", "--model", "wan-nano"], "not for --server"),
+    ],
+)
+def test_demo_refuses_words_that_do_not_go_together(words: list[str], text: str, capsys):
+    pytest.importorskip("gradio")
+    assert cli.main(["demo", *words]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_demo_finds_the_page_of_a_checkout_or_says_where_to_get_it(

@@ -1,9 +1,14 @@
-"""`fastvideo demo`: open the demo page of a checkout; an installed wheel has none."""
+"""`fastvideo demo`: serve the demo page of a checkout; an installed wheel has none."""
 
 from __future__ import annotations
 
+import json
 import runpy
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +19,8 @@ import fastvideo
 from fastvideo.errors import RefusedError, one_line
 
 SOURCE = "git clone of the repository, then: pip install -e '.[demo]'"
+BUDGETS_S = (2, 5, 10)
+_DRAIN_S, _END_S = 3.0, 15.0
 
 
 def demo(
@@ -23,7 +30,7 @@ def demo(
     model: Annotated[
         list[str] | None, Option("--model", "-m", help="Name or folder; repeatable. [all bundled]")
     ] = None,
-    lora: Annotated[list[str] | None, Option(help="NAME=PATH, offered by its name.")] = None,
+    lora: Annotated[list[str] | None, Option(help="NAME=PATH; repeatable.")] = None,
     open_: Annotated[bool, Option("--open", help="Open it in a browser.")] = False,
     share: Annotated[bool, Option("--share", help="A public link through gradio.live.")] = False,
 ) -> int:
@@ -31,21 +38,26 @@ def demo(
     page = find_page()
     missing = [name for name in ("gradio", "fastapi", "uvicorn") if not find_spec(name)]
     if missing:
-        text = f"the demo page needs {', '.join(missing)}; in the checkout: pip install -e '.[demo]'"
-        raise RefusedError(text)
-    words = ["--port", str(port), "--host", host]
-    words += ["--server", server] if server else []
-    words += [word for name in model or () for word in ("--model", name)]
-    words += [word for one in lora or () for word in ("--lora", one)]
-    words += ["--open"] * open_ + ["--share"] * share
-    before, path = sys.argv, sys.path[:]
-    sys.argv, sys.path[:0] = [str(page), *words], [str(page.parent)]
+        text = f"the demo page needs {', '.join(missing)}"
+        raise RefusedError(f"{text}; in the checkout: pip install -e '.[demo]'")
+    if server and (model or lora):
+        raise RefusedError("--model and --lora are for a server that is started, not for --server")
+    named = [one.partition("=") for one in lora or ()]
+    if wrong := [name for name, _, path in named if not name or not path]:
+        raise RefusedError(f"--lora {wrong[0]!r} must be NAME=PATH")
+    sys.path.insert(0, str(page.parent))
+    how = {"host": host, "port": port, "opens": open_, "shares": share}
     try:
-        runpy.run_path(str(page), run_name="__main__")
-    except RuntimeError as error:  # its server did not start
+        if server:
+            runpy.run_path(str(page))["serve"](server, **how)
+        else:
+            with own_server(model or (), {name: path for name, _, path in named}) as process:
+                serve = runpy.run_path(str(page))["serve"]  # takes seconds, in which both start
+                serve(_url(process), **how)
+    except (RuntimeError, OSError) as error:  # its server does not start, or the port is taken
         raise RefusedError(one_line(error)) from None
     finally:
-        sys.argv, sys.path[:] = before, path
+        sys.path.remove(str(page.parent))
     return 0
 
 
@@ -60,3 +72,63 @@ def find_page() -> Path:
             f"the demo page is not in the wheel (looked at {tried}); get it by {SOURCE}"
         )
     return found
+
+
+@contextmanager
+def own_server(models: Sequence[str], loras: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Start `fastvideo serve` on a free port; its first line is its URL.
+
+    It serves models (none: all bundled ones) and LoRAs by name. The process and all of its files
+    are gone at the end of the block.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastvideo-demo-") as folder:
+        config = Path(folder, "serve.toml")
+        config.write_text(_config(models, loras, Path(folder, "clips")), encoding="utf-8")
+        words = ["-m", "fastvideo", "serve", "--config", str(config), "--port", "0"]
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the page, which ends it
+        )
+        try:
+            yield process
+        finally:
+            _end(process)
+
+
+def _url(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None, "own_server has a pipe"
+    url = process.stdout.readline().strip()
+    if not url:
+        raise RuntimeError(f"the page's server ended with code {process.wait()}")
+    return url
+
+
+def _config(models: Sequence[str], loras: Mapping[str, str], folder: Path) -> str:
+    """Write a server's config: a class for each budget, the models' own small decoders."""
+    tables = [f"folder = {json.dumps(str(folder))}", '[[class]]\nname = "any time"']
+    for seconds in BUDGETS_S:
+        promise = f"deadline_s = {seconds}\nallow_smaller = true"
+        tables.append(f'[[class]]\nname = "{seconds} s"\n{promise}')
+    tables += [f"[[worker]]\nmodel = {json.dumps(_absolute(name))}" for name in models or [""]]
+    named = [f"{json.dumps(name)} = {json.dumps(_absolute(path))}" for name, path in loras.items()]
+    return "\n\n".join([*tables, '[decoder]\ntiny = "tiny"', "\n".join(["[lora]", *named])])
+
+
+def _absolute(name: str) -> str:
+    """Return a path that is right from any folder; a name that is no path as it is."""
+    return str(Path(name).expanduser().resolve()) if name and Path(name).exists() else name
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a server: the first signal drains, the second ends what runs."""
+    for patience_s in (_DRAIN_S, _END_S):
+        process.terminate()
+        try:
+            process.wait(patience_s)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+    process.kill()
+    process.wait()
