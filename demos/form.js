@@ -71,6 +71,7 @@ function tell() {  // what the form says of itself, and whether it can act
   field('negative_prompt').disabled = isUnused;
   $('small', field('negative_prompt').parentElement).textContent = isUnused ? 'Counts only with guidance above 1' : '';
   $('.lora').hidden = field('lora').options.length < 2;
+  $('.of-a').hidden = !isTwo;
   $('.versus').hidden = $('.versus').disabled = !isTwo;
   $('.primary').textContent = isTwo ? 'Generate both' : 'Generate';
   $('.primary').disabled = !offers || Boolean(run) || !field('prompt').value.trim();

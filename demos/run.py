@@ -6,14 +6,15 @@ Clips are sent one at a time, so that two browsers that ask for several take tur
 from __future__ import annotations
 
 import base64
+import json
 import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from fastvideo import Job, Progress, VideoPipeline, bundled_models, shapes_kept
 
@@ -115,12 +116,15 @@ class Run:
     def _clip(self, job: Job) -> View:
         model = job.values["model"]
         video = job.result(decode=model in bundled_models())
-        path = video.save(self.folder / f"{uuid4().hex}.mp4")
-        prompt, kept = video.recipe["request"]["prompt"], {}
+        request, kept = video.recipe["request"], {}
+        name = re.sub(r"[^a-z0-9]+", "-", request["prompt"].lower())[:40].strip("-")
+        path = self.folder / f"{name or 'clip'}-{request['seed']}-{token_hex(3)}.mp4"
+        video.save(path)
         if video.frames is not None:
-            kept = shapes_kept(prompt, video.frames, fps=video.fps)
+            kept = shapes_kept(request["prompt"], video.frames, fps=video.fps)
         told = {"seconds": video.timings, "notices": list(video.notices), "kept": kept}
-        return {"id": path.stem, "file": str(path), "model": model, "recipe": video.recipe, **told}
+        recipe = json.dumps(video.recipe)  # as text: a browser would round its seed
+        return {"file": str(path), "model": model, "recipe": recipe, **told}
 
 
 def _listen(job: Job, heard: SimpleQueue[Any]) -> None:

@@ -26,7 +26,7 @@ async function stop() {
 window.fastvideo = view => {
   if (!run || view.run !== run.name) return;
   Object.assign(run, { view, heard: Date.now() });
-  const made = run.isStopping ? [] : view.clips;
+  const made = run.isStopping ? [] : view.clips.map(clip => ({ ...clip, recipe: recipeOf(clip.recipe) }));
   for (const clip of made.slice(run.seen)) keep(clip);
   run.seen = made.length;
   if (['over', 'stopped', 'failed'].includes(view.phase)) {
@@ -109,15 +109,15 @@ function keep(clip) {
 }
 
 function list() {
-  const items = $('.gallery ul'), old = new Map([...items.children].map(item => [item.dataset.id, item]));
+  const items = $('.gallery ul'), old = new Map([...items.children].map(item => [item.dataset.file, item]));
   $('.gallery').hidden = !clips.length;
-  items.replaceChildren(...clips.map(clip => old.get(clip.id) ?? entry(clip)));
-  clips.forEach((clip, i) => items.children[i].toggleAttribute('data-shown', shown.some(one => one.id === clip.id)));
+  items.replaceChildren(...clips.map(clip => old.get(clip.file) ?? entry(clip)));
+  clips.forEach((clip, i) => items.children[i].toggleAttribute('data-shown', shown.some(one => one.file === clip.file)));
 }
 
 function entry(clip) {
   const { prompt, seed } = clip.recipe.request, video = playable(clip, { tabindex: -1, 'aria-hidden': 'true' });
-  return h('li', { 'data-id': clip.id, onmouseenter: () => video.play().catch(() => {}), onmouseleave: () => video.pause() },
+  return h('li', { 'data-file': clip.file, onmouseenter: () => video.play().catch(() => {}), onmouseleave: () => video.pause() },
     button(video, () => run || display([clip]), { class: 'thumb', 'aria-label': 'Show: ' + prompt }),
     h('p', {}, prompt),
     h('p', { class: 'words' }, [clip.model, seconds(total(clip)), `seed ${seed}`].map(word => h('span', {}, word))),
@@ -163,7 +163,7 @@ async function read(file) {
   const begin = text.search(/\{"version": \d+, "model": \{/);
   let recipe = null;
   for (let end = begin; !recipe && begin >= 0 && (end = text.indexOf('}', end + 1)) > 0;)
-    try { recipe = JSON.parse(text.slice(begin, end + 1)); } catch { /* it goes on */ }
+    try { recipe = recipeOf(text.slice(begin, end + 1)); } catch { /* it goes on */ }
   if (recipe) restore(recipe);
   else complain(`${file.name} holds no recipe: it was not made by fastvideo, or was encoded anew`);
 }

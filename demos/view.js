@@ -6,6 +6,9 @@ const seconds = s => (s < 9.95 ? s.toFixed(1) : Math.round(s)) + ' s';
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const total = clip => sum(Object.values(clip.seconds));
 const moves = () => !matchMedia('(prefers-reduced-motion: reduce)').matches;
+// A seed may be larger than a number of JavaScript, and stays text.
+const SEED = /"seed": "?(\d+)"?/;
+const recipeOf = text => JSON.parse(text.replace(SEED, '"seed": "$1"'));
 const fileOf = clip => 'gradio_api/file=' + clip.file;
 
 function h(tag, attributes = {}, ...children) {
@@ -55,7 +58,6 @@ function kept(clip) {
 
 function facts(clip, all, actions) {
   const { request, decoder } = clip.recipe, longest = Math.max(...all.map(total)), factor = longest / total(clip);
-  const slug = request.prompt.toLowerCase().replace(/[^a-z0-9]+/g, '-').slice(0, 40) || 'clip';
   const isTwo = all.length > 1, isShared = all.every(one => one.recipe.request.prompt === request.prompt);
   const words = [isTwo ? !isShared && request.prompt : clip.model, decoder && `${decoder.name_or_path} decoder`,
     `${request.num_inference_steps} steps`, request.guidance_scale !== 1 && `guidance ${request.guidance_scale}`,
@@ -68,8 +70,8 @@ function facts(clip, all, actions) {
       ' to make' + (factor >= 1.05 ? `, ${factor.toFixed(1)} times as fast` : '')),
     bar(clip, longest), kept(clip), clip.notices.map(text => h('p', { class: 'notice' }, text)),
     h('p', { class: 'actions' },
-      h('a', { class: 'quiet', href: fileOf(clip), download: `${slug}-${request.seed}.mp4` }, 'Download'), actions),
-    h('details', {}, h('summary', {}, 'Recipe'), h('pre', { tabindex: 0 }, JSON.stringify(clip.recipe, null, 2))));
+      h('a', { class: 'quiet', href: fileOf(clip), download: '' }, 'Download'), actions),
+    h('details', {}, h('summary', {}, 'Recipe'), h('pre', { tabindex: 0 }, JSON.stringify(clip.recipe, null, 2).replace(SEED, '"seed": $1'))));
 }
 
 // One clip plays by itself; two play in step, the shorter one holding its last frame.

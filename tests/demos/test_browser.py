@@ -1,25 +1,28 @@
-"""The demo page in a real browser: a prompt is typed, a clip plays. Slow: marker `full`."""
+"""The demo page in a real browser, with the bundled models. Slow: marker `full`.
+
+FASTVIDEO_SHOTS is a folder for a screenshot of every state, at both widths, dark and light.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio", reason="the extra `demo` (gradio) is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ROOT = Path(__file__).parents[2]
-PROMPT = "a small blue square moving right"
+WAIT_MS = 180_000
+DESK, PHONE = (1280, 900), (390, 844)
 
 pytestmark = [
     pytest.mark.full,
@@ -28,117 +31,281 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serve demos/app.py from a process of its own; yield its address."""
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run `fastvideo demo`; at its end its server and its files are gone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("demo") / "log"
-    words = ["--port", str(port), "--model", str(tiny_folder)]
-    with log.open("w") as output:
-        served = subprocess.Popen(
-            [sys.executable, str(ROOT / "demos" / "app.py"), *words],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    folder = tmp_path_factory.mktemp("demo")
+    own = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder)}
+    served = subprocess.Popen(
+        [sys.executable, "-m", "fastvideo", "demo", "--port", str(port)],
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_for(address, served, log)
-        yield address
+        assert served.stdout is not None
+        line = served.stdout.readline()
+        assert line.startswith("the page is at ")
+        yield line.split()[-1]
+        child = Path(f"/proc/{served.pid}/task/{served.pid}/children").read_text().split()
+        served.send_signal(signal.SIGTERM)
+        assert served.wait(30) == 143
+        assert child and not any(Path("/proc", one).exists() for one in child)
+        assert list(folder.rglob("*.mp4")) == []
     finally:
-        served.terminate()
-        served.wait(30)
+        served.kill()
+        served.wait()
 
 
-def _wait_for(address: str, served: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 120
-    while served.poll() is None and time.monotonic() < until:
-        try:
-            urllib.request.urlopen(f"{address}/config", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"the page does not answer: {log.read_text()}")
-
-
-@pytest.fixture
-def page(url: str) -> Iterator[Any]:
-    """Open the page; what the browser's console calls an error is in `page.wrong`."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    flags = ["--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"]
     with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"],
-        )
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.wrong = []
-        page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        page.goto(url)
-        page.get_by_role("button", name="Generate", exact=True).wait_for(timeout=60_000)
-        yield page
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
         browser.close()
 
 
-def shots(folder: Path) -> Path:
-    """Where screenshots go: a folder that somebody wants to look at, or the test's own."""
-    return Path(os.environ.get("FASTVIDEO_SHOTS", folder))
+@pytest.fixture
+def open_page(url: str, browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open tabs of browsers of their own; none of them may have met an error."""
+    tabs: list[Any] = []
+
+    def begin(size: tuple[int, int] = DESK, *, scheme: str = "light") -> Any:
+        viewport = {"width": size[0], "height": size[1]}
+        tab = browser.new_page(viewport=viewport, color_scheme=scheme)
+        tab.wrong = []
+        tab.on("console", lambda m: tab.wrong.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda error: tab.wrong.append(str(error)))
+        tab.on("response", lambda r: tab.wrong.append(r.url) if r.status >= 400 else None)
+        # what the browser itself gave up, such as the rest of a clip that is not shown any more
+        is_real = lambda r: "ERR_ABORTED" not in str(r.failure)  # noqa: E731
+        tab.on("requestfailed", lambda r: tab.wrong.append(r.url) if is_real(r) else None)
+        tab.on(
+            "request", lambda r: None if r.url.startswith((url, "data:")) else tab.wrong.append(r)
+        )
+        tab.goto(url)
+        tab.locator(".primary:enabled").wait_for(timeout=WAIT_MS)
+        tabs.append(tab)
+        return tab
+
+    yield begin
+    for tab in tabs:
+        tab.close()
+        assert tab.wrong == []
 
 
-def _own_errors(page: Any) -> list[str]:
-    """Return console errors; fonts that gradio fetches from the net may be out of reach."""
-    return [text for text in page.wrong if "net::ERR_" not in text]
+def generate(tab: Any, **fields: str) -> None:
+    for name, value in fields.items():
+        field = tab.locator(f"[name={name}]")
+        field.select_option(value) if name.endswith("model") else field.fill(value)
+    tab.locator(".primary").click()
 
 
-def test_a_typed_prompt_becomes_a_clip_that_plays(page: Any, tmp_path: Path):
-    page.get_by_label("Prompt", exact=True).fill(PROMPT)
-    page.get_by_label("Seed", exact=True).fill("3")
-    page.get_by_role("button", name="Generate", exact=True).click()
-    page.wait_for_function("document.querySelector('video')?.readyState >= 3", timeout=120_000)
-    video = page.locator("video").first
-    width, height, duration = video.evaluate("v => [v.videoWidth, v.videoHeight, v.duration]")
-    assert (width, height) == (48, 32)
-    assert duration == pytest.approx(9 / 8, abs=0.1)
-    page.get_by_text("seed 3;").wait_for(timeout=30_000)
-    shot = page.screenshot(path=shots(tmp_path) / "clip.png", full_page=True)
-    assert len(shot) > 10_000
-    assert _own_errors(page) == []
+def wait_for_clip(tab: Any, count: int = 1) -> list[Any]:
+    """Return what the videos of the screen say of themselves once they play."""
+    script = """n => { const all = [...document.querySelectorAll('.screen video')];
+      return document.querySelector('.progress').hidden && all.length === n
+        && all.every(v => v.readyState >= 3 && v.currentTime > 0.2) }"""
+    tab.wait_for_function(script, arg=count, timeout=WAIT_MS)
+    of_each = "all => all.map(v => [v.videoWidth, v.videoHeight, v.duration, v.currentTime])"
+    return list(tab.locator(".screen video").evaluate_all(of_each))
 
 
-def _choose(page: Any, model: str) -> None:
-    page.get_by_label("Model", exact=True).click()
-    page.get_by_role("option", name=model, exact=True).click()
+def more(tab: Any) -> None:
+    tab.locator(".composer summary").click()
 
 
-def test_progress_is_drawn_and_stop_ends_the_run(page: Any, tmp_path: Path):
-    _choose(page, "wan-nano")  # a tiny one would end before it is stopped
-    steps = page.get_by_label("number input for Steps", exact=True)
-    page.wait_for_function("e => e.value === '10'", arg=steps.element_handle(), timeout=30_000)
-    steps.fill("100")
-    page.get_by_role("button", name="Generate", exact=True).click()
-    page.locator("progress[max='100']").wait_for(timeout=60_000)
-    page.screenshot(path=shots(tmp_path) / "progress.png")
-    page.get_by_role("button", name="Stop", exact=True).click()
-    page.get_by_text("stopped", exact=True).wait_for(timeout=30_000)
-    assert page.locator("video").count() == 0
-    assert _own_errors(page) == []
+def shoot(tab: Any, name: str) -> None:
+    if folder := os.environ.get("FASTVIDEO_SHOTS"):
+        tab.screenshot(path=Path(folder, f"{name}.png"), full_page=True)
 
 
-def test_a_model_of_few_steps_fixes_their_number(page: Any, tmp_path: Path):
-    _choose(page, "fastwan-nano")
-    steps = page.get_by_label("number input for Steps", exact=True)
-    page.wait_for_function("e => e.value === '3'", arg=steps.element_handle(), timeout=30_000)
-    assert steps.is_disabled()
-    page.get_by_label("Prompt", exact=True).fill("a big red ball moving left")
-    page.get_by_role("button", name="Generate", exact=True).click()
-    page.wait_for_function("document.querySelector('video')?.readyState >= 3", timeout=120_000)
-    page.screenshot(path=shots(tmp_path) / "few.png", full_page=True)
-    assert _own_errors(page) == []
+def serious(tab: Any) -> list[str]:
+    """Return what axe finds that keeps people out."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(tab).response["violations"]
+    return [
+        f"{one['id']}: {one['nodes'][0]['html'][:200]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
 
 
-def test_an_empty_prompt_is_answered_on_the_page(page: Any, tmp_path: Path):
-    page.get_by_label("Prompt", exact=True).fill("")
-    page.get_by_role("button", name="Generate", exact=True).click()
-    page.get_by_text("the prompt is empty; say what the clip should show").wait_for(timeout=30_000)
-    page.screenshot(path=shots(tmp_path) / "error.png")
-    assert page.locator("video").count() == 0
+def test_enter_makes_a_clip_whose_preview_changes_and_that_plays(open_page: Any):
+    tab = open_page()
+    prompt = tab.get_by_label("Prompt", exact=True)
+    prompt.fill("a small blue square")
+    prompt.press("Shift+Enter")
+    prompt.type("moving right")
+    assert prompt.input_value() == "a small blue square\nmoving right"
+    tab.evaluate(
+        "window.seen = new Set(); new MutationObserver(() => { const image ="
+        " document.querySelector('.moving img'); if (image) seen.add(image.src) })"
+        ".observe(document.querySelector('.screen'), { childList: true, subtree: true })"
+    )
+    prompt.press("Enter")
+    assert tab.locator(".primary").is_disabled(), "nothing more can be begun"
+    ((width, height, duration, _),) = wait_for_clip(tab)
+    assert (width, height) == (128, 128)
+    assert duration == pytest.approx(81 / 16, abs=0.1)
+    assert tab.evaluate("seen.size") >= 3, "three steps, and frames as they are decoded"
+    shown = float(tab.locator(".took b").inner_text().split()[0])
+    stages = re.findall(r"([\d.]+) s", tab.locator(".bar ul").inner_text())
+    assert shown == pytest.approx(sum(map(float, stages)), abs=0.25)
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename.startswith("a-small-blue-square-moving-right-")
+
+
+def test_stop_ends_a_running_clip_and_one_that_waits(open_page: Any):
+    first, second = open_page(), open_page()
+    more(first)
+    generate(first, model="wan-nano")
+    first.locator(".moving").wait_for(timeout=WAIT_MS)
+    generate(second)
+    second.locator(".progress p", has_text="Next in the queue").wait_for(timeout=WAIT_MS)
+    shoot(second, "1280-light-queued")
+    second.get_by_role("button", name="Stop").click()
+    second.locator(".progress[hidden]").wait_for(timeout=5000, state="attached")
+    assert first.locator(".progress").is_visible(), "a stop is for its own tab"
+    first.get_by_role("button", name="Stop").click()
+    first.locator(".progress[hidden]").wait_for(timeout=5000, state="attached")
+    for tab in (first, second):
+        assert tab.locator("video").count() == 0
+        assert tab.locator(".primary").is_enabled()
+        assert tab.get_by_text("Your clip plays here").is_visible()
+
+
+def test_a_closed_tab_makes_room_and_another_keeps_its_model(open_page: Any):
+    first, second = open_page(), open_page()
+    generate(first, model="wan-nano", count="4")
+    first.locator(".moving").wait_for(timeout=WAIT_MS)
+    generate(second)
+    second.locator(".progress p", has_text="Next in the queue").wait_for(timeout=WAIT_MS)
+    first.close()
+    wait_for_clip(second)
+    assert second.locator(".facts .words").inner_text().startswith("fastwan-nano")
+    assert second.locator("[name=model]").input_value() == "fastwan-nano"
+
+
+def test_settings_come_back_from_the_gallery_and_from_a_dropped_file(
+    open_page: Any, tmp_path: Path
+):
+    tab = open_page()
+    tab.locator("[name=num_frames]").evaluate("e => { e.value = 41 }")
+    generate(tab, seed="9007199254740993", prompt="a red star moving up at night")
+    wait_for_clip(tab)
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="Download").click()
+    file = tmp_path / "clip.mp4"
+    download.value.save_as(file)
+    for way in ("gallery", "drop"):
+        tab.locator("[name=seed]").fill("1")
+        tab.locator("[name=prompt]").fill("another")
+        tab.locator("[name=num_frames]").evaluate("e => { e.value = 5 }")
+        if way == "gallery":
+            tab.locator(".gallery").get_by_role("button", name="Use these settings").click()
+        else:
+            drop(tab, file)
+        tab.wait_for_function("document.forms[0].elements.prompt.value.startsWith('a red star')")
+        assert tab.locator("[name=num_frames]").input_value() == "41"
+        # JSON's numbers are doubles in a browser
+        assert tab.locator("[name=seed]").input_value() == "9007199254740993"
+    (tmp_path / "other.mp4").write_bytes(b"\0" * 100)
+    drop(tab, tmp_path / "other.mp4")
+    tab.get_by_text("holds no recipe").wait_for()
+
+
+def drop(tab: Any, file: Path) -> None:
+    """Drop a file on the page, as a browser does."""
+    transfer = tab.evaluate_handle(
+        """([bytes, name]) => { const all = new DataTransfer();
+        all.items.add(new File([new Uint8Array(bytes)], name)); return all }""",
+        [list(file.read_bytes()), file.name],
+    )
+    tab.dispatch_event(".fv", "dragover", {"dataTransfer": transfer})
+    assert tab.locator(".drop").is_visible()
+    tab.dispatch_event(".fv", "drop", {"dataTransfer": transfer})
+
+
+def test_an_error_names_its_field_and_leaves_the_last_clip(open_page: Any):
+    tab = open_page()
+    generate(tab)
+    wait_for_clip(tab)
+    generate(tab, seed="1.5")
+    tab.get_by_role("alert").get_by_text('seed "1.5": must be a valid integer').wait_for()
+    assert tab.locator("[name=seed][aria-invalid]").count() == 1
+    wait_for_clip(tab)
+    assert tab.locator(".facts article").count() == 1
+    tab.locator("[name=prompt]").fill(" ")
+    assert tab.locator(".primary").is_disabled()
+
+
+def test_two_settings_play_in_step(open_page: Any):
+    tab = open_page()
+    tab.get_by_label("Compare two settings").check()
+    generate(tab, b_model="wan-nano", seed="5")
+    (first, second) = wait_for_clip(tab, 2)
+    assert first[:3] == second[:3]
+    apart = "() => { const [a, b] = document.querySelectorAll('.screen video');"
+    apart += " return Math.abs(a.currentTime - b.currentTime) }"
+    for _ in range(10):
+        assert tab.evaluate(apart) < 0.2
+        time.sleep(0.2)
+    tab.get_by_role("button", name="Pause both").click()
+    tab.get_by_label("Position in both clips").fill("0.5")
+    tab.wait_for_function(
+        "() => [...document.querySelectorAll('.screen video')].every(v => v.paused"
+        " && Math.abs(v.currentTime - v.duration / 2) < 0.1)"
+    )
+    words = tab.locator(".facts").inner_text()
+    assert "times as fast" in words and "as asked" in words
+    assert tab.locator(".took").count() == 2
+
+
+def test_the_page_answers_while_a_clip_is_made(open_page: Any):
+    tab, other = open_page(), open_page()
+    generate(tab, model="wan-nano", count="2")
+    tab.locator(".moving").wait_for(timeout=WAIT_MS)
+    began = time.monotonic()
+    other.reload()
+    other.locator(".primary:enabled").wait_for(timeout=WAIT_MS)
+    assert tab.locator(".progress").is_visible(), "it is still made"
+    assert time.monotonic() - began < 30
+    tab.get_by_role("button", name="Stop").click()
+    tab.locator(".progress[hidden]").wait_for(timeout=WAIT_MS, state="attached")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_every_state_is_fit_to_be_seen(open_page: Any, size: tuple[int, int], scheme: str):
+    """At both widths, dark and light, nothing is cut off and axe finds no serious fault."""
+    tab, is_phone = open_page(size, scheme=scheme), size == PHONE
+
+    def check(state: str) -> None:
+        shoot(tab, f"{size[0]}-{scheme}-{state}")
+        assert serious(tab) == [], state
+        assert tab.evaluate("document.documentElement.scrollWidth") == size[0], state
+
+    check("1-empty")
+    generate(tab, seed="3")
+    tab.locator(".moving").wait_for(timeout=WAIT_MS)
+    if is_phone:
+        box = "document.querySelector('.moving').getBoundingClientRect()"
+        tab.wait_for_function(f"{box}.top >= 0 && {box}.bottom <= innerHeight")
+        assert tab.get_by_role("button", name="Stop").is_visible()
+    check("2-making")
+    wait_for_clip(tab)
+    check("3-clip")
+    more(tab)
+    tab.get_by_label("Compare two settings").check()
+    check("4-settings")
+    generate(tab)
+    wait_for_clip(tab, 2)
+    check("5-compared")
+    generate(tab, seed="1.5")
+    tab.get_by_role("alert").wait_for()
+    check("6-error")
