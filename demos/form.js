@@ -12,7 +12,7 @@ const modelOf = side => offers?.data.find(one => one.id === field(side + 'model'
 // The settings that each side of a comparison has of its own.
 function own(side) {
   const range = (name, text, attributes) =>
-    h('label', {}, text, h('output'), h('input', { name: side + name, type: 'range', ...attributes }), h('small'));
+    h('label', {}, text, h('span', { class: 'value' }), h('input', { name: side + name, type: 'range', ...attributes }), h('small'));
   return [h('div', { class: 'pair' }, range('num_inference_steps', 'Steps', { min: 1, step: 1 }),
     range('guidance_scale', 'Guidance', { min: 1, max: 10, step: 0.5 })),
   h('label', {}, 'Decoder ', h('select', { name: side + 'decoder' }))];
@@ -49,6 +49,8 @@ function fit(side) {  // limits, defaults and fixed values of the model that is 
   $('small', guidance.parentElement).textContent = isFixed ? `Distilled at ${defaults.guidance_scale}` : '1 is off';
   options(side + 'decoder', [['', 'The VAE’s own'], ...model.decoder.map(name => [name, `${name}: small and fast`])]);
   if (side) return tell();
+  const classes = offers.slo_class.filter((one, i) => i === 0 || model.has_profile || !one.deadline_s);
+  options('slo_class', classes.map(({ name }) => [name, name]));
   options('size', sizes(model, limits));
   const most = Math.min(limits.num_frames, 2 * defaults.num_frames - 1);
   Object.assign(field('num_frames'), { min: 1, step: stride.num_frames, max: most, value: defaults.num_frames });
@@ -64,8 +66,8 @@ function fit(side) {  // limits, defaults and fixed values of the model that is 
 
 function tell() {  // what the form says of itself, and whether it can act
   const frames = Number(field('num_frames').value), fps = modelOf('')?.defaults?.fps ?? 16;
-  for (const input of form.querySelectorAll('[type=range]')) $('output', input.parentElement).textContent = input.value;
-  $('output', field('num_frames').parentElement).textContent = `${(frames / fps).toFixed(1)} s`;
+  for (const input of form.querySelectorAll('[type=range]')) $('.value', input.parentElement).textContent = input.value;
+  $('.value', field('num_frames').parentElement).textContent = `${(frames / fps).toFixed(1)} s`;
   $('small', field('num_frames').parentElement).textContent = `${frames} frame${frames > 1 ? 's' : ''}`;
   const isUnused = Number(field('guidance_scale').value) === 1, isTwo = field('compare').checked;
   field('negative_prompt').disabled = isUnused;

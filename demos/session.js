@@ -177,7 +177,6 @@ async function look() {  // what the server offers, asked again and again
     for (const name of ['model', 'b_model']) options(name, offers.data.map(({ id }) => [id, id]));
     field('b_model').selectedIndex = Math.min(1, offers.data.length - 1);
     options('lora', [['', 'None'], ...offers.lora.map(name => [name, name])]);
-    options('slo_class', offers.slo_class.map(({ name }) => [name, name]));
     field('count').max = offers.max_clips;
     fit('');
     fit('b_');

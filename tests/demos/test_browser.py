@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -37,9 +39,15 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("demo")
+    profile = folder / "profile.json"
+    measure = ["profile", "fastwan-nano", "--repeats", "2", "-o", str(profile)]
+    words = ["demo", "--port", str(port), "--profile", str(profile)]
+    words += ["--lora", f"style={style(folder)}"]
     own = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder)}
+    python = [sys.executable, "-m", "fastvideo"]
+    subprocess.run([*python, *measure], env={**os.environ, **own}, check=True)
     served = subprocess.Popen(
-        [sys.executable, "-m", "fastvideo", "demo", "--port", str(port)],
+        [*python, *words],
         env={**os.environ, **own},
         stdout=subprocess.PIPE,
         text=True,
@@ -57,6 +65,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         served.kill()
         served.wait()
+
+
+def style(folder: Path) -> Path:
+    """Write a LoRA that changes the bundled model a little."""
+    torch.manual_seed(0)
+    name = "blocks.0.attn1.to_q"
+    sizes = {"lora_A": (4, 192), "lora_B": (192, 4)}
+    weights = {f"{name}.{key}.weight": torch.randn(size) for key, size in sizes.items()}
+    save_file({key: 0.05 * one for key, one in weights.items()}, folder / "style.safetensors")
+    return folder / "style.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +235,40 @@ def test_settings_come_back_from_the_gallery_and_from_a_dropped_file(
     (tmp_path / "other.mp4").write_bytes(b"\0" * 100)
     drop(tab, tmp_path / "other.mp4")
     tab.get_by_text("holds no recipe").wait_for()
+
+
+def test_lora_decoder_size_and_length_are_what_the_clip_says(open_page: Any):
+    tab = open_page()
+    more(tab)
+    tab.locator("[name=lora]").select_option("style")
+    tab.locator("[name=decoder]").select_option("tiny")
+    tab.get_by_label("Strength").fill("0.5")
+    tab.locator("[name=size]").select_option("176x96")
+    tab.get_by_label("Length").fill("41")
+    generate(tab)
+    ((width, height, duration, _),) = wait_for_clip(tab)
+    assert (width, height) == (176, 96)
+    assert duration == pytest.approx(41 / 16, abs=0.1)
+    words = tab.locator(".facts .words").inner_text()
+    assert "tiny decoder" in words and "style at 0.5" in words
+
+
+def test_a_budget_is_kept_or_refused_where_the_server_knows_the_model(open_page: Any):
+    tab = open_page()
+    more(tab)
+    tab.get_by_label("Ready within").select_option("10 s")
+    generate(tab)
+    wait_for_clip(tab)
+    assert float(tab.locator(".took b").inner_text().split()[0]) < 10
+    tab.get_by_label("Ready within").select_option("2 s")
+    tab.get_by_label("Length").fill("161")
+    tab.locator("[name=size]").select_option("240x128")
+    more(tab)
+    generate(tab)
+    tab.get_by_role("alert").get_by_text("class 2 s promises 2 s").wait_for(timeout=WAIT_MS)
+    assert tab.locator("[name=slo_class][aria-invalid]").is_visible(), "its group opens"
+    tab.locator("[name=model]").select_option("wan-nano")
+    assert tab.locator("[name=slo_class]").is_hidden(), "nothing is promised for it"
 
 
 def drop(tab: Any, file: Path) -> None:

@@ -31,6 +31,9 @@ def demo(
         list[str] | None, Option("--model", "-m", help="Name or folder; repeatable. [all bundled]")
     ] = None,
     lora: Annotated[list[str] | None, Option(help="NAME=PATH; repeatable.")] = None,
+    profile: Annotated[
+        list[Path] | None, Option(help="File of `profile`: its model gets budgets; repeatable.")
+    ] = None,
     open_: Annotated[bool, Option("--open", help="Open it in a browser.")] = False,
     share: Annotated[bool, Option("--share", help="A public link through gradio.live.")] = False,
 ) -> int:
@@ -40,8 +43,8 @@ def demo(
     if missing:
         text = f"the demo page needs {', '.join(missing)}"
         raise RefusedError(f"{text}; in the checkout: pip install -e '.[demo]'")
-    if server and (model or lora):
-        raise RefusedError("--model and --lora are for a server that is started, not for --server")
+    if server and (model or lora or profile):
+        raise RefusedError("--model, --lora, --profile: for a server that is started, not --server")
     named = [one.partition("=") for one in lora or ()]
     if wrong := [name for name, _, path in named if not name or not path]:
         raise RefusedError(f"--lora {wrong[0]!r} must be NAME=PATH")
@@ -51,7 +54,8 @@ def demo(
         if server:
             runpy.run_path(str(page))["serve"](server, **how)
         else:
-            with own_server(model or (), {name: path for name, _, path in named}) as process:
+            loras = {name: path for name, _, path in named}
+            with own_server(model or (), loras, profile or ()) as process:
                 serve = runpy.run_path(str(page))["serve"]  # takes seconds, in which both start
                 serve(_url(process), **how)
     except (RuntimeError, OSError) as error:  # its server does not start, or the port is taken
@@ -75,15 +79,18 @@ def find_page() -> Path:
 
 
 @contextmanager
-def own_server(models: Sequence[str], loras: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+def own_server(
+    models: Sequence[str], loras: Mapping[str, str], profiles: Sequence[Path] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """Start `fastvideo serve` on a free port; its first line is its URL.
 
-    It serves models (none: all bundled ones) and LoRAs by name. The process and all of its files
-    are gone at the end of the block.
+    It serves models (none: all bundled ones) and LoRAs by name, and keeps budgets for models with a
+    profile. The process and all of its files are gone at the end of the block.
     """
     with tempfile.TemporaryDirectory(prefix="fastvideo-demo-") as folder:
         config = Path(folder, "serve.toml")
-        config.write_text(_config(models, loras, Path(folder, "clips")), encoding="utf-8")
+        text = _config(models, loras, profiles, Path(folder, "clips"))
+        config.write_text(text, encoding="utf-8")
         words = ["-m", "fastvideo", "serve", "--config", str(config), "--port", "0"]
         process = subprocess.Popen(
             [sys.executable, *words],
@@ -105,10 +112,14 @@ def _url(process: subprocess.Popen[str]) -> str:
     return url
 
 
-def _config(models: Sequence[str], loras: Mapping[str, str], folder: Path) -> str:
+def _config(
+    models: Sequence[str], loras: Mapping[str, str], profiles: Sequence[Path], folder: Path
+) -> str:
     """Write a server's config: a class for each budget, the models' own small decoders."""
-    tables = [f"folder = {json.dumps(str(folder))}", '[[class]]\nname = "any time"']
-    for seconds in BUDGETS_S:
+    files = json.dumps([str(path.resolve()) for path in profiles])
+    tables = [f"folder = {json.dumps(str(folder))}\nprofile = {files}"]
+    tables.append('[[class]]\nname = "any time"')
+    for seconds in BUDGETS_S if profiles else ():
         promise = f"deadline_s = {seconds}\nallow_smaller = true"
         tables.append(f'[[class]]\nname = "{seconds} s"\n{promise}')
     tables += [f"[[worker]]\nmodel = {json.dumps(_absolute(name))}" for name in models or [""]]

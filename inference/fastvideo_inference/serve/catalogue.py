@@ -14,6 +14,7 @@ from fastvideo.registry import did_you_mean
 from fastvideo.sampling import LoraUse
 from fastvideo_inference import recipe
 from fastvideo_inference.engine.config import ServeConfig
+from fastvideo_inference.goodput import profile as profiles
 from fastvideo_inference.serve.errors import ApiError, public
 
 
@@ -60,6 +61,10 @@ class Catalogue:
             "limits": self._config.limits.model_dump(),
         }
 
+    @cached_property
+    def _profiled(self) -> set[str]:
+        return {profiles.read(path).model for path in self._config.profile}
+
     def _offer(self, model_id: str) -> dict[str, Any]:
         found = {"id": model_id, "object": "model", "created": 0, "owned_by": "fastvideo"}
         try:
@@ -82,6 +87,7 @@ class Catalogue:
                 "width": spec.compression.spatial * spec.compression.patch[2],
             },
             "is_distilled": spec.scheduler.name == "few_step",
+            "has_profile": model.name in self._profiled,  # else no class is promised
             "decoder": fits,
         }
 
