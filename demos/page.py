@@ -14,7 +14,7 @@ from run import ERRORS, MAX_CLIPS, Run, View, one_line
 from fastvideo import VideoPipeline, bundled_models
 
 HERE = Path(__file__).parent
-SCRIPTS = ("view.js", "form.js", "session.js")
+SCRIPTS = ("view.js", "form.js", "gallery.js", "session.js")
 MAX_KEPT = 24  # clips of a session
 _WIRE = "watch('value', () => window.fastvideo?.(props.value))"
 

@@ -45,7 +45,7 @@ function bar(clip, longest) {
   const parts = Object.entries(clip.seconds).filter(([name]) => STAGES[name]);
   return h('div', { class: 'bar' },
     h('div', { class: 'track', 'aria-hidden': 'true', style: `width: ${(100 * total(clip)) / longest}%` },
-      parts.map(([name, s]) => h('i', { class: name, style: `flex-grow: ${s}` }))),
+      parts.map(([name, s]) => h('i', { class: name, style: `flex-grow: ${1000 * s}` }))),
     h('ul', {}, parts.map(([name, s]) => h('li', { class: name }, `${STAGES[name]} ${seconds(s)}`))));
 }
 
