@@ -82,7 +82,7 @@ function tick() {  // the words of the progress panel, which count seconds by th
   if ($('.said').textContent !== words.join(', ')) $('.said').textContent = words.join(', ');
   words.push(seconds((Date.now() - run.began) / 1000));
   const left = (view?.left_s ?? 0) - (Date.now() - run.heard) / 1000;
-  if (left > 0.3 && !run.isStopping) words.push(`about ${seconds(left)} left`);
+  if (left > 0.3 && view.phase === 'making' && !run.isStopping) words.push(`about ${seconds(left)} left`);
   $('.progress p').textContent = words.join(' · ');
 }
 
@@ -92,6 +92,7 @@ function complain(text, name = '') {
   input?.setAttribute('aria-invalid', 'true');
   if (input?.closest('details')) input.closest('details').open = true;
   $('.alert').hidden = !text;
+  if (text) $('.alert').scrollIntoView({ block: 'nearest' });
   $('.alert').replaceChildren(text, button('✕', () => complain(''), { 'aria-label': 'Dismiss' }));
 }
 
