@@ -85,7 +85,7 @@ function settings(side) {
   const [width, height] = value('size').split('x').map(Number);
   const asked = { width, height, num_frames: Number(value('num_frames')),
     num_inference_steps: Number(value(side + 'num_inference_steps')), guidance_scale: Number(value(side + 'guidance_scale')) };
-  for (const [name, one] of Object.entries(asked)) if (one && one !== defaults[name]) found[name] = one;
+  for (const [name, one] of Object.entries(asked)) if (one && name in defaults && one !== defaults[name]) found[name] = one;
   if (!field('negative_prompt').disabled) found.negative_prompt = value('negative_prompt');
   if (value('lora')) found.lora = [{ path: value('lora'), strength: Number(value('strength')) }];
   const named = { model: value(side + 'model'), decoder: value(side + 'decoder'), slo_class: value('slo_class') };
