@@ -122,6 +122,14 @@ def generate(tab: Any, **fields: str) -> None:
     tab.locator(".primary").click()
 
 
+def make_slowly(tab: Any) -> None:
+    """Begin a clip that takes longer than all that is done meanwhile."""
+    tab.locator("[name=model]").select_option("wan-nano")
+    more(tab)
+    tab.get_by_role("slider", name="Steps").fill("100")
+    generate(tab)
+
+
 def wait_for_clip(tab: Any, count: int = 1) -> list[Any]:
     """Return what the videos of the screen say of themselves once they play."""
     script = """n => { const all = [...document.querySelectorAll('.screen video')];
@@ -180,17 +188,16 @@ def test_enter_makes_a_clip_whose_preview_changes_and_that_plays(open_page: Any)
 
 def test_stop_ends_a_running_clip_and_one_that_waits(open_page: Any):
     first, second = open_page(), open_page()
-    more(first)
-    generate(first, model="wan-nano")
+    make_slowly(first)
     first.locator(".moving").wait_for(timeout=WAIT_MS)
     generate(second)
     second.locator(".progress p", has_text="Next in the queue").wait_for(timeout=WAIT_MS)
     shoot(second, "1280-light-queued")
     second.get_by_role("button", name="Stop").click()
-    second.locator(".progress[hidden]").wait_for(timeout=5000, state="attached")
+    second.locator(".progress[hidden]").wait_for(timeout=WAIT_MS, state="attached")
     assert first.locator(".progress").is_visible(), "a stop is for its own tab"
     first.get_by_role("button", name="Stop").click()
-    first.locator(".progress[hidden]").wait_for(timeout=5000, state="attached")
+    first.locator(".progress[hidden]").wait_for(timeout=WAIT_MS, state="attached")
     for tab in (first, second):
         assert tab.locator("video").count() == 0
         assert tab.locator(".primary").is_enabled()
@@ -199,7 +206,7 @@ def test_stop_ends_a_running_clip_and_one_that_waits(open_page: Any):
 
 def test_a_closed_tab_makes_room_and_another_keeps_its_model(open_page: Any):
     first, second = open_page(), open_page()
-    generate(first, model="wan-nano", count="4")
+    make_slowly(first)
     first.locator(".moving").wait_for(timeout=WAIT_MS)
     generate(second)
     second.locator(".progress p", has_text="Next in the queue").wait_for(timeout=WAIT_MS)
@@ -320,13 +327,11 @@ def test_two_settings_play_in_step(open_page: Any):
 
 def test_the_page_answers_while_a_clip_is_made(open_page: Any):
     tab, other = open_page(), open_page()
-    generate(tab, model="wan-nano", count="2")
+    make_slowly(tab)
     tab.locator(".moving").wait_for(timeout=WAIT_MS)
-    began = time.monotonic()
     other.reload()
     other.locator(".primary:enabled").wait_for(timeout=WAIT_MS)
     assert tab.locator(".progress").is_visible(), "it is still made"
-    assert time.monotonic() - began < 30
     tab.get_by_role("button", name="Stop").click()
     tab.locator(".progress[hidden]").wait_for(timeout=WAIT_MS, state="attached")
 
