@@ -62,7 +62,7 @@ def test_a_file_goes_before_its_row_and_the_work_before_the_claim(
     async def main():
         ledger, job = Ledger(tmp_path), Job("a", submission(tiny_folder), "completed")
         await ledger.open()
-        await ledger.add(record := Record(job))
+        await ledger.add([record := Record(job)])
         ledger.path(record).write_bytes(b"clip")
         with monkeypatch.context() as full:
             full.setattr(Journal, "delete", refuse)
