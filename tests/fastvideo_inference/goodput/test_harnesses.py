@@ -102,11 +102,19 @@ def test_loadgen_calls_the_python_api_and_is_valid_where_bench_serve_passes(
 
 @pytest.mark.skipif(not aiperf.IS_THERE, reason=aiperf.WHY)
 def test_aiperf_counts_as_many_good_requests_at_the_same_times(server: Running, tmp_path: Path):
+    """Ours is run before and after it, for the machine may be busier in either."""
     own_s = alone_s(server, tmp_path / "alone")
     rate, slo_s = 0.6 / own_s, 2 * own_s
-    samples = bench_of(server, tmp_path / "bench", slo_s=slo_s).run("server", rate=rate).samples
-    times = arrivals(rate, COUNT, seed=0)
-    assert [one.due_s for one in samples] == times
+    times, own = arrivals(rate, COUNT, seed=0), list[tuple[float, float]]()
+
+    def ours(name: str) -> None:
+        samples = bench_of(server, tmp_path / name, slo_s=slo_s).run("server", rate=rate).samples
+        assert [one.due_s for one in samples] == times
+        num_frames = CLIP["num_frames"]
+        good = sum(one.latency_s <= slo_s and one.frames == num_frames for one in samples)
+        own.append((good / COUNT, good / max(one.sent_s + one.latency_s for one in samples)))
+
+    ours("before")
     words = ["--fixed-schedule", "--download-video-content"]
     words += ["--goodput", f"request_latency:{1000 * slo_s:g}"]
     words += [word for k, v in CLIP.items() for word in ("--extra-inputs", f"{k}:{v}")]
@@ -114,8 +122,7 @@ def test_aiperf_counts_as_many_good_requests_at_the_same_times(server: Running, 
     (folder := tmp_path / "aiperf").mkdir()
     found = aiperf.measured(server.url, rows, words, folder=folder)
     assert found["request_count"]["avg"] == COUNT
-    good = [one for one in samples if one.latency_s <= slo_s and one.frames == CLIP["num_frames"]]
-    own_share, its_share = len(good) / COUNT, found["good_request_fraction"]["avg"]
-    assert own_share == pytest.approx(its_share, abs=0.15)
-    spent_s = max(one.sent_s + one.latency_s for one in samples)
-    assert found["goodput"]["avg"] == pytest.approx(len(good) / spent_s, rel=0.25)
+    ours("after")
+    (low, low_per_s), (high, high_per_s) = sorted(own)
+    assert low - 0.15 <= found["good_request_fraction"]["avg"] <= high + 0.15
+    assert 0.75 * low_per_s <= found["goodput"]["avg"] <= 1.25 * high_per_s
