@@ -41,7 +41,9 @@ _STAND_INS = {
 def stand_in(path: str | Path) -> str:
     """Return what is there in place of a file, such as a Git LFS pointer; empty if it is itself."""
     path = Path(path)
-    if path.suffix in _DOWNLOADS or path.with_name(f"{path.name}.aria2").exists():
+    beside = f"{path.name}.aria2"
+    is_short = len(os.fsencode(beside)) <= NAME_BYTES
+    if path.suffix in _DOWNLOADS or (is_short and path.with_name(beside).exists()):
         return _UNFINISHED
     with path.open("rb") as file:
         head = file.read(64).lstrip().lower()
@@ -65,15 +67,18 @@ def read_text(path: str | Path) -> str:
 
     Raises `ValueError` that names the line which is no text, or what stands in for the file.
     """
-    if what := stand_in(path):
-        raise ValueError(f"{path} is {what}")
     raw = Path(path).read_bytes()
+    is_prompt = raw.lstrip()[:5].lower() == b"<html"  # of a sign, say: a page begins with its type
+    if what := "" if is_prompt else stand_in(path):
+        raise ValueError(f"{path} is {what}")
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line} is not {encoding.upper()[:6]} text") from None
+        raise ValueError(
+            f"{path} line {line} is not {encoding.upper().removesuffix('-SIG')} text"
+        ) from None
     if "\0" in text:
         raise ValueError(f"{path} holds zero bytes: binary, or UTF-16 without a byte order mark")
     return text

@@ -29,8 +29,8 @@ ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors
 """PEFT's two files."""
 
 _PREFIX = re.compile(
-    r"(?:(?:lora_unet|lora_transformer|lycoris|base_model|model|diffusion_model|transformer|pipe|dit"
-    r"|unet)[._]+)+"
+    r"(?:(?:lora_unet|lora_transformer|lycoris|base_model|model|diffusion_model|pipe|dit|unet"
+    r"|transformer(?!_blocks))[._]+)+"  # transformer_blocks are those of other architectures
 )
 _TEXT = re.compile(r"lora_te\d?_|te\d?\.|text_encoders?(_\d)?\.|cond_stage_model\.")
 _PAIR = re.compile(

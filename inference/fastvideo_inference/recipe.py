@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_serializer
 
 import fastvideo
 from fastvideo import hub, media
@@ -65,6 +65,14 @@ class Recipe(Strict):
     versions: dict[str, str] = Field(default_factory=dict)
     unknown_keys: tuple[str, ...] = ()  # of configs that other libraries wrote; they do not count
     not_applied: tuple[str, ...] = ()  # modules of LoRAs that the network does not have
+
+    @model_serializer(mode="wrap")
+    def _without_newer(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what earlier releases do not know, where it says nothing."""
+        written: dict[str, Any] = write(self)
+        if not self.not_applied:
+            del written["not_applied"]
+        return written
 
     @field_serializer("request")
     def _as_written(self, request: SamplingParams) -> dict[str, Any]:

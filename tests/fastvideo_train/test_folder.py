@@ -218,6 +218,71 @@ def test_a_listing_is_read_in_every_spelling_and_only_line_feeds_end_its_rows(
     assert captions == ["a red ball at night", "two lines"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'caption,file\n"A cat\nsits",a.mp4\ntwo,b.mp4\n',
+        'caption,file\n"A cat\nsits","a.mp4"\ntwo,b.mp4\n',
+        'id,file,caption\n1,a.mp4,"A cat\nsits, b.mp4, three"\n2,b.mp4,two\n',
+    ],
+)
+def test_a_quoted_caption_of_several_lines_is_one_wherever_its_file_stands(clips, text):
+    (clips / "l.csv").write_text(text)
+    first, second = find(clips).videos
+    assert (first.name, second.caption) == ("a.mp4", "two")
+    assert first.caption.startswith("A cat sits")
+
+
+def test_links_to_one_file_are_videos_of_their_own(tmp_path, tmp_path_factory, video):
+    blob = tmp_path_factory.mktemp("blobs") / "blob"
+    blob.write_bytes(video)
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).symlink_to(blob)
+    rows = [(str(tmp_path / "a.mp4"), "one"), (str(tmp_path / "b.mp4"), "two")]
+    _jsonl(tmp_path, rows)
+    assert [(v.name, v.caption) for v in find(tmp_path).videos] == [
+        ("a.mp4", "one"),
+        ("b.mp4", "two"),
+    ]
+    _jsonl(tmp_path, rows[:1])
+    assert [v.name for v in find(tmp_path).videos] == ["a.mp4"]
+
+
+@pytest.mark.parametrize("odd", ["\\u0000", "\\ud83d"])
+@pytest.mark.parametrize("place", ["file", "text"])
+def test_a_row_with_half_a_character_or_a_nul_is_bad_alone(clips, odd, place):
+    row = {"file": "a.mp4", "text": "a", place: f"a{odd}.mp4"}
+    text = json.dumps(row).replace("\\\\u", "\\u")
+    (clips / "l.jsonl").write_text(text + '\n{"file": "b.mp4", "text": "two"}\n')
+    found = find(clips)
+    assert [v.name for v in found.videos] == ["b.mp4"]
+    assert "half a character" in reasons(found)["l.jsonl line 1"]
+
+
+@pytest.mark.parametrize("content", ["a\tb\n1\t2\n", "file\tcaption\na.mp4\tno\n"])
+def test_a_tsv_of_another_purpose_is_no_listing(clips, content):
+    _csv(clips, list(CAPTIONS.items()))
+    (clips / "metadata.tsv").write_text(content)
+    assert len(find(clips).videos) == len(CAPTIONS)
+    (clips / "list.csv").unlink()
+    if "file" not in content:
+        (clips / "a.txt").write_text("a ball")
+        assert [v.caption for v in find(clips).videos] == ["a ball"]
+
+
+def test_a_long_name_and_a_caption_that_looks_like_a_page_are_read(tmp_path, video):
+    stem = "n" * 250
+    (tmp_path / f"{stem}.mp4").write_bytes(video)
+    (tmp_path / f"{stem}.txt").write_text("<html> on a sign in a street")
+    assert [v.caption for v in find(tmp_path).videos] == ["<html> on a sign in a street"]
+
+
+def test_a_listing_of_old_line_ends_is_refused_by_name(clips):
+    (clips / "l.csv").write_bytes(b"file,caption\ra.mp4,one\r")
+    with pytest.raises(ValueError, match=r"captions .*l\.csv line 1: .*LF or CRLF"):
+        find(clips)
+
+
 def test_captions_beside_videos_may_differ_in_case_of_suffix_encoding_and_composition(clips, video):
     for name in ("e\u0301.mp4", "f.mp4", "G.mp4", "h.mp4"):
         (clips / name).write_bytes(video)

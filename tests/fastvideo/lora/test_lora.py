@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_loras import ALPHA, KINDS, RANK, original, pairs, spelled, write, write_as
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -57,6 +58,23 @@ def test_every_spelling_gives_the_same_weights(net: WanDiT, tmp_path: Path):
         n.removesuffix(".weight") for n, w in net.state_dict().items() if (w != first[n]).any()
     }
     assert changed == set(maps)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("transformer_blocks.0.attn1.to_q", "transformer.transformer_blocks.0.attn1.to_q"),
+        "lora_transformer_transformer_blocks_0_attn1_to_q",
+    ],
+)
+def test_blocks_of_another_architecture_are_not_taken_for_ours(
+    net: WanDiT, tmp_path: Path, module: str
+):
+    down, up = (torch.ones(2, net.config.dim), torch.ones(net.config.dim, 2))
+    file = tmp_path / "other.safetensors"
+    save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, file)
+    with pytest.raises(ValueError, match="other"):
+        Loras().use(net, one(file))
 
 
 @pytest.mark.parametrize("kind", ["comfy", "kohya"])

@@ -216,6 +216,9 @@ def _others(
 
 def _only_listing(folder: Path, paths: Sequence[Path]) -> Path | None:
     found = [p for p in paths if len(p.parts) == 1 and p.suffix.lower() in listing.SUFFIXES]
+    # a .tsv has many uses: it counts alone, and with the columns of a listing
+    usual = [p for p in found if p.suffix.lower() != ".tsv"]
+    found = usual or [p for p in found if listing.names_files(folder / p)]
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise ValueError(f"{folder} holds several listings ({names}); choose one with --captions")
@@ -299,10 +302,10 @@ class _Names:
         Empty if it means none, or several.
         """
         for text in (file, file.replace("\\", "/")):
-            name = Path(*(part for part in Path(text).parts if part != ".")).as_posix()
+            name = self._inside(text)
             found = self._exact.get(name) or _only(self._composed[_composed(name)])
             if not found and "/" in text:
-                found = self._real.get(os.path.realpath(self._folder / text), "")
+                found = _only(self._real[os.path.realpath(self._folder / text)])
             if found:
                 return found
         return ""
@@ -312,9 +315,17 @@ class _Names:
         found = self._alike[_rough(file.replace("\\", "/"))]
         return f"; did you mean {', '.join(found[:3])}?" if found else ""
 
+    def _inside(self, text: str) -> str:
+        """Return a path from the folder on, whose links may lead to one file."""
+        path = Path(*(part for part in Path(text).parts if part != "."))
+        for base in (self._folder, self._folder.absolute(), self._folder.resolve()):
+            if path.is_absolute() and path.is_relative_to(base):
+                return path.relative_to(base).as_posix()
+        return path.as_posix()
+
     @cached_property
-    def _real(self) -> dict[str, str]:
-        return {os.path.realpath(self._folder / name): name for name in self._exact}
+    def _real(self) -> defaultdict[str, list[str]]:
+        return _grouped(self._exact, lambda name: os.path.realpath(self._folder / name))
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], str]) -> defaultdict[str, list[T]]:

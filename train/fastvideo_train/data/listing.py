@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,19 @@ def read(path: Path) -> list[Line]:
     return [
         Line(place, "", "", row)
         if isinstance(row, str)
-        else Line(place, _first(row, FILE_KEYS), _first(row, CAPTION_KEYS))
+        else _checked(Line(place, _first(row, FILE_KEYS), _first(row, CAPTION_KEYS)))
         for place, row in rows
     ]
+
+
+def _checked(line: Line) -> Line:
+    """Refuse what no file can be called and no tokenizer reads: half an emoji, a NUL."""
+    text = line.file + line.caption
+    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        return replace(
+            line, file="", wrong="it holds a NUL, or half a character (a lone surrogate)"
+        )
+    return line
 
 
 def _first(row: Mapping[Any, Any], keys: tuple[str, ...]) -> str:
@@ -73,9 +83,10 @@ def _jsonl(path: Path) -> Rows:
 
 def _csv(path: Path) -> Rows:
     lines = _lines(path)
-    title = next((line for line in lines if line.strip()), "")
-    delimiter = next((d for d in DELIMITERS if _file_column(_fields(title, d)) is not None), ",")
-    header = _fields(title, delimiter)
+    try:
+        title, header, delimiter = _title(lines)
+    except csv.Error as error:
+        raise ValueError(f"captions {path} line 1: {error} (lines end in LF or CRLF)") from None
     reader = csv.reader(
         (f"{line}\n" for line in lines), delimiter=delimiter, strict=True, skipinitialspace=True
     )
@@ -84,7 +95,9 @@ def _csv(path: Path) -> Rows:
         for row in reader:
             place = f"{path.name} line {first}"
             if first > 1 + lines.index(title) and row:
-                _refuse_swallowed(lines[first : reader.line_num], header, delimiter, path, first)
+                # the last line of a row ends in its own cells, unless its file comes first
+                end = reader.line_num - bool(_file_column(header))
+                _refuse_swallowed(lines[first:end], header, delimiter, path, first)
                 extra = any(text.strip() for text in row[len(header) :])
                 wrong = f"it has {len(row)} fields, the header {len(header)}; quote a {delimiter!r}"
                 yield place, wrong if extra else dict(zip(header, row, strict=False))
@@ -103,6 +116,21 @@ def _refuse_swallowed(
         is_row = column is not None and len(row) == len(header)
         if is_row and Path(row[column or 0].strip()).suffix.lower() in CONTAINERS:
             raise ValueError(f"captions {path} line {first}: a quote is open, into line {number}")
+
+
+def names_files(path: Path) -> bool:
+    """Tell whether a table has the columns of a listing, such as a .tsv of another purpose."""
+    try:
+        return _file_column(_title(_lines(path))[1]) is not None
+    except (ValueError, OSError, csv.Error):
+        return False
+
+
+def _title(lines: list[str]) -> tuple[str, list[str], str]:
+    """Return the line of the header, its names, and their delimiter."""
+    title = next((line for line in lines if line.strip()), "")
+    delimiter = next((d for d in DELIMITERS if _file_column(_fields(title, d)) is not None), ",")
+    return title, _fields(title, delimiter), delimiter
 
 
 def _fields(line: str, delimiter: str) -> list[str]:
