@@ -45,8 +45,8 @@ function fit(side) {  // limits, defaults and fixed values of the model that is 
   const steps = field(side + 'num_inference_steps'), guidance = field(side + 'guidance_scale');
   Object.assign(steps, { max: limits.num_inference_steps, value: defaults.num_inference_steps, disabled: isFixed });
   guidance.value = defaults.guidance_scale;
-  $('small', steps.parentElement).textContent = isFixed ? 'Fixed: distilled for them' : '';
-  $('small', guidance.parentElement).textContent = isFixed ? `Distilled at ${defaults.guidance_scale}` : '1 is off';
+  $('small', steps.parentElement).textContent = isFixed ? 'Fixed: the model is distilled to these' : '';
+  $('small', guidance.parentElement).textContent = isFixed ? `Distilled for ${defaults.guidance_scale}` : '1 is off';
   options(side + 'decoder', [['', 'The VAE’s own'], ...model.decoder.map(name => [name, `${name}: small and fast`])]);
   if (side) return tell();
   const classes = offers.slo_class.filter((one, i) => i === 0 || model.has_profile || !one.deadline_s);
@@ -56,7 +56,7 @@ function fit(side) {  // limits, defaults and fixed values of the model that is 
   Object.assign(field('num_frames'), { min: 1, step: stride.num_frames, max: most, value: defaults.num_frames });
   field('negative_prompt').placeholder = defaults.negative_prompt || 'What the clip does not show';
   const isBundled = offers.bundled.includes(model.id), length = (defaults.num_frames / defaults.fps).toFixed(0);
-  const about = isBundled ? 'A tiny model of coloured shapes' : model.notes || model.title || model.id;
+  const about = isBundled ? 'A tiny model of coloured shapes, nothing else' : model.notes || model.title || model.id;
   const takes = isFixed ? `made in ${defaults.num_inference_steps} steps` : 'in any number of steps';
   $('.about').textContent = `${about}; ${defaults.width}×${defaults.height}, ${length} s, ${takes}`;
   $('.examples').replaceChildren(...EXAMPLES[isBundled ? 'shapes' : 'other'].map(text =>

@@ -36,7 +36,7 @@ function empty() {
   $('.screen').dataset.state = 'empty';
   $('.screen').replaceChildren(h('div', { class: 'nothing' },
     h('div', { class: 'shapes', 'aria-hidden': 'true' }, h('i'), h('i'), h('i')),
-    h('p', {}, h('b', {}, 'Your clip plays here')), h('p', {}, 'Say what it shows, or take an example, and press Enter.')));
+    h('p', {}, h('b', {}, 'Your clip plays here')), h('p', {}, 'Describe a clip, or pick an example, and press Generate.')));
 }
 
 // Settings of a recipe, into the form; what the server does not have is said.

@@ -67,7 +67,7 @@ function facts(clip, all, actions) {
     h('h2', {}, isTwo && h('span', { class: 'side' }, 'AB'[all.indexOf(clip)]), isTwo ? clip.model : request.prompt),
     h('p', { class: 'words' }, words.filter(Boolean).map(word => h('span', {}, word))),
     h('p', { class: 'took' }, h('b', {}, seconds(total(clip))),
-      ' to make' + (factor >= 1.05 ? `, ${factor.toFixed(1)} times as fast` : '')),
+      ' to make' + (factor >= 1.05 ? `, ${factor.toFixed(1)} times as fast as the other` : '')),
     bar(clip, longest), kept(clip), clip.notices.map(text => h('p', { class: 'notice' }, text)),
     h('p', { class: 'actions' },
       h('a', { class: 'quiet', href: fileOf(clip), download: '' }, 'Download'), actions),
