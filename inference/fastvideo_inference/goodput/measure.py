@@ -248,7 +248,6 @@ class _Served:
         """Return the cells of workers alone and of groups of these degrees."""
         found: list[_Cell] = []
         for degrees in parallel:
-            size = parse(degrees).world_size
             with self._serving(degrees, None) as (url, workers):
                 for setting in self._settings:
                     seconds, waits_s = self._load(url, setting, workers)
@@ -257,7 +256,6 @@ class _Served:
                     else:
                         found.append(((DISPATCH, 1.0, "", "", ""), [waits_s]))
                     found += _cells(seconds, setting, self._model.spec, parallel=degrees)
-            assert workers * size <= self._processes
         with self._serving("", max(self.gib.values())) as (url, workers):
             seconds, _ = self._load(url, self._settings[0], workers)
         loads = {stage: values for stage, values in seconds.items() if stage.startswith(LOAD)}
