@@ -79,7 +79,10 @@ def _check_served(processes: int, parallel: list[str], attention: list[str] | No
     for degrees in parallel:
         size = parse(degrees).world_size
         if not 1 < size <= processes:
-            raise ValueError(f"parallel {degrees} takes {size} processes; choose 2 to {processes}")
+            raise ValueError(
+                f"parallel {degrees} takes {size} processes; it must take 2 at least, and at most"
+                f" {processes} (--processes)"
+            )
 
 
 def _settings(
